@@ -73,7 +73,6 @@ def hap(scores, levels, rel, step, hstep=None):
                 if l[j] > l[k] and hstep is not None:
                     e, dhrank[j] = hstep(x)
                     dhrank[j] *= min(r[j], r[k])
-                elif l[j] < l[k]: e = h if TIED_LOWER_IS_HALF and x == 0 else exact
                 else: e = exact
                 hrank += e * min(r[j], r[k])
             value -= hrank / rank / total
@@ -84,7 +83,6 @@ def hap(scores, levels, rel, step, hstep=None):
         values.append(value if ks else None)
         slopes.append(g)
     return values, slopes
-TIED_LOWER_IS_HALF = False
 
 
 def smooth_ap(scores, positive, tau=.01):

@@ -1,0 +1,46 @@
+# hapnb: `make help` lists what can be done. Each target first makes .venv and installs what it needs.
+# Variables: PYTHON (which python makes .venv), STUDY and PROFILE (for reproduce), ARGS (passed on), JOBS (test processes).
+PYTHON  ?= python3
+PROFILE ?= quick
+STUDY   ?=
+ARGS    ?=
+JOBS    ?= 2
+BIN     := .venv/bin
+READY   := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install reproduce test lab prepare clean
+
+help:
+	@echo "make reproduce   regenerate tables and figures (STUDY=10_benchmark, PROFILE=smoke|quick|full|network|paper)"
+	@echo "make test        run every notebook and every test, with coverage (ARGS='-k plots' for a part)"
+	@echo "make lab         open the notebooks in JupyterLab"
+	@echo "make prepare     after editing notebooks: export hapnb/, clean, rewrite README.md"
+	@echo "make clean       remove caches and build leftovers (keeps .venv and runs)"
+
+# The stamp is newer than settings.ini and setup.py as long as nothing needs installing.
+$(READY): settings.ini setup.py
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (the first time this downloads PyTorch and takes minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+install: $(READY)
+
+reproduce: $(READY)
+	@$(BIN)/hapnb reproduce $(STUDY) --profile $(PROFILE) $(ARGS)
+
+test: $(READY)
+	@$(BIN)/python -m pytest tests -q -n $(JOBS) --dist worksteal --cov --cov-report=term --durations=8 $(ARGS)
+
+lab: $(READY)
+	@$(BIN)/jupyter lab nbs $(ARGS)
+
+prepare: $(READY)
+	@$(BIN)/nbdev_export
+	@$(BIN)/nbdev_clean
+	@$(BIN)/python tools/readme.py
+
+clean:
+	@rm -rf build dist *.egg-info _proc _docs htmlcov .coverage .coverage.* .pytest_cache .hypothesis
+	@find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print | xargs rm -rf

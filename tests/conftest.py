@@ -1,0 +1,36 @@
+"""What the tests share: one thread, and the inputs that the golden values were computed on."""
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+settings.register_profile("hapnb", deadline=None, derandomize=True, print_blob=False, database=None,
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+settings.load_profile("hapnb")
+
+GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
+
+
+def golden_inputs(case):
+    "Unit embeddings (float64) and 3-level labels of a golden case; the recipe is in golden.json."
+    B, D = case["B"], case["D"]
+    fine = np.arange(B) // case["m"]
+    labels = np.stack([fine, fine // case["c"], fine // case["c"] // 2], 1)
+    r = np.random.RandomState(case["seed"])
+    if case["kind"] == "random": x = r.standard_normal((B, D))
+    else:
+        C, G, E = (r.standard_normal((n, D)) for n in (labels[-1, 0] + 1, labels[-1, 1] + 1, B))
+        x = C[labels[:, 0]] + 0.6 * G[labels[:, 1]] + 0.8 * E
+    return torch.tensor(x / np.sqrt((x ** 2).sum(1, keepdims=True))), torch.tensor(labels)
+
+
+@pytest.fixture
+def golden(): return GOLDEN

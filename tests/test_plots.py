@@ -1,0 +1,138 @@
+"""Pictures hold what they were given, and say clearly what they cannot draw."""
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from hapnb import plots
+
+LEVELS = ["concept", "subgroup", "group"]
+
+
+@pytest.fixture
+def space():
+    "Embeddings and 3-level labels of 48 items in 12 classes."
+    fine = torch.arange(12).repeat(4)
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(48, 8, generator=g), torch.stack([fine, fine // 2, fine // 4], 1)
+
+
+def rows(seeds=3):
+    return [dict(loss=l, seed=s, batch_size=b, AP=.2 + .1 * i + .01 * s) for i, l in enumerate(["a", "b"]) for s in range(seeds) for b in (16, 32)]
+
+
+def test_top_k_against_a_plain_loop(space):
+    emb, labels = space
+    idx, shared = plots.top_k(emb, labels, range(48), k=5)
+    for q in range(48):
+        scores = [(-float(torch.cosine_similarity(emb[q], emb[j], dim=0)), j) for j in range(48) if j != q]
+        assert idx[q].tolist() == [j for _, j in sorted(scores)[:5]]
+        assert shared[q].tolist() == [int((labels[q] == labels[j]).sum()) for j in idx[q]]
+
+
+def test_top_k_keeps_duplicates_and_drops_the_query():
+    emb = torch.ones(4, 3)
+    idx, _ = plots.top_k(emb, torch.arange(4), [2, 3], k=3)
+    assert idx.tolist() == [[0, 1, 3], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("queries", [[48], [-1]])
+def test_top_k_names_a_query_that_does_not_exist(space, queries):
+    with pytest.raises(ValueError, match="outside 0..47"): plots.top_k(*space, queries)
+
+
+def test_panel_draws_every_image_once_a_model(space):
+    images = [Image.new("RGB", (20, 10 + i), (i, 0, 0)) for i in range(48)]
+    found = {n: plots.top_k(*space, [0, 5], k=4) for n in ("one", "two", "three")}
+    fig = plots.retrieval_panel(images, [0, 5], {n: f[0] for n, f in found.items()}, {n: f[1] for n, f in found.items()}, LEVELS)
+    ax = fig.axes[0]
+    marks = [t.get_text() for t in ax.texts if t.get_text().isdigit()]
+    assert len(ax.images) == 2 + 2 * 3 * 4
+    assert marks == [str(int(v)) for b in range(2) for n in found for v in found[n][1][b]]
+    assert len(fig.legends[0].get_texts()) == 4
+
+
+def test_panel_of_an_unequal_model_is_refused(space):
+    idx, sh = plots.top_k(*space, [0, 5], k=4)
+    with pytest.raises(ValueError, match="'two'"):
+        plots.retrieval_panel([], [0, 5], {"one": idx, "two": idx[:, :3]}, {"one": sh, "two": sh}, LEVELS)
+
+
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+def test_maps_repeat(space, method):
+    points = lambda: np.concatenate([c.get_offsets() for c in plots.embedding_map(*space, method=method).axes[0].collections])
+    assert points().shape == (48, 2)
+    assert np.array_equal(points(), points())
+
+
+def test_map_leaves_unknown_classes_out(space):
+    emb, labels = space
+    labels = labels.clone(); labels[:4] = -1
+    fig = plots.embedding_map(emb, labels)
+    assert sum(len(c.get_offsets()) for c in fig.axes[0].collections) == 44
+
+
+def test_dots_show_mean_and_interval():
+    fig = plots.metric_dots(rows(), ["AP"])
+    mean, half = plots.interval([20., 20., 21., 21., 22., 22.])
+    line = fig.axes[0].containers[0]
+    assert line[0].get_ydata()[0] == pytest.approx(mean)
+    low, high = line[2][0].get_segments()[0][:, 1]
+    assert (high - low) / 2 == pytest.approx(half)
+
+
+def test_a_single_run_is_hollow_and_has_no_interval():
+    box = plots.metric_dots(rows(1)[::2], ["AP"]).axes[0].containers[0]
+    assert box[0].get_markerfacecolor() == "white" and box[2] == ()
+
+
+def test_curve_has_one_line_a_model_and_log2_ticks():
+    fig = plots.curve(pd.DataFrame(rows()), "batch_size", "AP", log2=True)
+    ax = fig.axes[0]
+    assert len(ax.lines) == 2 and [t.get_text() for t in ax.get_xticklabels()] == ["16", "32"]
+    assert ax.lines[0].get_ydata() == pytest.approx([21, 21])
+
+
+def test_loss_shape_breaks_the_line_at_a_jump():
+    fig = plots.loss_shape({"step": lambda x: (x > 0).double()}, spans=(.1,))
+    y = fig.axes[0].lines[1].get_ydata()
+    assert np.isnan(y).sum() == 1
+
+
+def test_history_from_a_file(tmp_path):
+    pd.DataFrame({"epoch": [1, 2], "loss": [1., .5], "val/H-AP": [np.nan, .3]}).to_csv(tmp_path / "h.csv", index=False)
+    fig = plots.training_curves({"run": tmp_path / "h.csv"})
+    assert [a.get_ylabel() for a in fig.axes] == ["loss", "score (%)"]
+    assert fig.axes[1].lines[0].get_ydata() == pytest.approx([30.])
+
+
+def test_histogram_has_area_one_a_level(space):
+    ax = plots.score_histogram(*space, LEVELS).axes[0]
+    areas = [float((p.get_data().values * np.diff(p.get_data().edges)).sum()) for p in ax.patches]
+    assert areas == pytest.approx([1.] * 4)
+
+
+def test_figures_are_closed_and_saved_alike(space, tmp_path):
+    before = plt.get_fignums()
+    figs = [plots.score_histogram(*space) for _ in range(2)]
+    assert all(isinstance(f, Figure) for f in figs) and plt.get_fignums() == before
+    one, two = (plots.save(f, tmp_path / n, "h", ("png", "svg")) for n, f in zip("ab", figs))
+    assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
+    assert "date" not in one[1].read_text().lower().split("<g", 1)[0]
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda e, l: plots.embedding_map(e[:3], l), "labels have 48 rows"),
+    (lambda e, l: plots.score_histogram({"m": e[:3]}, l), "'m'"),
+    (lambda e, l: plots.score_histogram(e, l, ["one"]), "1 level names for 3 levels"),
+    (lambda e, l: plots.metric_dots([], ["AP"]), "no column"),
+    (lambda e, l: plots.curve(rows(), "batch", "AP"), "no column 'batch'"),
+    (lambda e, l: plots.loss_shape({}), "at least one"),
+    (lambda e, l: plots.training_curves([dict(epoch=1)]), "nothing to draw"),
+    (lambda e, l: plots.retrieval_panel([], [], {}, {}, LEVELS), "at least one model"),
+])
+def test_clear_errors(space, call, message):
+    with pytest.raises(ValueError, match=message): call(*space)
