@@ -177,12 +177,13 @@ def _value(annotation, default):
 # %% ../nbs/61_cli.ipynb #3a8eaa2e
 @_options("train")
 def _(sub):
+    from fastcore.docments import docments
     from hapnb.train import RunConfig
-    hints = typing.get_type_hints(RunConfig)
+    hints, docs = typing.get_type_hints(RunConfig), docments(RunConfig)
     for f in dataclasses.fields(RunConfig):
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory() if f.default_factory is not dataclasses.MISSING else None
         names = list(dict.fromkeys([f"--{f.name.replace('_', '-')}", f"--{f.name}"]))
-        sub.add_argument(*names, dest=f"field_{f.name}", type=_value(hints[f.name], default), default=argparse.SUPPRESS, metavar="V", help=f"default: {json.dumps(default, default=str)}".replace("%", "%%"))
+        sub.add_argument(*names, dest=f"field_{f.name}", type=_value(hints[f.name], default), default=argparse.SUPPRESS, metavar="V", help=f"{docs.get(f.name) or ''} (default: {json.dumps(default, default=str)})".replace("%", "%%"))
     _shared(sub, data=False)
 
 @_command("Train and evaluate one run; it is kept in the store.", """examples:

@@ -27,9 +27,11 @@ def _best_first(scores):
     return bits.bitwise_xor_((bits >> 31).bitwise_and_(_LAST))
 
 # %% ../nbs/15_metrics.ipynb #63e9dd15
+def _numpy_here(x): return x.device.type == "cpu"
+
 def _sort_rows(keys):
     "Sort each row of int64 `keys` in place, in as many threads as torch may use."
-    if keys.is_cuda: return keys.copy_(keys.sort(1).values)
+    if not _numpy_here(keys): return keys.copy_(keys.sort(1).values)
     a, n = keys.numpy(), torch.get_num_threads()
     if n == 1 or len(a) < n: a.sort(axis=1)
     else:
@@ -38,7 +40,7 @@ def _sort_rows(keys):
 
 def _where(mask):
     "Flat positions of the entries that are true or not 0."
-    return mask.view(-1).nonzero().view(-1) if mask.is_cuda else torch.from_numpy(np.flatnonzero(mask.numpy() != 0))
+    return torch.from_numpy(np.flatnonzero(mask.numpy() != 0)) if _numpy_here(mask) else mask.view(-1).nonzero().view(-1)
 
 def _row_max(x): return x.amax(1) if torch.is_tensor(x) else x.max(1)
 
@@ -48,11 +50,11 @@ def _count_rows(mask):
 
 def _repeat(x, n):
     "`x[i]` repeated `n[i]` times."
-    return x.repeat_interleave(n) if x.is_cuda else torch.from_numpy(np.repeat(x.numpy(), n.numpy()))
+    return torch.from_numpy(np.repeat(x.numpy(), n.numpy())) if _numpy_here(x) else x.repeat_interleave(n)
 
 def _segment_sums(x, n):
     "Sums of consecutive segments of lengths `n`; an empty segment gives 0."
-    if x.is_cuda: return torch.segment_reduce(x, "sum", lengths=n, initial=0)
+    if not _numpy_here(x): return torch.segment_reduce(x, "sum", lengths=n, initial=0)
     out, full = np.zeros(len(n)), n.numpy() > 0
     if len(x): out[full] = np.add.reduceat(x.numpy(), (n.cumsum(0) - n).numpy()[full])
     return torch.from_numpy(out)
@@ -91,8 +93,9 @@ class _Retrieval:
         self.N, self.Q, self.L, self.device = len(labels), len(q_labels), labels.shape[1], device
         self.order, self.q_order = _class_order(labels), _class_order(q_labels)
         labels, q_labels = labels.cpu()[self.order], q_labels.cpu()[self.q_order]
-        self.gallery = _padded(emb.to(device), self.order, 64)
-        self.queries = self.gallery if q_emb is None else _padded(q_emb.to(device), self.q_order, 16)
+        dtype = torch.float32 if device.type == "mps" else emb.dtype  # MPS has no float64
+        self.gallery = _padded(emb.to(device, dtype), self.order, 64)
+        self.queries = self.gallery if q_emb is None else _padded(q_emb.to(device, dtype), self.q_order, 16)
         place = torch.empty_like(self.order)
         place[self.order] = torch.arange(self.N)
         self.place, me = place, me[self.q_order]
@@ -118,7 +121,7 @@ def _count(self: _Retrieval, q_labels):
 @patch
 def _codes(self: _Retrieval, out, a, least):
     "Add 1 to `out` [T, N] for each level of at least `least` that query a+row and gallery place share."
-    view = out.numpy() if out.device.type == "cpu" else out
+    view = out.numpy() if _numpy_here(out) else out
     for t in range(least, self.L + 1):
         lo, hi = (e[a:a + len(out), self.L - t] for e in (self.lo, self.hi))
         for row, end, first, last in _rectangles(lo, hi): view[row:end, first:last] += 1
@@ -173,8 +176,8 @@ class _Hits:
     def pick(self, keep):
         "The sub-list where `keep` holds; `n` is counted anew."
         at = _where(keep)
-        row = self.row.take(at)
-        return _Hits(self.rank.take(at), row, self.level.take(at), torch.bincount(row, minlength=len(self.n)))
+        edge = torch.searchsorted(at, torch.cat([self.start, self.start[-1:] + self.n[-1:]]))
+        return _Hits(self.rank.take(at), self.row.take(at), self.level.take(at), edge.diff())
 
     def first(self):
         "Rank of the best positive; 0 where there is none."
@@ -242,7 +245,7 @@ def _rows(self: _Retrieval, max_memory):
     size = self.gallery.element_size()
     fixed = (self.gallery.numel() + (self.queries is not self.gallery) * self.queries.numel()) * size
     fixed += _tile(self.N, self.Q) * len(self.gallery) * size + (self.N + self.Q) * (self.L + 4) * 16
-    row = self.N * (5 * size + 9) + 72 * int(self.n[:, 1].max())  # keys and their bits; lists of the positives
+    row = self.N * (32 if size == 4 else 72) + 320 * int(self.n[:, 1].max())  # keys and bits or sort; lists of positives (measured)
     rows = (parse_memory(max_memory) - fixed) // row
     if rows < 1:
         need = (fixed + row) / 1e6
@@ -286,9 +289,9 @@ def _select(metrics, levels, ks):
 @patch
 def _first_ranks(self: _Retrieval, scores, a, c):
     "Rank of the best positive at column `c` for each query of a block, without a sort; 0 = no positive."
-    s, T = (scores if scores.is_cuda else scores.numpy()), len(scores)
+    s, T = (scores.numpy() if _numpy_here(scores) else scores), len(scores)
     best = torch.full((T, 1), torch.inf, dtype=scores.dtype, device=scores.device)
-    b = best if scores.is_cuda else best.numpy()
+    b = best.numpy() if _numpy_here(scores) else best
     for row, end, first, last in _rectangles(self.lo[a:a + T, c], self.hi[a:a + T, c]): b[row:end, 0] = _row_max(s[row:end, first:last])
     above, equal = _count_rows(s > b), _count_rows(s == b)
     some = self.n[a:a + T, self.L - c] > 0
@@ -351,7 +354,8 @@ def _whole(self: _Retrieval, out, h, n, counts, sums, whole, tables):
     if "NDCG" in whole: out["NDCG"] = _dcg(h, tables["discount"]) / _ideal_dcg(n, tables["discount"]).clamp(min=1e-300)
     if "ASI" in whole:
         above = lambda t: n[:, t + 1] if t < self.L else torch.zeros_like(n[:, 0])
-        total = sum(_asi_sum(h.pick(h.level == t), tables["harmonic"], above(t), n[:, 1]) for t in range(1, self.L + 1))
+        near = h.pick(h.rank <= h.each(h.n))  # nothing beyond rank R counts
+        total = sum(_asi_sum(near.pick(near.level == t), tables["harmonic"], above(t), n[:, 1]) for t in range(1, self.L + 1))
         out["ASI"] = total / n[:, 1].clamp(min=1)
 
 # %% ../nbs/15_metrics.ipynb #e1a6eb1e

@@ -29,7 +29,7 @@ from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.transforms import v2
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .core import TRUNKS, atomic_path, nearest, write_atomic
 
@@ -213,7 +213,9 @@ class GeMPool(nn.Module):
         if x.ndim == 2: return x
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # powers overflow in half precision
         with torch.autocast(x.device.type, enabled=False):
-            return x.clamp(min=self.eps).pow(self.p).mean((2, 3)).pow(1 / self.p)
+            x = x.clamp(min=self.eps)
+            top = x.detach().amax((2, 3), keepdim=True)  # gem(x) = top * gem(x / top): no power overflows
+            return (x / top).pow(self.p).mean((2, 3)).pow(1 / self.p) * top[..., 0, 0]
 
 # %% ../nbs/25_models.ipynb #0c2bb794
 POOLINGS = {"avg": AvgPool, "max": MaxPool, "avg+max": AvgMaxPool, "gem": GeMPool}
@@ -417,18 +419,29 @@ def _disk(folder):
         raise OSError(getattr(e, "errno", None), f"features cannot be kept in {folder} ({getattr(e, 'strerror', None) or e}). Free some space, or choose another "
                       "folder with cache_dir=..., or keep them in memory only with cache_dir=None") from e
 
-# %% ../nbs/25_models.ipynb #ab54091b
+# %% ../nbs/25_models.ipynb #3f59d260
+def _split_transform(transform):
+    "Cut a transform into what is done to each PIL image and what can be done to a whole batch of bytes."
+    steps = list(getattr(transform, "transforms", []))
+    at = next((i for i, t in enumerate(steps) if isinstance(t, v2.ToImage)), None)
+    if at is None or not all(isinstance(t, (v2.ToDtype, v2.Normalize)) for t in steps[at + 1:]): return transform, None
+    first, last = v2.Compose(steps[:at] or [nn.Identity()]), v2.Compose(steps[at + 1:] or [nn.Identity()])
+    return (lambda image: torch.from_numpy(np.array(first(image)).transpose(2, 0, 1))), last
+
+# %% ../nbs/25_models.ipynb #69fc02c2
 @torch.inference_mode()
 def _extract(net, pool, dataset, transform, rows, batch_size, device, bar):
     "Pooled features of some rows, `[len(rows), F]` float32 on the CPU."
-    load = lambda part: torch.stack([transform(dataset.image(i)) for i in part])
+    each, last = _split_transform(transform)
+    load = lambda part: torch.stack([each(dataset.image(i)) for i in part])
     parts, out = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)], []
     with ThreadPoolExecutor(1) as ahead:  # one thread decodes while torch computes
         waiting = ahead.submit(load, parts[0])
         for i, part in enumerate(parts):
             x = waiting.result()
             if i + 1 < len(parts): waiting = ahead.submit(load, parts[i + 1])
-            x = x.to(device, memory_format=torch.channels_last)
+            x = x.to(device)
+            x = (x if last is None else last(x)).contiguous(memory_format=torch.channels_last)
             out.append(pool(net(x)).float().cpu())
             bar.update(len(part))
     x = torch.cat(out)

@@ -8,7 +8,6 @@ __all__ = ['PALETTE', 'MARKERS', 'LINES', 'style', 'looks', 'save', 'top_k', 'le
 
 # %% ../nbs/40_plots.ipynb #1f80aa04
 import functools, io, math, os
-from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 import matplotlib as mpl, matplotlib.pyplot as plt
@@ -30,10 +29,14 @@ _RC = {"font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes
        "image.interpolation": "antialiased", "svg.hashsalt": "hapnb", "svg.fonttype": "path"}
 
 # %% ../nbs/40_plots.ipynb #a66e0e32
-@contextmanager
-def style(**changes):
+class style(dict):
     "Draw in the house style inside the `with` block; `changes` are matplotlib rc settings on top of it."
-    with mpl.rc_context({**_RC, **changes}): yield
+    def __init__(self, **changes): super().__init__({**_RC, **changes})
+    def __enter__(self):
+        self._context = mpl.rc_context(self)
+        self._context.__enter__()
+        return self
+    def __exit__(self, *exc): return self._context.__exit__(*exc)
 
 # %% ../nbs/40_plots.ipynb #3b55c1be
 def _drawn(f):

@@ -257,10 +257,9 @@ class _Pool:
         self.in_flight = {}
 
     def __iter__(self):
-        suspects = yield from self._round(dict(self.todo), self.jobs)
-        for key in suspects:
-            if (yield from self._round({key: self.todo[key]}, 1)):
-                yield key, None, "the worker process died twice (killed, or out of memory); try fewer --jobs or a smaller batch"
+        suspects = yield from self._round(self.todo, self.jobs)
+        for key in (yield from self._round({k: self.todo[k] for k in suspects}, 1)):
+            yield key, None, "the worker process died twice (killed, or out of memory); try fewer --jobs or a smaller batch"
 
     def _gpus(self, context):
         "A queue with one GPU for each worker, or None on the CPU."
@@ -280,9 +279,8 @@ def _round(self: _Pool, todo, jobs):
     todo, gpus = dict(todo), self._gpus(context)
     device = "cuda" if gpus is not None else str(self.device)
     while todo:
-        pool = ProcessPoolExecutor(jobs, context, _start_worker, (self.modules, gpus))
+        pool, broken, ended = ProcessPoolExecutor(jobs, context, _start_worker, (self.modules, gpus)), False, False
         try:
-            broken = False
             while (todo and not broken) or self.in_flight:
                 while todo and not broken and len(self.in_flight) < jobs:
                     key, cfg = next(iter(todo.items()))
@@ -296,8 +294,9 @@ def _round(self: _Pool, todo, jobs):
                     elif f.exception(): yield key, None, f"{type(f.exception()).__name__}: {f.exception()}"
                     else: yield key, *f.result()
                 yield None, None, None  # a sign of life, for the progress report
+            ended = True
         finally:
-            _stop(pool)
+            pool.shutdown() if ended else _stop(pool)
             self.in_flight.clear()
     return suspects
 
@@ -826,10 +825,11 @@ def declared_parameters(notebook) -> dict: # name -> (type name, default)
 # %% ../nbs/60_study.ipynb #6b463f39
 def _declared(source, notebook):
     "Yield (name, (type, default)) for each line of a parameters cell."
-    for node in ast.parse(source).body:
+    nodes = ast.parse(source).body
+    for node in nodes:
         where = f"{notebook}, parameters cell, line {node.lineno}: {source.splitlines()[node.lineno - 1]!r}"
         plain = isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.targets[0] if isinstance(node, ast.Assign) else node.target, ast.Name)
-        if not plain or ";" in source.splitlines()[node.lineno - 1].split("#")[0]:
+        if not plain or sum(n.lineno <= node.lineno <= n.end_lineno for n in nodes) > 1 or node.lineno != node.end_lineno:
             raise WrongUse(f"{where}: write one `name: type = value  # what it is` a line, and compute in a later cell.")
         target = node.targets[0] if isinstance(node, ast.Assign) else node.target
         try: default = ast.literal_eval(node.value)
@@ -886,7 +886,9 @@ def _papermill(notebook, executed, parameters, say):
     text = base64.b64encode(_yaml(parameters).encode()).decode()
     command = [sys.executable, "-m", "papermill", plain(notebook), plain(executed), "-k", "python3", "-l", "python", "-b", text, "--cwd", str(notebook.parent),
                "--no-progress-bar", "--no-log-output", "--stdout-file", "-", "--stderr-file", "-"]
-    env = {**os.environ, "HAPNB_BATCH": "1", "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    import hapnb  # the notebook shall import the same one, installed or not
+    paths = [str(Path(hapnb.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HAPNB_BATCH": "1", "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=env)
     errors = []
     listener = threading.Thread(target=lambda: errors.extend(child.stderr), daemon=True)

@@ -11,7 +11,7 @@ __all__ = ['PARTS', 'OPTIMIZERS', 'PRECISIONS', 'SCHEMA', 'param_groups', 'make_
            'is_finished', 'Result', 'run', 'profile_run']
 
 # %% ../nbs/30_train.ipynb #ce1e90bd
-import contextlib, dataclasses, functools, hashlib, io, json, math, os, platform, random, socket, subprocess, time, types, typing, warnings
+import contextlib, dataclasses, functools, hashlib, io, json, math, os, pickle, platform, random, socket, subprocess, time, types, typing, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -749,6 +749,8 @@ _commit_once = functools.lru_cache(maxsize=1)(_commit)
 # %% ../nbs/30_train.ipynb #7b703a89
 def _json(path, values): write_atomic(path, json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
+def _history(path, trainer): write_atomic(path / "history.csv", pd.DataFrame(trainer.history).to_csv(index=False))
+
 def _tensors(path, tensors):
     from safetensors.torch import save
     write_atomic(path, save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}))
@@ -867,15 +869,16 @@ def _make_run(cfg, path, train, test, accelerator, progress, save_every, workers
     clock = _Clock(trainer, path, cfg, judge, save_every, progress)
     try: trainer.fit(batches, clock.after_step, clock.after_epoch)
     except Diverged as e:
-        if accelerator.is_main_process: pd.DataFrame(trainer.history).to_csv(path / "history.csv", index=False)
-        raise Diverged(f"{e} The run's folder is {path}; history.csv holds the epochs before" + (", state.pt the last checkpoint." if (path / "state.pt").exists() else ".")) from e
+        if accelerator.is_main_process and trainer.history: _history(path, trainer)
+        kept = [f for f in ("history.csv", "state.pt") if (path / f).exists()]
+        raise Diverged(f"{e} The run's folder is {path}; it holds {', '.join(['config.json', *kept])}.") from e
     z = judge.embed(trainer.net)
     if accelerator.is_main_process: _finish(cfg, path, trainer, z, judge, clock)
 
 def _resume(trainer, path, progress) -> bool: # False: a bad checkpoint, and the trainer may be half changed
     if not (path / "state.pt").exists(): return True
     try: trainer.load_state_dict(load_state(path / "state.pt"))
-    except (RuntimeError, KeyError, ValueError, EOFError, OSError) as e:
+    except (pickle.UnpicklingError, RuntimeError, KeyError, ValueError, EOFError, OSError) as e:  # what torch.load raises on a damaged file
         print(f"{path / 'state.pt'} cannot be used ({type(e).__name__}: {str(e)[:200]}); the run starts again.", flush=True)
         return False
     if progress: print(f"going on with {path} at {trainer.where()}", flush=True)
@@ -936,7 +939,7 @@ def _finish(cfg, path, trainer, z, judge, clock):
         if part == "head" or cfg.freeze != "trunk": weights |= {f"{part}.{k}": v for k, v in getattr(trainer.net, part).state_dict().items()}
     _tensors(path / "weights.safetensors", weights)
     _tensors(path / "embeddings.safetensors", {"embeddings": z, "labels": judge.labels})
-    write_atomic(path / "history.csv", pd.DataFrame(trainer.history).to_csv(index=False))
+    _history(path, trainer)
     metrics = judge.metrics(z)
     _json(path / "environment.json", environment(trainer.accelerator) | dict(train_seconds=sum(r["seconds"] for r in trainer.history), wall_seconds=time.monotonic() - clock.began))
     _json(path / "metrics.json", metrics)
@@ -961,12 +964,15 @@ def _cut_step(trainer, batches, clock):
             trainer.opt.zero_grad()
 
 class _Stopwatch:
-    def __init__(self, device): self.device, self.times = device, {}
+    "Time named pieces. One thread on a CPU: processor time, so that other programs do not count."
+    def __init__(self, device):
+        self.device, self.times = device, {}
+        self.now = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     @contextlib.contextmanager
     def __call__(self, name):
-        self.wait(); t = time.perf_counter()
+        self.wait(); t = self.now()
         yield
-        self.wait(); self.times.setdefault(name, []).append(time.perf_counter() - t)
+        self.wait(); self.times.setdefault(name, []).append(self.now() - t)
     def wait(self): torch.cuda.synchronize() if self.device.type == "cuda" else None
 
 # %% ../nbs/30_train.ipynb #fae78768

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 torch.set_num_threads(1)
 settings.register_profile("hapnb", deadline=None, derandomize=True, print_blob=False, database=None,
+                          phases=[Phase.explicit, Phase.generate],  # no shrinking: a failure is reported in seconds, with its case
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 settings.load_profile("hapnb")
 

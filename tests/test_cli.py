@@ -1,0 +1,178 @@
+"""The command: exit statuses, nearest names, a study that works, fails, is repeated; evaluate on files; doctor."""
+import json, os, shutil, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from hapnb import cli, study
+from hapnb.cli import main
+from toy_study import STUDY, write_study
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = """
+import json, os
+from pathlib import Path
+from hapnb.study import write_atomic
+done = Path(store) / "count"
+n = int(done.read_text()) if done.exists() else 0
+write_atomic(done, str(n + 1))
+print("profile", profile, "run", n)
+"""
+END = """
+from hapnb.study import Claim, save_claims
+save_claims([Claim("P", "c", "m")], out)
+write_atomic(Path(out) / "main.md", "| the main table |")
+"""
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    "A project with two small studies, one of which fails where it is told to."
+    root = tmp_path / "clone"
+    write_study(root / "nbs/studies/10_works.ipynb", STUDY, [WORK, END])
+    write_study(root / "nbs/studies/20_breaks.ipynb", STUDY, ["if seeds == 13: raise ValueError('thirteen')"])
+    (root / "settings.ini").write_text("")
+    monkeypatch.chdir(root)
+    monkeypatch.delenv("HAPNB_FORCE", raising=False)
+    return root
+
+
+@pytest.fixture
+def call(capsys):
+    "Call the command: (status, output, errors)."
+    def run(*argv):
+        status = main([str(a) for a in argv])
+        return status, *capsys.readouterr()
+    return run
+
+
+def test_reproduce_prints_tables_and_places(clone, call):
+    status, out, err = call("reproduce", "works", "--profile", "smoke", "--device", "cpu")
+    assert (status, err) == (0, "")
+    for text in ("[1/1] 10_works: A toy (about 0.1 min on 2 cores)", "profile smoke run 0", "| the main table |", "runs/figures/smoke/10_works", "1 of 1 studies done"):
+        assert text in out
+    assert (clone / "runs/figures/smoke/claims.md").exists() and (clone / "runs/notebooks/10_works.ipynb").exists()
+    assert not (clone / "figures").exists(), "only the full profile writes to the committed figures"
+
+
+def test_reproduce_full_goes_to_figures_and_a_failure_is_named(clone, call):
+    status, out, err = call("reproduce", "--profile", "full", "--device", "cpu", "--seeds", "13")
+    assert status == 1 and "code cell 3 (failed): ValueError: thirteen" in err and str(clone / "runs/notebooks/20_breaks.ipynb") in err
+    assert "1 of 2 studies done. Failed: 20_breaks." in out and (clone / "figures/10_works/main.md").exists()
+
+
+@pytest.mark.parametrize("argv, text", [
+    (["reproduce", "wroks"], "Did you mean 'works'"), (["reproduce", "--profile", "quik"], "Did you mean 'quick'"),
+    (["reproduce", "--dataset", "emojy"], "Did you mean 'emoji'"), (["reproduce", "--device", "gpu"], "unknown device"),
+    (["reproduce", "--data-dir", "/nowhere"], "no such file or folder"), (["reproduce", "--seeds", "0"], "1 or more"),
+    (["reproduce", "--jobs", "two"], "1 or more"), (["reproduce", "--profil", "quick"], "Did you mean '--profile'"),
+    (["reprodce"], "Did you mean 'reproduce'"), ([], "required"),
+    (["train", "--loss", "HAPIERLoss"], "Did you mean 'HAPPIERLoss'"), (["train", "--epochs", "ten"], "not a number"), (["train", "--batch-size", "1"], "2 or more"),
+    (["train", "--loss-args", "tau=1"], "JSON object"), (["train", "--sampler", "m_per_clas"], "Did you mean 'm_per_class'"), (["train", "--los", "x"], "Did you mean '--loss'"),
+    (["evaluate"], "either a file"), (["evaluate", "none.npz"], "no such file"), (["evaluate", "--run", "abc", "--store", "empty"], "0 finished runs")])
+def test_wrong_use_is_status_2_and_one_line(clone, call, argv, text):
+    status, out, err = call(*argv)
+    assert status == 2 and text in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
+
+
+def test_outside_a_clone(tmp_path, monkeypatch, call):
+    monkeypatch.setattr(study, "repo_root", lambda start=None: None)
+    status, _, err = call("studies")
+    assert status == 2 and "inside a clone" in err
+
+
+def test_force_reaches_the_notebook(clone, monkeypatch, call):
+    seen = []
+    monkeypatch.setattr(cli, "run_study", lambda *a, **k: seen.append(os.environ.get("HAPNB_FORCE")) or a[0])
+    monkeypatch.setenv("HAPNB_FORCE", "")
+    call("reproduce", "works", "--force", "--device", "cpu")
+    assert float(seen[0]) > 1e9
+
+
+def test_studies_lists_state_and_cost(clone, call):
+    (clone / "figures/10_works").mkdir(parents=True)
+    (clone / "figures/10_works/main.md").write_text("")
+    status, out, _ = call("studies")
+    assert status == 0 and "minutes on 2 cores: smoke 0.1, quick 2" in out and "full in figures/10_works/" in out and "nothing yet" in out
+
+
+@pytest.mark.parametrize("command", ["", *cli._COMMANDS])
+def test_help(call, command):
+    status, out, _ = call(*command.split(), "--help")
+    assert status == 0 and "usage: hapnb" in out and ("example" in out or not command)
+
+
+def test_train_and_evaluate_a_run(tmp_path, call):
+    store = tmp_path / "runs"
+    argv = ["train", "--dataset", "toy", "--image-size", 32, "--epochs", 1, "--batch_size", 24, "--embed-dim", 8, "--ks", "1,3", "--loss", "SupAPLoss",
+            "--loss-args", '{"tau": 0.02}', "--device", "cpu", "--store", store]
+    status, out, _ = call(*argv)
+    assert status == 0 and "level 0" in out and "R@3" in out and "run: " in out
+    run = next(p for p in store.iterdir() if (p / "metrics.json").exists())
+    assert json.loads((run / "config.json").read_text())["loss_args"] == {"tau": 0.02}
+    metrics = json.loads((run / "metrics.json").read_text())
+    status, out, _ = call("evaluate", "--run", run.name[:6], "--store", store, "--json")
+    assert status == 0 and json.loads(out) == metrics
+    status, out, _ = call("evaluate", "--run", run.name[:6], "--store", store, "--json", "--ks", "2", "--relevance", '{"kind": "pop", "alpha": 2}')
+    other = json.loads(out)
+    assert other["H-AP"] != metrics["H-AP"] and abs(other["AP_level0"] - metrics["AP_level0"]) < 1e-12 and "R@2_level1" in other
+
+
+def test_evaluate_files(tmp_path, call):
+    z = torch.nn.functional.normalize(torch.randn(20, 4, generator=torch.Generator().manual_seed(0))).numpy()
+    fine = np.arange(20) // 4
+    labels = np.stack([fine, fine // 2], 1)
+    words = pd.DataFrame(dict(kind=[f"k{f}" for f in fine], family=[f"f{f}" for f in fine // 2]))
+    np.savez(tmp_path / "a.npz", embeddings=z, labels=labels)
+    from safetensors.numpy import save_file
+    save_file({"embeddings": z}, tmp_path / "b.safetensors")
+    words.to_csv(tmp_path / "l.csv", index=False)
+    words.assign(embedding=list(z)).to_parquet(tmp_path / "c.parquet")
+    found = [call("evaluate", *argv, "--json", "--device", "cpu") for argv in ([tmp_path / "a.npz"], [tmp_path / "b.safetensors", "--labels", tmp_path / "l.csv"], [tmp_path / "c.parquet"])]
+    assert all(f[0] == 0 for f in found) and len({f[1] for f in found}) == 1
+    from hapnb.metrics import evaluate
+    assert json.loads(found[0][1]) == pytest.approx(evaluate(torch.tensor(z), torch.tensor(labels)))
+
+
+@pytest.mark.parametrize("arrays, argv, text", [
+    (dict(embeddings=np.zeros((2, 3))), [], "has no labels"), (dict(labels=[1]), [], "has no embeddings"), (dict(embeddings=np.ones((2, 3)), labels=[1]), [], "2 embeddings but 1 labels"),
+    (dict(embeddings=np.ones((2, 3)), labels=np.array([{}, 1], object)), [], "cannot be read"), (dict(embeddings=np.full((2, 3), np.nan), labels=[1, 1]), [], "NaN"),
+    (dict(embeddings=np.ones((3, 3)), labels=[[0, 0], [0, 1], [1, 1]]), [], "not a tree"), (dict(embeddings=np.ones((2, 3)), labels=[1, 1]), ["--ks", "a"], "whole numbers")])
+def test_evaluate_bad_files(tmp_path, call, arrays, argv, text):
+    np.savez(tmp_path / "e.npz", **{k: np.asarray(v) for k, v in arrays.items()})
+    status, _, err = call("evaluate", tmp_path / "e.npz", *argv)
+    assert status == 2 and text in err
+
+
+def test_doctor(call, monkeypatch):
+    status, out, _ = call("doctor")
+    assert status == 0 and "checksum right" in out and "torch 2." in out and "GB free" in out
+    monkeypatch.setattr(cli, "_version", lambda name: "not installed")
+    status, out, _ = call("doctor")
+    assert status == 1 and "!!  timm  (pip install timm)" in out and "--  faiss" in out
+
+
+def test_doctor_sees_a_damaged_file(monkeypatch, call):
+    real = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: "0" * 64 if self.name == "emoji.sha256" else real(self, *a, **k))
+    assert "checksum wrong" in call("doctor")[1]
+
+
+def test_bugs_and_interruptions(clone, call, monkeypatch):
+    def stop(*a, **k): raise KeyboardInterrupt
+    monkeypatch.setattr(cli, "run_study", stop)
+    status, _, err = call("reproduce", "works", "--device", "cpu")
+    assert status == 130 and "Finished runs are kept" in err
+    def bug(*a, **k): raise KeyError("x")
+    monkeypatch.setattr(cli, "run_study", bug)
+    status, _, err = call("reproduce", "works", "--device", "cpu")
+    assert status == 1 and "bug in hapnb" in err
+
+
+def test_as_a_process(clone):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    p = subprocess.run([sys.executable, "-m", "hapnb.cli", "reproduce", "nothing"], env=env, capture_output=True, text=True, cwd=clone)
+    assert p.returncode == 2 and p.stderr.startswith("hapnb: unknown study 'nothing'")

