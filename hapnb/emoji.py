@@ -364,8 +364,8 @@ def data_card(table: pa.Table, sha: str, size: int, drawn: int) -> str: # Markdo
     f = table.drop_columns(["image"]).to_pandas()
     f["part"] = f["split"]
     line = lambda name, g: f"| {name} | {len(g):,} | {g.concept.nunique():,} | {g.subgroup.nunique()} | {g.group.nunique()} | {len(g) / g.concept.nunique():.1f} |"
-    parts = [line(p, f[f.part.isin(SPLITS[p])]) for p in ("fit", "val", "train", "test", "all")]
-    worlds = [line(w, f[f.open_world == w]) for w in ("labelled", "unlabelled known", "unlabelled unknown")]
+    parts = [line(p, g) for p in ("fit", "val", "train", "test", "all") if len(g := f[f.part.isin(SPLITS[p])])]
+    worlds = [line(w, g) for w in ("labelled", "unlabelled known", "unlabelled unknown") if len(g := f[f.open_world == w])]
     head = ["| part | images | concepts | subgroups | groups | images a concept |", "|---|---:|---:|---:|---:|---:|"]
     per = f.groupby("concept").size()
     versions = ", ".join(f"{k} {version(k)}" for k in BUILT_WITH)

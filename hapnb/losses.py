@@ -263,7 +263,7 @@ class SumLoss(EmbeddingLoss):
         total = 0.
         for name, loss in self.losses.items():
             v, n = loss.values(batch)
-            v = v * n * (len(n) / n.sum().clamp(min=1))  # each part averages over the queries that count for it
+            v = v * n * len(n) / n.sum().clamp(min=1).to(v.dtype)  # each part averages over the queries that count for it
             self._terms[name] = v.detach().mean()
             total = total + self.weights[name] * v
         return total, torch.ones_like(n)

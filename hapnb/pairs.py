@@ -8,9 +8,10 @@ __all__ = ['CalibrationLoss', 'PairLoss', 'ProxyLoss', 'NormSoftmaxLoss', 'Cross
 # %% ../nbs/02_pairs.ipynb #83525d88
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn, Tensor
 
-from .core import LOSSES, Batch, EmbeddingLoss, check_labels, readable
+from .core import LOSSES, Batch, EmbeddingLoss, _rows, check_labels, readable
 
 # %% ../nbs/02_pairs.ipynb #3fdba996
 def _pairs(loss, batch: Batch):
@@ -49,12 +50,14 @@ class CalibrationLoss(EmbeddingLoss):
         if average not in ("nonzero", "all"): raise ValueError(f"average must be 'nonzero' or 'all', got {average!r}.")
         self.pos_margin, self.neg_margin, self.level, self.average = pos_margin, neg_margin, level, average
 
-    def values(self, batch: Batch):
-        s, pos, neg = _pairs(self, batch)
-        p = _share((self.pos_margin - s).relu(), pos, self.average == "nonzero")
-        n = _share((s - self.neg_margin).relu(), neg, self.average == "nonzero")
-        self._terms.update(positive=p.sum().detach(), negative=n.sum().detach())
-        return len(s) * (p + n), torch.ones_like(p, dtype=torch.bool)
+# %% ../nbs/02_pairs.ipynb #3e2a2ceb
+@patch
+def values(self: CalibrationLoss, batch: Batch):
+    s, pos, neg = _pairs(self, batch)
+    p = _share((self.pos_margin - s).relu(), pos, self.average == "nonzero")
+    n = _share((s - self.neg_margin).relu(), neg, self.average == "nonzero")
+    self._terms.update(positive=p.sum().detach(), negative=n.sum().detach())
+    return len(s) * (p + n), torch.ones_like(p, dtype=torch.bool)
 
 # %% ../nbs/02_pairs.ipynb #a02e778e
 @LOSSES.register()
@@ -72,16 +75,18 @@ class PairLoss(EmbeddingLoss):
         super().__init__(similarity, reduction)
         self.margin, self.level, self.drop_equal = margin, level, drop_equal
 
-    def values(self, batch: Batch):
-        s, pos, neg = _pairs(self, batch)
-        if self.drop_equal is not None: pos &= s <= 1 - self.drop_equal
-        p, n = torch.where(pos, 1 - s, 0.).sum(1), torch.where(neg & (s > self.margin), s, 0.).sum(1)
-        self._terms.update(positive=p.mean().detach(), negative=n.mean().detach())
-        return p + n, torch.ones_like(p, dtype=torch.bool)
+# %% ../nbs/02_pairs.ipynb #18251932
+@patch
+def values(self: PairLoss, batch: Batch):
+    s, pos, neg = _pairs(self, batch)
+    if self.drop_equal is not None: pos &= s <= 1 - self.drop_equal
+    p, n = torch.where(pos, 1 - s, 0.).sum(1), torch.where(neg & (s > self.margin), s, 0.).sum(1)
+    self._terms.update(positive=p.mean().detach(), negative=n.mean().detach())
+    return p + n, torch.ones_like(p, dtype=torch.bool)
 
 # %% ../nbs/02_pairs.ipynb #bc0c5fb0
 class ProxyLoss(EmbeddingLoss):
-    "Base of losses with one learned vector a class; a subclass defines `logits(emb, target)`."
+    "Base of losses with one learned vector a class; a subclass defines `logits(emb, weight, target) -> [Q, C]`."
     def __init__(self,
                  num_classes: int, # C, classes of the training set at `level`
                  embedding_size: int, # D
@@ -97,25 +102,20 @@ class ProxyLoss(EmbeddingLoss):
     @property
     def num_classes(self) -> int: return self.weight.shape[0]
 
-    def logits(self, emb: Tensor, target: Tensor) -> Tensor: raise NotImplementedError
+    def logits(self, emb: Tensor, weight: Tensor, target: Tensor) -> Tensor: raise NotImplementedError
 
 # %% ../nbs/02_pairs.ipynb #0e17e900
 def _same_size(loss, emb):
     if emb.shape[1] != loss.weight.shape[1]:
         raise ValueError(f"embeddings have {emb.shape[1]} dimensions, the proxies of {type(loss).__name__} {loss.weight.shape[1]}.")
 
-def _rows(mask, most=5):
-    rows = mask.nonzero()[:, 0].tolist()
-    return ", ".join(map(str, rows[:most])) + (f" and {len(rows) - most} more" if len(rows) > most else "")
-
+# %% ../nbs/02_pairs.ipynb #32f14f18
 def _wide(emb, weight):
     "Both in the wider of their two types, and never below float32."
     dtype = torch.promote_types(torch.promote_types(emb.dtype, weight.dtype), torch.float32)
     return emb.to(dtype), weight.to(dtype)
 
 # %% ../nbs/02_pairs.ipynb #97fc29b9
-from fastcore.basics import patch
-
 @patch
 def targets(self: ProxyLoss, batch: Batch) -> Tensor: # LongTensor [Q], -1 = unknown
     "Read the classes at the loss's level; `ValueError` names rows that have no proxy."
@@ -125,6 +125,7 @@ def targets(self: ProxyLoss, batch: Batch) -> Tensor: # LongTensor [Q], -1 = unk
                          f"has {self.num_classes} proxies, 0 to {self.num_classes - 1}; re-index the classes or raise num_classes.")
     return target
 
+# %% ../nbs/02_pairs.ipynb #c357c98e
 @patch
 def values(self: ProxyLoss, batch: Batch):
     _same_size(self, batch.emb)
@@ -151,9 +152,11 @@ class NormSoftmaxLoss(ProxyLoss):
         if not temperature > 0: raise ValueError(f"temperature must be above 0, got {temperature}.")
         self.temperature = temperature
 
-    def logits(self, emb: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        "Give `[Q, C]` similarities to the proxies over the temperature."
-        return emb @ F.normalize(weight, dim=1).T / self.temperature
+# %% ../nbs/02_pairs.ipynb #4ae37797
+@patch
+def logits(self: NormSoftmaxLoss, emb: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    "Give `[Q, C]` similarities to the proxies over the temperature."
+    return emb @ F.normalize(weight, dim=1).T / self.temperature
 
 # %% ../nbs/02_pairs.ipynb #ba8baa61
 class _BiasProxies:
@@ -162,6 +165,7 @@ class _BiasProxies:
         bound = self.weight.shape[1] ** -0.5
         self.bias = nn.Parameter(torch.empty(self.weight.shape[0]).uniform_(-bound, bound))
 
+# %% ../nbs/02_pairs.ipynb #44ded098
 @LOSSES.register()
 class CrossEntropyLoss(_BiasProxies, ProxyLoss):
     "Classify embeddings by a linear layer, `weight [C, D]` and `bias [C]`; contracts as `NormSoftmaxLoss`."
@@ -175,9 +179,11 @@ class CrossEntropyLoss(_BiasProxies, ProxyLoss):
         super().__init__(num_classes, embedding_size, level, similarity, reduction)
         self.add_bias()
 
-    def logits(self, emb: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        "Give `[Q, C]` outputs of the linear layer."
-        return emb @ weight.T + self.bias
+# %% ../nbs/02_pairs.ipynb #15910fc5
+@patch
+def logits(self: CrossEntropyLoss, emb: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    "Give `[Q, C]` outputs of the linear layer."
+    return emb @ weight.T + self.bias
 
 # %% ../nbs/02_pairs.ipynb #c58b35d1
 @LOSSES.register()
@@ -197,10 +203,12 @@ class AMSoftmaxLoss(_BiasProxies, ProxyLoss):
         self.margin, self.scale, self.plain = margin, scale, plain
         if plain: self.add_bias()
 
-    def logits(self, emb: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        "Give `[Q, C]` scaled similarities with the margin off the target's."
-        out = emb @ weight.T + self.bias if self.plain else emb @ F.normalize(weight, dim=1).T
-        return self.scale * out.scatter_add(1, target[:, None], torch.full_like(out[:, :1], -self.margin))
+# %% ../nbs/02_pairs.ipynb #2b38738c
+@patch
+def logits(self: AMSoftmaxLoss, emb: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    "Give `[Q, C]` scaled similarities with the margin off the target's."
+    out = emb @ weight.T + self.bias if self.plain else emb @ F.normalize(weight, dim=1).T
+    return self.scale * out.scatter_add(1, target[:, None], torch.full_like(out[:, :1], -self.margin))
 
 # %% ../nbs/02_pairs.ipynb #5ed9f83e
 _margins = {2: (.25, .45), 3: (.25, .35, .45), 7: (.15, .25, .35, .45, .55, .65, .75)}  # HAPPIER's configurations
@@ -248,6 +256,7 @@ def own_proxy(self: CSLLoss, batch: Batch):
         raise ValueError(f"labels: row(s) {_rows(lost)} have a finest class without a proxy (first: {int(fine[lost][0])}); see proxy_labels.")
     return match.byte().argmax(1), known
 
+# %% ../nbs/02_pairs.ipynb #d99b733a
 @patch
 def values(self: CSLLoss, batch: Batch):
     _same_size(self, batch.emb)

@@ -176,11 +176,11 @@ def _block(k, live, groups, combine, total, need, dk, ds):
     "One block of positives `k [q, p]`: sum, combine, and push the derivative back into `dk` and `ds`."
     sums, saved = zip(*(f.sums(s[:, None, :], k[:, :, None]) for s, f in groups))
     share, slopes = combine(sums)
-    total += (share * live).sum(1)
+    total += torch.where(live, share, 0.).sum(1)  # an empty place may hold 0/0
     if not need: return
     for (_, f), keep, slope, d in zip(groups, saved, slopes, ds):
         if slope is None or not f.smooth: continue
-        slope, fx = slope * live, f.slope(keep)
+        slope, fx = torch.where(live, slope, 0.), f.slope(keep)
         d += torch.bmm(slope[:, None, :], fx)[:, 0]  # sum over positives of slope * f'(x)
         dk -= slope * fx.sum(-1)
 

@@ -11,6 +11,7 @@ import inspect
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch.utils.data import Sampler
 
 from .core import SAMPLERS, check_labels, nearest
@@ -41,15 +42,15 @@ class EpochSampler(Sampler):
         self.epoch, self.start = 0, 0
         self._check()
 
-    def set_epoch(self, epoch: int, # 0, 1, 2, ...
-                  start: int = 0, # first batch to give: where an interrupted epoch goes on
-                  ):
-        "Choose the epoch, and where in it to begin."
-        self.epoch, self.start = int(epoch), int(start)
+# %% ../nbs/22_samplers.ipynb #acab4dc4
+@patch
+def set_epoch(self: EpochSampler, epoch: int, # 0, 1, 2, ...
+              start: int = 0, # first batch to give: where an interrupted epoch goes on
+              ):
+    "Choose the epoch, and where in it to begin."
+    self.epoch, self.start = int(epoch), int(start)
 
 # %% ../nbs/22_samplers.ipynb #d89a1bf6
-from fastcore.basics import patch
-
 @patch
 def rng(self: EpochSampler, draw: int = 0): # 0: the plan of the epoch; b + 1: batch b
     "Make the generator of one draw of this epoch."
@@ -60,6 +61,7 @@ def batch(self: EpochSampler, b: int): # number of the batch in this epoch
     "Give the whole batch `b` as an array of row numbers, groups of `self.group` together."
     raise NotImplementedError
 
+# %% ../nbs/22_samplers.ipynb #87a0372e
 @patch
 def part(self: EpochSampler, batch): # rows of the whole batch
     "Keep this process's part; a short batch loses up to `world_size - 1` groups so that all parts are equal."
@@ -85,6 +87,7 @@ def _check(self: EpochSampler):
     if B % m: raise ValueError(f"batch_size={B} is not a multiple of m={m}. Nearest that are: {[x for x in (B // m * m, B // m * m + m) if x]}.")
     if B // m % W: raise ValueError(f"batch_size={B} is {B // m} groups of {m}, which {W} processes cannot share equally; use a multiple of {m * W}.")
 
+# %% ../nbs/22_samplers.ipynb #29e86a5d
 @patch
 def __repr__(self: EpochSampler):
     split = f", process {self.rank} of {self.world_size}" if self.world_size > 1 else ""
@@ -102,13 +105,16 @@ class RandomBatchSampler(EpochSampler):
         if len(self) == 0:
             raise ValueError(f"{len(self.labels)} images do not fill one batch of {batch_size}; use batch_size <= {len(self.labels)} or drop_last=False.")
 
-    def __len__(self):
-        full, rest = divmod(len(self.labels), self.batch_size)
-        return full + (not self.drop_last and rest >= self.world_size)
+# %% ../nbs/22_samplers.ipynb #fa314f6e
+@patch
+def __len__(self: RandomBatchSampler):
+    full, rest = divmod(len(self.labels), self.batch_size)
+    return full + (not self.drop_last and rest >= self.world_size)
 
-    def batch(self, b):
-        order = _once(self, lambda: self.rng().permutation(len(self.labels)))
-        return order[b * self.batch_size:(b + 1) * self.batch_size]
+@patch
+def batch(self: RandomBatchSampler, b):
+    order = _once(self, lambda: self.rng().permutation(len(self.labels)))
+    return order[b * self.batch_size:(b + 1) * self.batch_size]
 
 # %% ../nbs/22_samplers.ipynb #8a759911
 def _once(sampler, make):
@@ -146,6 +152,7 @@ class MPerClassSampler(EpochSampler):
     def __len__(self): return len(_once(self, self.plan))
     def batch(self, b): return _once(self, self.plan)[b]
 
+# %% ../nbs/22_samplers.ipynb #3b8a2a20
 def _column(labels, level):
     if not -labels.shape[1] <= level < labels.shape[1]:
         raise ValueError(f"level {level} does not exist: the labels have {labels.shape[1]} level(s), 0 to {labels.shape[1] - 1}.")
@@ -183,10 +190,12 @@ class BalancedSampler(EpochSampler):
 
     def __len__(self): return self.batches
 
-    def batch(self, b):
-        rng = self.rng(b + 1)
-        chosen = rng.choice(len(self.rows), self.batch_size // self.group, replace=False)
-        return np.concatenate([_draw(rng, self.rows[c], self.group) for c in chosen])
+# %% ../nbs/22_samplers.ipynb #8f2cc3db
+@patch
+def batch(self: BalancedSampler, b):
+    rng = self.rng(b + 1)
+    chosen = rng.choice(len(self.rows), self.batch_size // self.group, replace=False)
+    return np.concatenate([_draw(rng, self.rows[c], self.group) for c in chosen])
 
 def _draw(rng, rows, m):
     "Draw `m` rows; without replacement wherever that is possible."
@@ -213,10 +222,12 @@ class HierarchicalSampler(EpochSampler):
 
     def __len__(self): return len(self.pairs) * self.batches_per_pair
 
-    def batch(self, b):
-        pair = self.pairs[_once(self, lambda: self.rng().permutation(len(self)))[b] // self.batches_per_pair]
-        rng = self.rng(b + 1)
-        return np.concatenate([_draw(rng, self.rows[c], self.group) for s in pair for c in self._classes(rng, s)])
+# %% ../nbs/22_samplers.ipynb #0c82e612
+@patch
+def batch(self: HierarchicalSampler, b):
+    pair = self.pairs[_once(self, lambda: self.rng().permutation(len(self)))[b] // self.batches_per_pair]
+    rng = self.rng(b + 1)
+    return np.concatenate([_draw(rng, self.rows[c], self.group) for s in pair for c in self._classes(rng, s)])
 
 _SMALL = ("short", "repeat", "skip", "error")
 
@@ -228,6 +239,7 @@ def _classes(self: HierarchicalSampler, rng, s):
     rounds = -(-self.half // len(own)) if self.small == "repeat" else 1
     return np.concatenate([rng.permutation(own) for _ in range(rounds)])[:self.half]
 
+# %% ../nbs/22_samplers.ipynb #2617314c
 @patch
 def _group(self: HierarchicalSampler, level, super_level):
     "Find the classes of each super-class."
@@ -239,7 +251,7 @@ def _group(self: HierarchicalSampler, level, super_level):
     sizes = np.array([len(x) for x in self.members], dtype=int)
     if self.small == "skip": self.supers, self.members = self.supers[sizes >= self.half], [x for x in self.members if len(x) >= self.half]
     if self.small == "error" and (sizes < self.half).any():
-        raise ValueError(f"super-class {self.supers[sizes.argmin()]} has {sizes.min()} classes, a half batch needs {self.half}; "
+        raise ValueError(f"super-class {self.supers[sizes.argmin()]} has {sizes.min()} class(es), a half batch needs {self.half}; "
                          f"use batch_size <= {2 * self.group * sizes.min()} or small='short'.")
     if len(self.supers) < 2: raise ValueError(f"pairs need two super-classes, found {len(self.supers)} of the {len(sizes)} at level {super_level} usable; use 'm_per_class'"
                                               + (", a smaller batch, or small='short'." if self.small == "skip" else "."))

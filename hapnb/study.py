@@ -54,6 +54,7 @@ def _change(base, changes):
         new[top] = {**(new.get(top, getattr(base, top)) or {}), entry: value} if entry else value
     return dataclasses.replace(base, **new)
 
+# %% ../nbs/60_study.ipynb #b6122dc9
 def _options(base, name, values):
     "An axis as a list of (labels, changes)."
     if isinstance(values, dict):
@@ -86,6 +87,7 @@ class Interval(namedtuple("Interval", "mean half n")):
     def __str__(self):
         return f"{self.mean:.4g} ± {self.half:.2g} (n={self.n})" if self.n > 1 else f"{self.mean:.4g} (one value, no interval)"
 
+# %% ../nbs/60_study.ipynb #6597d308
 def interval(values, # numbers, one a seed
              level: float = 0.95, # how often such an interval holds the true mean
              ) -> Interval:
@@ -120,6 +122,7 @@ def _p_value(d):
     if np.ptp(d) == 0: return float(d[0] == 0)  # no spread at all: equal everywhere, or different everywhere
     return float(2 * stats.t.sf(abs(d.mean()) / (d.std(ddof=1) / len(d) ** .5), len(d) - 1))
 
+# %% ../nbs/60_study.ipynb #74004fd8
 def _by_seed(rows, metric, by):
     "Scores of each group as a Series over seeds; failed runs left out."
     by = [by] if isinstance(by, str) else list(by)
@@ -216,6 +219,7 @@ def _start_worker(modules, gpus):
     if gpus is None: torch.set_num_threads(1)
     for m in modules: importlib.import_module(m)
 
+# %% ../nbs/60_study.ipynb #8cc87bca
 def _work(cfg, store, device, runner):
     "Do one run in a worker: (metrics, None) or (None, what went wrong)."
     tell = bool(os.environ.get("HAPNB_BATCH")) and getattr(cfg, "freeze", "trunk") != "trunk"  # a long run reports its epochs
@@ -236,10 +240,12 @@ def _registered(cfg, runner):
         if getattr(cfg, name, None) in registry: found.append(registry.get(getattr(cfg, name)))
     return found
 
+# %% ../nbs/60_study.ipynb #d0460d2d
 def _is_local(cfg, runner):
     "Whether a run needs something that exists only in this notebook or script."
     return any(getattr(o, "__module__", "") == "__main__" for o in _registered(cfg, runner)) or type(cfg).__module__ == "__main__"
 
+# %% ../nbs/60_study.ipynb #7eeb1603
 @contextlib.contextmanager
 def _plain_main():
     "Hide the main script while workers start, so that they do not run it again (no `if __name__` guard needed)."
@@ -443,6 +449,7 @@ def _complaint(failed, total, store):
     return (f"{len(failed)} of {total} runs failed; the others are kept in {store}.\n  " + "\n  ".join(names) + more +
             "\nMend the cause and start again: only these runs are done. To go on without them: on_error='keep'.")
 
+# %% ../nbs/60_study.ipynb #9c16fca6
 def _forget(store, keys):
     "Under `hapnb reproduce --force`: drop results that are older than the command."
     since = float(os.environ.get("HAPNB_FORCE") or 0)
@@ -477,8 +484,10 @@ def _mark(rows, metric, by, cells, lower, level):
     if not real: return cells
     best = (min if lower else max)(real, key=lambda r: real[r].mean)
     out = {r: c._replace(mark="best" if c.n and c.mean == real[best].mean else "") for r, c in cells.items()}
-    if len(real) > 1 and min(c.n for c in real.values()) > 1:
-        test = paired_test(rows, metric, by, best if len(by) > 1 else best[0], level)
+    several = [r for r, c in real.items() if c.n > 1]  # one seed cannot be tested
+    if best in several and len(several) > 1:
+        mine = [r in several for r in rows[by].itertuples(index=False, name=None)]
+        test = paired_test(rows[mine], metric, by, best if len(by) > 1 else best[0], level)
         for name, p in zip(test["group"], test["p_holm"]):
             r = name if len(by) > 1 else (name,)
             if p >= 1 - level and not out[r].mark: out[r] = out[r]._replace(mark="tie")
@@ -586,6 +595,7 @@ _TEX = {"\\": r"\textbackslash{}", **{c: "\\" + c for c in "&%$#_{}"}, "~": r"\t
 
 def _tex(text): return "".join(_TEX.get(c, c) for c in str(text))
 
+# %% ../nbs/60_study.ipynb #344eb704
 @patch
 def to_latex(self: Table) -> str:
     r"The table in LaTeX, for `\usepackage{booktabs}`."
@@ -606,6 +616,7 @@ def repo_root(start=None) -> Path: # None if there is none
             if (p / "settings.ini").exists() and (p / "nbs").is_dir(): return p
     return None
 
+# %% ../nbs/60_study.ipynb #3ce683fe
 def commit() -> str:
     "The commit of the code in use, or the package's version outside a clone."
     root = repo_root()
@@ -634,6 +645,7 @@ def hardware(device: str = "auto") -> str:
         text = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}; {text}"
     return text
 
+# %% ../nbs/60_study.ipynb #593f6e3c
 def _environments(store, keys):
     "What the runs say about where they were made."
     paths = [Path(store) / k / "environment.json" for k in dict.fromkeys(keys)]
@@ -663,6 +675,7 @@ def save_figure(fig, # a matplotlib figure
     from hapnb.plots import save  # late: drawing libraries take a second to load, and the command must start at once
     return save(fig, out, name, formats)
 
+# %% ../nbs/60_study.ipynb #0cfc9df6
 def save_table(table: Table, out, name: str = "main") -> list: # the paths
     "Write a table as Markdown, CSV and LaTeX; `main` is the one that `hapnb reproduce` prints."
     texts = {"md": table.to_markdown(), "csv": table.to_csv(), "tex": table.to_latex()}
@@ -682,6 +695,7 @@ class Claim:
     def __post_init__(self):
         if self.verdict not in VERDICTS: raise ValueError(f"unknown verdict {self.verdict!r}.{nearest(self.verdict, VERDICTS)} Known: {', '.join(VERDICTS)}.")
 
+# %% ../nbs/60_study.ipynb #5615d61d
 def claim_better(paper, claim, measured,
                  rows, metric, by, better, than, # the claim: `better` beats `than` in `metric`
                  margin: float = 0., # by at least this much (a share: 0.01 is one percent point); negative: "no worse than"
@@ -697,6 +711,7 @@ def save_claims(claims, out) -> Path: # the study's claims.json
     "Write a study's claims beside its tables."
     return write_atomic(Path(out) / "claims.json", json.dumps([dataclasses.asdict(c) for c in claims], indent=1, ensure_ascii=False) + "\n")
 
+# %% ../nbs/60_study.ipynb #bf2ac37c
 def write_claims(figures_dir) -> Path: # claims.md
     "Rebuild `claims.md` from the `claims.json` of every study below `figures_dir`."
     found, figures_dir = [], Path(figures_dir)
@@ -719,6 +734,7 @@ PROFILES = {
     "paper":   dict(seeds=3, note="the papers' recipe on the real data; needs --dataset, --data-dir and a GPU", settings=dict(freeze="none", epochs=100)),
 }
 
+# %% ../nbs/60_study.ipynb #0f132940
 def profile_settings(profile: str, # "smoke", "quick", "full", "network" or "paper"
                      **special, # profile -> dict of fields that this study sets otherwise; `always` -> for all profiles
                      ) -> dict: # "seeds" and fields of `RunConfig`
@@ -753,6 +769,10 @@ class Study:
     settings: dict # fields of `RunConfig` of this profile
     claims: list = field(default_factory=list)
 
+    def grid(self, base, **axes) -> Grid:
+        "`grid` with this study's seeds."
+        return grid(base, self.seeds, **axes)
+
 # %% ../nbs/60_study.ipynb #8dc12490
 def begin(name: str, # of the notebook: "10_benchmark"
           profile="smoke", dataset="emoji", data_dir="", seeds=0, device="auto", store="runs", out="", jobs=0, # its parameters
@@ -772,17 +792,13 @@ def config(self: Study, **changes): # a `RunConfig`
     base = {"dataset": self.dataset, **({"data_dir": self.data_dir} if self.data_dir else {}), **self.settings, **changes}
     return _change(RunConfig(), base)
 
-@patch
-def grid(self: Study, base, **axes) -> Grid:
-    "`grid` with this study's seeds."
-    return globals()["grid"](base, self.seeds, **axes)
-
 # %% ../nbs/60_study.ipynb #6effcfeb
 @patch
 def run(self: Study, configs, **args) -> pd.DataFrame:
     "`run_grid` with this study's store, device and jobs."
     return run_grid(configs, **{"store": self.store, "jobs": self.jobs, "device": self.device, **args})
 
+# %% ../nbs/60_study.ipynb #2440e074
 @patch
 def table(self: Study, rows, by, metrics, name="main", **args) -> Table:
     "`make_table` with provenance, saved as `name.md`, `.csv` and `.tex`."
@@ -796,6 +812,7 @@ def figure(self: Study, fig, name, **args):
     "Save a figure as `name.svg` and `name.png`."
     save_figure(fig, self.out, name, **args)
 
+# %% ../nbs/60_study.ipynb #b3d74343
 @patch
 def claim(self: Study, claim: Claim) -> Claim:
     "Record a claim, and rebuild `claims.md`."
@@ -810,6 +827,7 @@ class StudyFailed(RuntimeError):
     "A study notebook that did not run to its end."
     def __init__(self, message, notebook=None, cell=None): super().__init__(message); self.notebook, self.cell = notebook, cell
 
+# %% ../nbs/60_study.ipynb #6c33b838
 def declared_parameters(notebook) -> dict: # name -> (type name, default)
     "Read the parameters that a notebook declares; `WrongUse` if papermill could not fill them in."
     import nbformat
@@ -841,6 +859,7 @@ def _declared(source, notebook):
 # %% ../nbs/60_study.ipynb #dfcb8c5f
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
+# %% ../nbs/60_study.ipynb #c91bcaeb
 def _fit(value, kind):
     "Convert `value` to the declared type without losing anything; `ValueError` otherwise."
     if kind == "bool":
@@ -856,6 +875,7 @@ def _fit(value, kind):
     elif kind not in ("bool", "int", "float", "str"): return value
     raise ValueError
 
+# %% ../nbs/60_study.ipynb #a90e09af
 def check_parameters(notebook, parameters: dict) -> dict: # with the declared types
     "Check names and types of parameters against what the notebook declares; `WrongUse` with the nearest name."
     declared, out = declared_parameters(notebook), {}
@@ -950,6 +970,7 @@ def find_studies(root=None) -> list: # of `StudyFile`, by name
     if root is None: raise WrongUse("no studies found: they are notebooks of the project, not of the installed package. Run this inside a clone of hapnb.")
     return [_study_file(p) for p in sorted((root / "nbs/studies").glob("*.ipynb")) if not p.name.startswith(("_", "."))]
 
+# %% ../nbs/60_study.ipynb #18a386b1
 def _study_file(path):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     text = next(("".join(c["source"]) for c in cells if c["cell_type"] == "markdown"), "")
@@ -957,7 +978,7 @@ def _study_file(path):
     title = next((l.lstrip("# ") for l in lines if l.startswith("# ")), path.stem)
     summary = next((l.lstrip("> ") for l in lines if l.startswith(">")), "")
     times = next((l for l in lines if "expected time" in l.lower()), "")
-    minutes = {k: float(v) for k, v in re.findall(r"(\w+) (?:about )?(\d+(?:\.\d+)?) min", times)}
+    minutes = {k: float(v) for k, v in re.findall(r"(\w+) (?:about )?(\d+(?:\.\d+)?) min", times) if k in PROFILES}
     return StudyFile(path.stem, path, title, summary, minutes)
 
 # %% ../nbs/60_study.ipynb #e86f58ec

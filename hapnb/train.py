@@ -39,7 +39,7 @@ def param_groups(modules: dict, # part name -> module or None
     out = []
     for name, module in modules.items():
         params = [p for p in module.parameters() if p.requires_grad] if module is not None else []
-        own = dict(lr=lr, weight_decay=weight_decay, min_lr=None, **{}) | dict((groups or {}).get(name, {}))
+        own = dict(lr=lr, weight_decay=weight_decay, min_lr=None) | dict((groups or {}).get(name, {}))
         if params: out.append(dict(own, params=params, base_lr=own["lr"], name=name))
     return out
 
@@ -72,6 +72,7 @@ def schedule_factor(name: str, # "constant", "cosine", "step" or "multistep"
     if name == "multistep": return args.get("gamma", 0.1) ** sum(m <= t for m in args["milestones"])
     return 1.
 
+# %% ../nbs/30_train.ipynb #4d8f552b
 def check_schedule(name, args=None) -> dict:
     "Check a schedule's name and arguments; `ValueError` with the nearest name."
     args = dict(args or {})
@@ -89,12 +90,12 @@ def schedule_lr(group: dict, # a parameter group: base_lr, min_lr
                 ) -> float:
     "Compute the learning rate of a group in epoch `t`."
     low = group["min_lr"] if group.get("min_lr") is not None else (args or {}).get("min_lr", 0.)
-    if name != "cosine" and group.get("min_lr") is None: low = 0.
     return low + (group["base_lr"] - low) * schedule_factor(name, t, total, args)
 
 # %% ../nbs/30_train.ipynb #fcd8ce5d
 class Diverged(RuntimeError): "The loss or a gradient became NaN or infinite."
 
+# %% ../nbs/30_train.ipynb #d3346ea0
 class Trainer:
     "Net, loss, optimiser and schedule: all that a training step needs and all that a checkpoint must hold."
     def __init__(self,
@@ -145,6 +146,7 @@ def spread(z: Tensor) -> Tensor: # embeddings [B, D] -> scalar in [-1, 1]; 0 for
     z, n = F.normalize(z.detach().float(), dim=1), len(z)
     return (z.sum(0).square().sum() - n) / max(n * (n - 1), 1) if n > 1 else z.new_zeros(())
 
+# %% ../nbs/30_train.ipynb #c1eda6c2
 @patch
 def step(self: Trainer, x, labels: Tensor):
     "Train on one batch: this process's images (or features) `x`, and the labels `[B, L]` of the whole batch."
@@ -167,9 +169,9 @@ def _norm(self: Trainer):
     if self.epoch < self.warmup_epochs:
         for p in self.opt.param_groups[0]["params"] if self.opt.param_groups[0]["name"] == "trunk" else []: p.grad = None
     grads = [p.grad for p in self.params if p.grad is not None]
-    norm = nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=self.device)
-    if self.clip_norm is not None: nn.utils.clip_grads_with_norm_(self.params, self.clip_norm, norm)
-    return norm
+    if not grads: return torch.zeros((), device=self.device)
+    if self.clip_norm is not None: return nn.utils.clip_grad_norm_(self.params, self.clip_norm)
+    return torch.stack([torch.linalg.vector_norm(g) for g in grads]).norm()
 
 # %% ../nbs/30_train.ipynb #c5543134
 @patch
@@ -179,6 +181,7 @@ def _value(self: Trainer, emb, labels):
         if bool(emb.isfinite().all()): raise
         raise Diverged(f"embeddings became NaN or infinite at {self.where()}. Try a smaller learning rate, clip_norm, or precision='no'.") from e
 
+# %% ../nbs/30_train.ipynb #97642595
 @patch
 def _guard(self: Trainer, seen):
     value, norm, _ = seen
@@ -197,6 +200,7 @@ def _note(self: Trainer, measured, terms):
     for k, v in {**terms, **measured}.items(): self.sums[k] = self.sums.get(k, 0.) + v
     self.sums["steps"] = self.sums.get("steps", 0) + 1
 
+# %% ../nbs/30_train.ipynb #2e1c3c5c
 @patch
 def end_epoch(self: Trainer) -> dict: # the new row of `history`
     "Close an epoch: means of what was noted become a row of the history."
@@ -257,6 +261,7 @@ def _average_loss_grads(self: Trainer):
         dist.all_reduce(p.grad)
         p.grad /= world
 
+# %% ../nbs/30_train.ipynb #fe8085b9
 @patch
 def _prepare(self: Trainer, optimizer):
     trained = any(p.requires_grad for p in self.net.parameters())  # DDP refuses a network with nothing to train
@@ -296,6 +301,7 @@ def _seeded(seed):
         torch.set_rng_state(torch_state)
         random.setstate(state)
 
+# %% ../nbs/30_train.ipynb #e00a7703
 class _View(torch.utils.data.Dataset):
     "Images of a dataset under a transform; `key` = (row, place in the epoch)."
     def __init__(self, dataset, transform, seed=None, epoch=0):
@@ -334,6 +340,7 @@ class ImageBatches:
         for x, rows in zip(_loader(view, mine, self.workers, self.device), batches[start:]):
             yield x.to(self.device, non_blocking=True), self.labels[torch.as_tensor(rows, device=self.device)]
 
+# %% ../nbs/30_train.ipynb #c6b55e3e
 def _loader(view, batches, workers, device):
     return torch.utils.data.DataLoader(view, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
                                        generator=torch.Generator().manual_seed(0))  # or it would draw from torch's own
@@ -366,6 +373,7 @@ def state_dict(self: Trainer) -> dict: # tensors and plain values only
                 history=[dict(r) for r in self.history], rng=torch.get_rng_state(),
                 cuda_rng=torch.cuda.get_rng_state() if self.device.type == "cuda" else None)
 
+# %% ../nbs/30_train.ipynb #70c8345f
 @patch
 def load_state_dict(self: Trainer, state: dict):
     "Go back to where `state_dict` was called."
@@ -416,24 +424,28 @@ def freeze_value(v, # a plain value: None, bool, number, str, list or tuple, dic
     if v is None or isinstance(v, (bool, int, float, str)): return v
     raise ValueError(f"{where} must be a plain value (number, text, list, dict, None), got {type(v).__name__}.")
 
+# %% ../nbs/30_train.ipynb #b47e5d49
 def thaw(v):
     "Turn a frozen value back into plain lists and dicts that you may change."
     if isinstance(v, dict): return {k: thaw(x) for k, x in v.items()}
     return [thaw(x) for x in v] if isinstance(v, (list, tuple)) else v
 
-# %% ../nbs/30_train.ipynb #3cbcfd03
+# %% ../nbs/30_train.ipynb #bf03d6d5
 @dataclass(frozen=True)
-class RunConfig:
-    "Everything that decides the result of one run, as plain values."
+class _Data:
     dataset: str = "emoji" # a name that `hapnb.data.load` knows
     data_dir: str | None = None # where the images are; not part of the key, the data's fingerprint is
     dataset_args: dict = field(default_factory=dict) # further arguments of `load`
     split: str = "test" # "test": train on train, evaluate on test; "val": train on fit, evaluate on val
     levels: tuple | None = None # label columns to use, finest first; default: all
+
+# %% ../nbs/30_train.ipynb #413cc1a5
+@dataclass(frozen=True)
+class _Network:
     trunk: str = "tf_efficientnet_lite0" # a name that `hapnb.models.make_trunk` knows
+    trunk_args: dict = field(default_factory=dict) # further arguments of timm's models
     pretrained: bool | str = True # True, False, or a file of weights
     freeze: str = "trunk" # "none", "bn" (batch norm stands still) or "trunk" (features computed once)
-    trunk_args: dict = field(default_factory=dict) # further arguments of timm's models
     bn_affine: bool = True # with freeze="bn": scale and shift of batch norm still learn
     pooling: str = "avg" # "avg", "max", "avg+max" or "gem"
     norm: str | None = "layernorm" # "layernorm" before the projection, "after" it, or None
@@ -441,6 +453,12 @@ class RunConfig:
     embed_dim: int | None = 128 # None: no projection
     normalise: bool = True # give the loss unit vectors; False for HIST, which normalises by itself
     image_size: int = 128 # pixels
+    augment: dict = field(default_factory=dict) # arguments of `train_transform`; a frozen trunk has no augmentation
+    transform: dict = field(default_factory=dict) # arguments of `test_transform`
+
+# %% ../nbs/30_train.ipynb #c881a73e
+@dataclass(frozen=True)
+class _Training:
     loss: str = "HAPPIERLoss" # a registered loss
     loss_args: dict = field(default_factory=dict)
     sampler: str = "m_per_class" # a registered sampler
@@ -455,17 +473,22 @@ class RunConfig:
     groups: dict = field(default_factory=dict) # "trunk", "head", "loss" -> {"lr", "weight_decay", "min_lr"}
     schedule: str = "cosine" # "constant", "cosine", "step" or "multistep"
     schedule_args: dict = field(default_factory=dict)
-    clip_norm: float | None = None
-    augment: dict = field(default_factory=dict) # arguments of `train_transform`; a frozen trunk has no augmentation
-    transform: dict = field(default_factory=dict) # arguments of `test_transform`
+    clip_norm: float | None = None # largest norm of the gradient
     precision: str = "no" # "no", "bf16" or "fp16"
     seed: int = 0
+
+# %% ../nbs/30_train.ipynb #3c68dfcf
+@dataclass(frozen=True)
+class _Evaluation:
     eval_every: int = 0 # epochs between evaluations; 0: only at the end
     metrics: tuple | None = None # as in `hapnb.metrics.evaluate`; default: all
     ks: tuple = (1, 2, 4, 8) # of recall at k
     relevance: str | dict = "pop" # of the metrics; the loss has its own in loss_args
     eval_levels: tuple | None = None # levels with metrics of their own; default: all
 
+@dataclass(frozen=True)
+class RunConfig(_Evaluation, _Training, _Network, _Data): # fields in the order data, network, training, evaluation
+    "Everything that decides the result of one run, as plain values."
     def __post_init__(self): self._check()
 
 # %% ../nbs/30_train.ipynb #4e2dccb4
@@ -484,6 +507,7 @@ def _typed(name, value, annotation):
     if isinstance(value, str) and {int, float} & set(kinds): hint = " (YAML reads 1e-4 as text: write 1.0e-4)"
     raise ValueError(f"RunConfig.{name} must be {wanted}, got {value!r} of type {type(value).__name__}{hint}.")
 
+# %% ../nbs/30_train.ipynb #c26c5856
 @patch
 def _check(self: RunConfig):
     for f in dataclasses.fields(self): object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), f.type))
@@ -608,6 +632,7 @@ class FeatureNet(nn.Module):
     def __init__(self, head): super().__init__(); self.head = head
     def forward(self, x): return self.head.from_pooled(x)
 
+# %% ../nbs/30_train.ipynb #25dd80b6
 def build_trunk(cfg: RunConfig) -> nn.Module:
     "Build a config's trunk; random weights come from the seed."
     from hapnb.models import make_trunk
@@ -632,6 +657,7 @@ def cache_folder() -> Path: # or None, with a warning, where nothing can be writ
         warnings.warn(f"features are kept in memory only: {e}. Set HAPNB_CACHE to a folder that can be written.", RuntimeWarning)
         return None
 
+# %% ../nbs/30_train.ipynb #4a448f80
 @functools.lru_cache(maxsize=8)
 def _features(made_by, dataset, device, progress):
     from hapnb.models import cached_features, test_transform
@@ -681,6 +707,7 @@ def _whole_parts(cfg, train, labels, sampler, device, workers):
     transform = train_transform(net, cfg.image_size, **thaw(cfg.augment))
     return net, ImageBatches(train, sampler, transform, derive_seed(cfg.seed, "augment"), workers, device, labels)
 
+# %% ../nbs/30_train.ipynb #23bfa8d5
 def build_trainer(cfg: RunConfig, train, accelerator, workers: int = 0) -> tuple: # (Trainer, batch source)
     "Put together what a config describes: a trainer and its batches of the dataset `train`."
     from hapnb.samplers import make_sampler
@@ -717,6 +744,7 @@ def features_of(cfg: RunConfig, dataset, device="cpu", progress: bool = False) -
     made_by = {n: thaw(getattr(cfg, n)) for n in names}
     return _features(json.dumps(made_by, sort_keys=True), dataset, str(device), progress)
 
+# %% ../nbs/30_train.ipynb #ab505741
 def prepare(cfg: RunConfig, device="auto", progress: bool = True):
     "Do what several runs share (features of a frozen trunk), so that they find it done."
     if cfg.freeze == "trunk":
@@ -732,6 +760,7 @@ def _commit():
     if found.returncode: return None
     return found.stdout.strip() + ("+changes" if git("status", "--porcelain", "-uno").stdout.strip() else "")
 
+# %% ../nbs/30_train.ipynb #4fdb6f78
 def environment(accelerator=None) -> dict:
     "Describe what computes: versions, commit, device, threads."
     from importlib.metadata import PackageNotFoundError, version
@@ -809,9 +838,13 @@ def model(self: Result) -> nn.Module:
 
 @patch
 def dataset(self: Result):
-    "Load the evaluation part; row i belongs to embedding i."
-    return load_splits(self.config)[1]
+    "Load the evaluation part; row i belongs to embedding i. `ValueError` if the data is not what the run saw."
+    found, seen = load_splits(self.config)[1], self.environment["data"]
+    if found.fingerprint == seen["fingerprint"]: return found
+    raise ValueError(f"run {self.key} was evaluated on {seen['images']} images of {seen['name']}/{seen['split']}, which are not what its config loads now: "
+                     "the data changed, or the run was given `data`. Load that data by hand.")
 
+# %% ../nbs/30_train.ipynb #a0d558c4
 @patch
 def _repr_markdown_(self: Result):
     rows = "".join(f"| {k} | {v:.4f} |\n" if isinstance(v, float) else f"| {k} | {v} |\n" for k, v in self.metrics.items())
@@ -839,15 +872,15 @@ def _lock(path, progress):
 def run(cfg: RunConfig, # what to do
         store = "runs", # the folder of all runs
         device = "auto", # "auto", "cpu", "cuda", "cuda:1", "mps"
-        progress: bool = True, # say how it goes: a line on a terminal, else a line every few seconds
+        progress: bool = True, # say how it goes, a line every few seconds
         save_every: float = 30., # seconds between checkpoints
         workers: int = None, # processes that load images; default: one a core, at most 8
-        data: tuple = None, # (training part, evaluation part) instead of the named dataset
+        data: tuple = None, # (training part, evaluation part) instead of the named dataset; their fingerprints enter the key
         ) -> Result:
     "Train, evaluate and keep a run; read a finished one back, go on with an interrupted one."
     train, test = data or load_splits(cfg)
     path = Path(store).expanduser() / cfg.key((train, test))
-    if is_finished(path): return Result(path)
+    if is_finished(path) and not _launched(): return Result(path)
     _check_registered(cfg)
     accelerator = make_accelerator(device, cfg.precision)
     main = accelerator.is_main_process
@@ -875,6 +908,7 @@ def _make_run(cfg, path, train, test, accelerator, progress, save_every, workers
     z = judge.embed(trainer.net)
     if accelerator.is_main_process: _finish(cfg, path, trainer, z, judge, clock)
 
+# %% ../nbs/30_train.ipynb #d388aaaa
 def _resume(trainer, path, progress) -> bool: # False: a bad checkpoint, and the trainer may be half changed
     if not (path / "state.pt").exists(): return True
     try: trainer.load_state_dict(load_state(path / "state.pt"))
@@ -890,6 +924,7 @@ class _Judge:
     def __init__(self, cfg, test, accelerator, workers):
         self.cfg, self.test, self.accelerator, self.workers = cfg, test, accelerator, workers
         self.labels = _columns(test, cfg.levels)
+        self.data = dict(name=test.name, split=test.split, images=len(test), fingerprint=test.fingerprint)
 
     def embed(self, net):
         x, transform = self.test, None
@@ -941,7 +976,7 @@ def _finish(cfg, path, trainer, z, judge, clock):
     _tensors(path / "embeddings.safetensors", {"embeddings": z, "labels": judge.labels})
     _history(path, trainer)
     metrics = judge.metrics(z)
-    _json(path / "environment.json", environment(trainer.accelerator) | dict(train_seconds=sum(r["seconds"] for r in trainer.history), wall_seconds=time.monotonic() - clock.began))
+    _json(path / "environment.json", environment(trainer.accelerator) | dict(data=judge.data, train_seconds=sum(r["seconds"] for r in trainer.history), wall_seconds=time.monotonic() - clock.began))
     _json(path / "metrics.json", metrics)
     (path / "state.pt").unlink(missing_ok=True)
     for left in path.glob(".*.part"): left.unlink(missing_ok=True)  # of a process that was killed while it wrote
@@ -963,6 +998,7 @@ def _cut_step(trainer, batches, clock):
             trainer.opt.step()
             trainer.opt.zero_grad()
 
+# %% ../nbs/30_train.ipynb #4ca6a7e8
 class _Stopwatch:
     "Time named pieces. One thread on a CPU: processor time, so that other programs do not count."
     def __init__(self, device):
@@ -1002,6 +1038,7 @@ def profile_run(cfg: RunConfig, # with freeze="trunk"
     if path is not None: write_atomic(path, table.to_csv(index=False))
     return table
 
+# %% ../nbs/30_train.ipynb #3b80735a
 def _profile_table(times, whole):
     parts = {k: 1e3 * float(np.median(v)) for k, v in times.items()}
     total = 1e3 * float(np.median(whole)) + parts["pick rows"]

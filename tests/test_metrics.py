@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from hapnb.core import Relevance, shared_levels
-from hapnb.metrics import dyml, evaluate, nmi, parse_memory, recall_at_k
+from hapnb.metrics import decomposability_gap, dyml, evaluate, nmi, parse_memory, recall_at_k
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_metrics.json").read_text())
 KS = (1, 2, 4, 8)
 
 
 def brute(scores, shared, rel, own, ks=KS):
-    "Every metric of DESIGN straight from its definition; `own[q]` is the gallery row to remove, or -1."
+    "Every metric straight from its definition; `own[q]` is the gallery row to remove, or -1."
     L, (Q, N) = shared["L"], scores.shape
     values, skipped = {}, {f"skipped_level{c}": 0 for c in range(L)}
     add = lambda k, v: values.setdefault(k, []).append(v)
@@ -244,6 +244,13 @@ def test_order_scale_and_class_numbers_do_not_matter():
     agree(evaluate(emb[p] * 7, new[p]), full, 1e-12)
 
 
+def test_length_of_embeddings_does_not_matter():
+    "Not even where their squares leave the range of float32."
+    emb, labels = tree(150)
+    scale = torch.tensor([1e-30, 1., 1e30])[torch.arange(150) % 3][:, None]
+    agree(evaluate(emb * scale, labels), evaluate(emb, labels), 1e-6)
+
+
 def test_per_query_in_the_given_order():
     emb, labels = tree(120, dtype=torch.float64)
     full = evaluate(emb, labels, per_query=True)
@@ -345,6 +352,16 @@ def test_dyml():
     with pytest.raises(ValueError, match="benchmark 1: query 0 .* no gallery row"):
         dyml(benchmarks=[three[0], dict(three[1], query_embeddings=emb[rows] + 1), three[2]])
     with pytest.raises(ValueError, match="either"): dyml()
+
+
+def test_decomposability_gap():
+    emb, labels = tree(120)
+    batches = torch.arange(120).view(6, 20).tolist()
+    g = decomposability_gap(emb, labels, batches, level=1)
+    inside = np.mean([evaluate(emb[b], labels[b])["AP_level1"] for b in batches])
+    assert g["batch_ap"] == pytest.approx(inside, abs=1e-12) and g["gap"] == pytest.approx(inside - evaluate(emb, labels)["AP_level1"], abs=1e-12)
+    assert decomposability_gap(emb, labels, [range(120)])["gap"] == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="no batch"): decomposability_gap(emb, labels, [[3]])
 
 
 def test_nmi():

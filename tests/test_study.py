@@ -189,7 +189,7 @@ def table():
 
 def test_table_marks_the_best_and_the_undecided(table):
     marks = {r[0]: c.mark for (r, column), c in table.cells.items() if column == "score"}
-    assert marks == {"a": "", "b_1": "best", "c|d": "", "e": ""}  # one group has one seed: nothing is tested
+    assert marks == {"a": "", "b_1": "best", "c|d": "tie", "e": ""}  # "e" has one seed: not tested
     rows = toy_rows({"a": [.30, .31, .32], "b": [.41, .42, .44], "c": [.40, .43, .43]})
     marks = {r[0]: c.mark for (r, _), c in make_table(rows, "method", "score").cells.items()}
     assert marks == {"a": "", "b": "best", "c": "tie"}
