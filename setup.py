@@ -27,7 +27,7 @@ setup(
     keywords=cfg["keywords"],
     license="Apache-2.0",
     packages=find_packages(include=["hapnb", "hapnb.*"]),
-    include_package_data=True,
+    package_data={"hapnb": ["assets/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=listed("requirements"),
     extras_require={"dev": listed("dev_requirements")},

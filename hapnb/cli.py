@@ -23,6 +23,7 @@ def _command(summary, epilog=""):
         return f
     return add
 
+# %% ../nbs/61_cli.ipynb #c840b492
 class _Parser(argparse.ArgumentParser):
     "A parser whose errors name the nearest option or command."
     def _subs(self): return [p for a in self._actions if isinstance(a, argparse._SubParsersAction) for p in a.choices.values()]
@@ -74,6 +75,7 @@ def _known(**names):
         try: {"dataset": DATASETS, "loss": LOSSES, "sampler": SAMPLERS}[kind].get(name)
         except ValueError as e: raise WrongUse(str(e)) from None
 
+# %% ../nbs/61_cli.ipynb #b7666f71
 def _check_place(a):
     "Check device and folder before anything is started."
     try: pick_device(a.device)
@@ -137,6 +139,7 @@ def _reproduce_one(study, number, total, a, store, out):
     if main.exists(): print("\n" + main.read_text(encoding="utf-8"), flush=True)
     return True
 
+# %% ../nbs/61_cli.ipynb #33aae2cd
 def _near(path):
     "A path as short as it can be read from here."
     try: return Path(path).relative_to(Path.cwd())
@@ -186,6 +189,7 @@ def _(sub):
         sub.add_argument(*names, dest=f"field_{f.name}", type=_value(hints[f.name], default), default=argparse.SUPPRESS, metavar="V", help=f"{docs.get(f.name) or ''} (default: {json.dumps(default, default=str)})".replace("%", "%%"))
     _shared(sub, data=False)
 
+# %% ../nbs/61_cli.ipynb #93d86135
 @_command("Train and evaluate one run; it is kept in the store.", """examples:
   hapnb train --loss HAPPIERLoss --epochs 15
   hapnb train --loss SupAPLoss --loss-args '{"tau": 0.02}' --batch-size 128 --seed 3
@@ -229,6 +233,7 @@ def read_embeddings(path, labels=None) -> tuple: # (float32 [N, D], int64 [N, L]
     if len(e) != len(l): raise WrongUse(f"{path}: {len(e)} embeddings but {len(l)} labels.")
     return e, l
 
+# %% ../nbs/61_cli.ipynb #c125a6c2
 def _arrays(path):
     "Named arrays of a file, nothing unpickled."
     import numpy as np
@@ -245,6 +250,7 @@ def _safetensors(path):
     from safetensors.numpy import load_file
     return load_file(path)
 
+# %% ../nbs/61_cli.ipynb #d4affccf
 def _coded(frame):
     "Label columns as integers: numbers stay, words are numbered."
     import numpy as np, pandas as pd
@@ -272,6 +278,7 @@ def _(sub):
     sub.add_argument("--json", action="store_true", help="print JSON, full precision")
     _shared(sub, data=False)
 
+# %% ../nbs/61_cli.ipynb #a45434d9
 @_command("Compute retrieval metrics of a run, or of embeddings in a file.", """examples:
   hapnb evaluate --run 3f2a
   hapnb evaluate embeddings.npz                 arrays embeddings [N, D] and labels [N, L], column 0 finest
@@ -302,6 +309,7 @@ def _measure(emb, labels, a, name):
     except ValueError as e: raise WrongUse(f"{name}: {e}") from None
     return measure(emb, labels, ks=tuple(map(int, ks.split(","))), relevance=relevance, device=pick_device(a.device))
 
+# %% ../nbs/61_cli.ipynb #3a0b6683
 def _find_run(store, key):
     "The folder of a finished run, found by the beginning of its key."
     keys = sorted(p.parent.name for p in store.glob("*/metrics.json"))
@@ -338,6 +346,7 @@ def _device_checks():
     else: yield "--", "CUDA GPU", "none found: smoke, quick and full run on the CPU; network and paper need a GPU"
     if torch.backends.mps.is_available(): yield "ok", "mps (Apple GPU)", ""
 
+# %% ../nbs/61_cli.ipynb #2cf037bc
 def _file_checks():
     from importlib.util import find_spec
     root = repo_root()
@@ -366,6 +375,7 @@ def _bundled_images():
 @_options("doctor")
 def _(sub): pass
 
+# %% ../nbs/61_cli.ipynb #797edaa9
 @_command("Say what this machine can run, what is missing, and how to get it.", "example:\n  hapnb doctor")
 def doctor(a) -> int:
     missing = 0

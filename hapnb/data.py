@@ -60,6 +60,7 @@ class BytesStore:
         return b.as_py() if hasattr(b, "as_py") else b
     def name(self, i: int) -> str: return str(self.names[i])
 
+# %% ../nbs/20_data.ipynb #aede9fb6
 class FileStore:
     "Image files on disk."
     def __init__(self, paths): self.paths = [str(p) for p in paths]
@@ -80,6 +81,7 @@ def decode(data: bytes) -> Image.Image:
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return im.convert("RGB")
 
+# %% ../nbs/20_data.ipynb #6f0829b4
 def encode(im: Image.Image) -> bytes:
     "Encode an image as lossless WebP with fixed settings, so that equal pixels give equal bytes."
     out = io.BytesIO()
@@ -121,11 +123,13 @@ class RetrievalDataset(Dataset):
 # %% ../nbs/20_data.ipynb #d27c622a
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what Pillow raises on bad files
 
+# %% ../nbs/20_data.ipynb #1f002c7a
 def why_not(e: Exception) -> str: # an error from reading or decoding
     "Say in words why an image could not be read."
     if isinstance(e, UnidentifiedImageError): return "not an image that Pillow can read"
     return e.strerror if getattr(e, "strerror", None) else str(e)
 
+# %% ../nbs/20_data.ipynb #34a3e3bc
 def looks_whole(data: bytes) -> bool:
     "Tell from the first and last bytes whether a JPEG, PNG, GIF or WebP file is complete; other formats pass."
     if data[:3] == b"\xff\xd8\xff": return b"\xff\xd9" in data[-4096:]
@@ -134,6 +138,7 @@ def looks_whole(data: bytes) -> bool:
     if data[:4] == b"GIF8": return b";" in data[-64:]
     return len(data) > 0
 
+# %% ../nbs/20_data.ipynb #70da6f37
 @patch
 def bad_images(self: RetrievalDataset,
                decoding: bool = True, # False: look at the ends of the files only, much faster
@@ -161,6 +166,7 @@ def image(self: RetrievalDataset, i: int) -> Image.Image:
                       f"{max(len(bad), 1)} of {len(self)} images look bad; `dataset.bad_images()` lists them all. "
                       "Copy or download them again.") from e
 
+# %% ../nbs/20_data.ipynb #11ef2f6f
 @patch
 def check(self: RetrievalDataset) -> RetrievalDataset:
     "Read every image; `OSError` names the first bad ones and counts them."
@@ -187,6 +193,7 @@ def fingerprint_of(**parts) -> str:
     "SHA-256 of named values, the same whatever their order."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
+# %% ../nbs/20_data.ipynb #401c600d
 @patch
 def subset(self: RetrievalDataset,
            rows, # positions, or a boolean mask of length N
@@ -222,6 +229,7 @@ def pixels(self: RetrievalDataset) -> np.ndarray: # uint8 [N, H, W, 3]
         self._pixels = out
     return self._pixels
 
+# %% ../nbs/20_data.ipynb #935b3e0a
 @patch
 def counts(self: RetrievalDataset) -> pd.DataFrame:
     "Classes and images a class at each level."
@@ -240,6 +248,7 @@ def check_split(split: str, known=tuple(SPLITS)) -> str:
     if split not in known: raise ValueError(f"unknown split {split!r}.{nearest(split, known)} Known: {', '.join(known)}.")
     return split
 
+# %% ../nbs/20_data.ipynb #784fafe6
 def assign_splits(frame: pd.DataFrame, # one column a level, finest first, and perhaps "split"
                   levels, # names of the level columns
                   val: int = 6, # every val-th training class is validation
@@ -315,6 +324,7 @@ def what_is_in(path, most: int = 6) -> str:
     if not names: return f"{path} is empty"
     return f"{path} holds {', '.join(names[:most])}" + (f" and {len(names) - most} more" if len(names) > most else "")
 
+# %% ../nbs/20_data.ipynb #a95afcd3
 def need_dir(data_dir, wanted: str) -> Path: # `wanted`: what should be there, in words
     "Check that `data_dir` is a folder; `FileNotFoundError` says what was looked for, where, and what is there."
     if data_dir is None: raise ValueError(f"data_dir is missing: give the folder with {wanted}.")
@@ -332,6 +342,7 @@ def find_images(root) -> list: # paths relative to root, with "/", sorted
                 if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")]
     return sorted(out)
 
+# %% ../nbs/20_data.ipynb #3deb5625
 def check_files(paths, name: str) -> list: # sizes in bytes
     "Return the files' sizes; `FileNotFoundError` names those that are missing or empty and counts them."
     sizes = [os.path.getsize(p) if os.path.isfile(p) else -1 for p in paths]
@@ -361,6 +372,7 @@ def folder_frame(paths, # relative paths of images
     if has_split: frame["split"] = [p[0] for p in parts]
     return frame
 
+# %% ../nbs/20_data.ipynb #02ffc9cd
 @DATASETS.register("folder")
 def load_folder(split="test", data_dir=None,
                 level_names=None, # names of the levels, finest first
@@ -384,6 +396,7 @@ def read_table(path) -> pd.DataFrame:
     if path.suffix.lower() == ".parquet": return pd.read_parquet(path)
     return pd.read_csv(path, dtype=str, skipinitialspace=True, keep_default_na=False, na_values=[""], sep="\t" if path.suffix.lower() == ".tsv" else ",")
 
+# %% ../nbs/20_data.ipynb #b0ca371c
 def table_levels(frame, levels, image, path) -> list:
     "Choose and check the level columns of a table."
     levels = list(levels) if levels is not None else [c for c in frame if c not in (image, "split")]

@@ -27,6 +27,7 @@ from .data import BytesStore, RetrievalDataset, SPLITS, check_split, encode, fro
 ASSETS = Path(__file__).parent / "assets" if "__file__" in globals() else Path("../hapnb/assets")
 LEVELS = ("concept", "subgroup", "group")
 
+# %% ../nbs/21_emoji.ipynb #577b4562
 def check_sha256(data: bytes, path: Path, wanted: str):
     "Compare a file's SHA-256 with the wanted one; `OSError` names the file and the remedy."
     found = hashlib.sha256(data).hexdigest()
@@ -34,6 +35,7 @@ def check_sha256(data: bytes, path: Path, wanted: str):
         raise OSError(f"{path} is damaged: its SHA-256 is {found[:12]}..., expected {wanted[:12]}... ({len(data)} bytes). "
                       "Install hapnb again, restore the file with `git checkout`, or rebuild it with `hapnb.emoji.build`.")
 
+# %% ../nbs/21_emoji.ipynb #ddbce574
 def find_parquet(data_dir=None) -> Path: # None: the file that comes with the library
     "Find emoji.parquet in a folder, or take the path of the file itself."
     path = Path(data_dir).expanduser() if data_dir is not None else ASSETS
@@ -50,6 +52,7 @@ def _read(path, size, mtime):
     check_sha256(data, path, note.read_text().split()[0])
     return pq.read_table(pa.BufferReader(data)), hashlib.sha256(data).hexdigest()
 
+# %% ../nbs/21_emoji.ipynb #d5f0e1e8
 def read(data_dir=None) -> tuple: # pyarrow Table, SHA-256 of the file
     "Read and verify the table; read once a process."
     path = find_parquet(data_dir).resolve()
@@ -99,6 +102,7 @@ class Source:
     author: str
     url: str # of the original drawings
 
+# %% ../nbs/21_emoji.ipynb #6fe4c3a7
 SOURCES = {
     "noto": Source("1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad", "Apache-2.0", "Google Inc", "https://github.com/googlefonts/noto-emoji"),
     "twemoji": Source("1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7", "CC-BY-4.0", "Twitter", "https://github.com/jdecked/twemoji"),
@@ -110,6 +114,8 @@ SOURCES = {
     "emojione-v1": Source("1.2.3", "6641d59d48a42823fdc2b84e7427e9f302944eb98d2c7d94d6e67c139e7b37b3", "CC-BY-SA-4.0", "Emoji One", "https://github.com/joypixels/emojione-legacy"),
     "fxemoji": Source("1.2.2", "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef", "Apache-2.0", "Mozilla", "https://github.com/mozilla/fxemoji"),
 }
+
+# %% ../nbs/21_emoji.ipynb #1b8f0b08
 EMOJIBASE = Source("17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a", "MIT", "Miles Johnson", "https://github.com/milesj/emojibase")
 BUILT_WITH = {"resvg_py": "0.5.0", "pillow": "13.0.0", "pyarrow": "26.0.1"} # other versions may give other bytes
 
@@ -145,6 +151,7 @@ def code_key(code: str) -> str:
     "Bring a code point sequence into one form: lower case, joined by -, without the variation selector FE0F."
     return "-".join(p for p in re.split(r"[-_ ]", code.lower()) if p != "fe0f")
 
+# %% ../nbs/21_emoji.ipynb #5b6697eb
 def read_concepts(data: list, # en/data.json of emojibase
                   groups: dict, # meta/groups.json of emojibase
                   ) -> pd.DataFrame: # index: code; columns concept, subgroup, group, in Unicode's order
@@ -162,6 +169,7 @@ def slug(name: str) -> str:
     name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", name.replace("'", "").replace("&", "and")).strip("-")
 
+# %% ../nbs/21_emoji.ipynb #2475fc67
 def name_index(concepts: pd.DataFrame,
                sets: dict, # name -> (icons.json, chars.json)
                ) -> dict: # icon name -> code
@@ -226,6 +234,7 @@ def icon_svg(icons: dict, # icons.json of a set
     return (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{side:g}" height="{side:g}" '
             f'viewBox="{left - (side - width) / 2:g} {top - (side - height) / 2:g} {side:g} {side:g}">{body}</svg>')
 
+# %% ../nbs/21_emoji.ipynb #517d47fe
 def draw(svg: str, size: int = 64) -> Image.Image: # RGB, size x size pixels
     "Draw an SVG on white."
     try: import resvg_py
@@ -287,6 +296,7 @@ def to_table(frame: pd.DataFrame, # from gather, kept rows only
     features = {k: {"_type": "Image"} if k == "image" else {"dtype": kinds[str(v.type)], "_type": "Value"} for k, v in columns.items()}
     return pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
+# %% ../nbs/21_emoji.ipynb #90cb296e
 def write_table(table: pa.Table, path):
     "Write parquet with every setting spelt out, so that equal tables give equal bytes."
     texts = [c for c in table.column_names if pa.types.is_string(table[c].type)]
@@ -313,6 +323,7 @@ def build(out, # folder to write to
     write_atomic(out / "DATA_CARD.md", data_card(table, sha, size, len(frame)))
     return sha
 
+# %% ../nbs/21_emoji.ipynb #fd5dc582
 def other_versions() -> dict: # package -> (installed or None, the version that made the bundled file)
     "List the packages whose versions differ from those that made the bundled file."
     out = {}
@@ -359,6 +370,7 @@ def pixel_sha256(table: pa.Table) -> str:
         h.update(np.asarray(Image.open(io.BytesIO(row["bytes"].as_py())).convert("RGB")).tobytes())
     return h.hexdigest()
 
+# %% ../nbs/21_emoji.ipynb #f31dc345
 def data_card(table: pa.Table, sha: str, size: int, drawn: int) -> str: # Markdown
     "Describe the data: what, how many, how split, what it is not good for."
     f = table.drop_columns(["image"]).to_pandas()

@@ -422,13 +422,14 @@ def _varying(configs):
     return [f for f in fields if len({_plain(getattr(c, f)) for c in configs}) > 1 and f != "seed"]
 
 def _names(configs, keys):
-    "What to call each run in messages."
-    vary, names = _varying(configs), {}
-    for c, labels, key in zip(configs, configs.labels, keys):
-        own = {} if labels and not set(vary) - {"loss", "loss_args"} else {f: getattr(c, f) for f in vary if not isinstance(getattr(c, f), dict)}
-        parts = [str(v) for v in labels.values()] + [f"{k} {v}" for k, v in own.items() if not (labels and k == "loss")]
-        names[key] = ", ".join([*parts, f"seed {getattr(c, 'seed', 0)}"])
-    return names
+    "What to call each run in messages: its labels, the fewest fields that tell it from the others, its seed."
+    vary = [f for f in _varying(configs) if not isinstance(getattr(configs[0], f), dict)]
+    for n in range(len(vary) + 1):
+        for fields in itertools.combinations(vary, n):
+            names = [", ".join([*map(str, l.values()), *[f"{f} {getattr(c, f)}" for f in fields if f not in l], f"seed {c.seed}"])
+                     for c, l in zip(configs, configs.labels)]
+            if len(set(zip(names, keys))) == len(set(names)): return dict(zip(keys, names))
+    return dict(zip(keys, names))
 
 def _rows(configs, keys, found):
     "One row a run, in the order of the grid."
