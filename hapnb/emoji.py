@@ -139,9 +139,7 @@ def fetch(package: str, # npm name without version
     return path
 
 # %% ../nbs/21_emoji.ipynb #6c6a6175
-def read_json(tarball, # path of an npm tarball
-              *names, # files in it, without the leading "package/"
-              ) -> list:
+def read_json(tarball, *names) -> list: # path of an npm tarball; files in it, without the leading "package/"
     "Read JSON files out of an npm tarball; nothing is unpacked to disk."
     with tarfile.open(tarball) as tar:
         return [json.load(tar.extractfile(f"package/{n}")) for n in names]

@@ -10,7 +10,7 @@ __all__ = ['Cell', 'VERDICTS', 'PROFILES', 'Grid', 'grid', 'Interval', 'interval
            'unfinished_cell', 'run_study', 'StudyFile', 'find_studies', 'pick_studies']
 
 # %% ../nbs/60_study.ipynb #1d3964c1
-import ast, base64, contextlib, dataclasses, datetime, importlib, io, itertools, json, multiprocessing, os, platform
+import ast, base64, contextlib, dataclasses, hashlib, importlib, io, itertools, json, multiprocessing, os, platform
 import re, shutil, subprocess, sys, tempfile, threading, time, traceback, warnings
 from collections import namedtuple
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -424,7 +424,7 @@ def _varying(configs):
 def _names(configs, keys):
     "What to call each run in messages: its labels, the fewest fields that tell it from the others, its seed."
     vary = [f for f in _varying(configs) if not isinstance(getattr(configs[0], f), dict)]
-    for n in range(len(vary) + 1):
+    for n in range(min(len(vary), 3) + 1):
         for fields in itertools.combinations(vary, n):
             names = [", ".join([*map(str, l.values()), *[f"{f} {getattr(c, f)}" for f in fields if f not in l], f"seed {c.seed}"])
                      for c, l in zip(configs, configs.labels)]
@@ -821,6 +821,53 @@ def claim(self: Study, claim: Claim) -> Claim:
     save_claims(self.claims, self.out)
     write_claims(self.out.parent)
     return claim
+
+# %% ../nbs/60_study.ipynb #df06c455
+def _code_hash():
+    "A hash of the library's code."
+    import hapnb
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(Path(hapnb.__file__).parent.glob("*.py")))).hexdigest()
+
+@patch
+def _place(self: Study, name, inputs, ending):
+    "Where a derived value is kept, and whether it is there."
+    what = json.dumps([name, inputs, _code_hash()], sort_keys=True, default=str)
+    path = self.store / "derived" / f"{self.name}-{name}-{hashlib.sha256(what.encode()).hexdigest()[:16]}{ending}"
+    return path, path.exists() and path.stat().st_mtime >= float(os.environ.get("HAPNB_FORCE") or 0)
+
+# %% ../nbs/60_study.ipynb #f3d0c85c
+@patch
+def once(self: Study,
+         name: str, # of the value
+         make, # function without arguments -> plain values (JSON) or a DataFrame
+         *inputs): # everything that `make` depends on, as plain values
+    "Compute a value once for these inputs, then read it back."
+    (frame, is_frame), (plain, is_plain) = self._place(name, inputs, ".parquet"), self._place(name, inputs, ".json")
+    if is_frame: return pd.read_parquet(frame)
+    if is_plain: return json.loads(plain.read_text())
+    value = make()
+    if isinstance(value, pd.DataFrame):
+        with atomic_path(frame) as part: value.to_parquet(part)
+        return pd.read_parquet(frame)
+    return json.loads(write_atomic(plain, json.dumps(value)).read_text())
+
+# %% ../nbs/60_study.ipynb #19c02172
+@patch
+def figure_once(self: Study,
+                name: str, # of the files
+                make, # function without arguments -> matplotlib figure
+                *inputs, # everything that the figure depends on, as plain values
+                formats: tuple = ("svg", "png")):
+    "Draw and save a figure once for these inputs; afterwards only copy its files and show the PNG."
+    from IPython.display import Image
+    kept = {f: self._place(name, inputs, f".{f}") for f in dict.fromkeys(("png", *formats))}
+    if not all(there for _, there in kept.values()):
+        fig = make()
+        for f in kept: save_figure(fig, kept[f][0].parent, kept[f][0].stem, (f,))
+        import matplotlib.pyplot as plt
+        plt.close(fig)
+    for f in formats: write_atomic(self.out / f"{name}.{f}", kept[f][0].read_bytes())
+    return Image(kept["png"][0].read_bytes())
 
 # %% ../nbs/60_study.ipynb #476410ac
 class WrongUse(ValueError): "A mistake in the request: an unknown study, parameter or value."

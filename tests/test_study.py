@@ -324,3 +324,20 @@ def test_finding_studies(tmp_path):
     for name in ("10", "benchmark", "10_benchmark", "nbs/studies/10_benchmark.ipynb"): assert [s.name for s in pick_studies([name], tmp_path)] == ["10_benchmark"]
     assert len(pick_studies((), tmp_path)) == 2
     with pytest.raises(WrongUse, match="Did you mean 'benchmark'"): pick_studies(["benchmrk"], tmp_path)
+
+
+def test_once_and_figure_once(tmp_path, monkeypatch):
+    s, calls = begin("10_x", profile="smoke", store=str(tmp_path), dataset="toy"), []
+    frame = lambda: calls.append("f") or pd.DataFrame({"x": [0.1, 0.2]}, index=[5, 7])
+    draw = lambda: calls.append("d") or plt.figure(figsize=(2, 1))
+    assert s.once("v", lambda: calls.append("v") or {"a": 0.1}, 1) == s.once("v", None, 1) == {"a": 0.1}
+    pd.testing.assert_frame_equal(s.once("f", frame, ["k"]), s.once("f", None, ["k"]))
+    first = s.figure_once("map", draw, ["k"]).data
+    assert s.figure_once("map", None, ["k"]).data == first and (s.out / "map.svg").exists() and calls == ["v", "f", "d"]
+    (s.out / "map.png").unlink()
+    s.figure_once("map", None, ["k"])
+    assert (s.out / "map.png").exists()
+    s.once("f", frame, ["other"])
+    monkeypatch.setattr(study, "_code_hash", lambda: "new")
+    s.once("f", frame, ["k"])
+    assert calls == ["v", "f", "d", "f", "f"]

@@ -117,6 +117,14 @@ def test_random_state_of_the_caller_is_left_alone(tmp_path):
     assert torch.equal(torch.rand(3), want)
 
 
+def test_own_data_and_data_that_changed(tmp_path):
+    from hapnb.data import load
+    train, test = load("toy", "train"), load("toy", "test").subset(range(40))
+    r = toy_run(TOY, tmp_path, data=(train, test))
+    assert r.key != TOY.key() and len(r.embeddings()) == 40
+    with pytest.raises(ValueError, match="40 images of toy"): r.dataset()
+
+
 def test_training_helps(tmp_path):
     before = toy_run(TOY.replace(epochs=0), tmp_path).metrics["H-AP"]
     assert toy_run(TOY.replace(epochs=12), tmp_path).metrics["H-AP"] > before + 0.03
@@ -309,16 +317,16 @@ def test_groups_learn_at_their_own_rates():
     assert h.lr_loss.tolist() == pytest.approx([0.1 + 9.9 * (1 + math.cos(math.pi * k / 3)) / 2 for k in (0, 0, 1, 2)])
 
 
-def test_fused_adam_equals_torchs_formula():
+def test_a_step_is_the_plain_step():
+    "The guards, accelerate and the fused kernel change nothing."
     a, b = make_trainer(lr=0.01), make_trainer(lr=0.01)
-    b.opt.optimizer.__class__, params = torch.optim.Adam, [p for g in b.opt.param_groups for p in g["params"]]
-    plain = torch.optim.Adam(params, lr=0.01, fused=False, foreach=False)
+    plain = torch.optim.Adam(b.params, lr=0.01, fused=False, foreach=False)
     a.begin_epoch()
     for _ in range(3):
         a.step(*data())
         b.loss(b.net(data()[0]), data()[1]).backward()
         plain.step(), plain.zero_grad()
-    for p, q in zip(a.net.parameters(), b.net.parameters()): torch.testing.assert_close(p, q)
+    for p, q in zip(a.params, b.params): torch.testing.assert_close(p, q)
 
 
 def test_clip_norm():
@@ -359,7 +367,7 @@ def together(work, *args, n=2):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, ACCELERATE_USE_CPU="true")
+    env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n)
     ended(*[child(work, *args, RANK=r, LOCAL_RANK=r, **env) for r in range(n)])
 
 
@@ -371,6 +379,17 @@ def test_two_processes_train_as_one(tmp_path, loss):
     for part in ("net", "loss"):
         for k in a[part]: torch.testing.assert_close(a[part][k], b[part][k], rtol=1e-5, atol=1e-6)
     for r, s in zip(a["history"], b["history"]): assert r == pytest.approx(s, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_gathered_gradient_needs_its_factor(tmp_path, monkeypatch, broken):
+    "Without the factor of section 4, two processes would take half steps: the comparison above sees it."
+    if broken: monkeypatch.setattr(T._Gather, "backward", staticmethod(lambda ctx, g: g[ctx.own]))
+    _train("SmoothAPLoss", tmp_path / "one.pt")
+    together(_train, "SmoothAPLoss", tmp_path / "two.pt")
+    a, b = T.load_state(tmp_path / "one.pt"), T.load_state(tmp_path / "two.pt")
+    norms = [torch.tensor([r["grad_norm"] for r in x["history"]]) for x in (a, b)]
+    assert torch.allclose(*norms, rtol=1e-4) != broken
 
 
 @pytest.mark.parametrize("cfg", [TOY, WHOLE], ids=["frozen", "whole"])
