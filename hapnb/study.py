@@ -948,16 +948,24 @@ def unfinished_cell(executed) -> tuple: # (number of the code cell, its status, 
 _NOISE = re.compile(r"running over TCP without encryption|^(Input|Output) Notebook:|^Executing notebook with kernel|IProgress not found|^\s*$|from \.autonotebook import tqdm")
 _DEAD = re.compile(r"DeadKernelError|ZMQError|Kernel died|Kernel didn't respond|Address already in use|NoSuchKernel.*timeout")
 
+_FOLLOW = """import os, threading
+def watch():
+    while os.read(0, 1): pass
+    os._exit(1)
+threading.Thread(target=watch, daemon=True).start()
+from papermill.cli import papermill
+papermill(prog_name="papermill")"""
+
 def _papermill(notebook, executed, parameters, say):
     "Execute once in a process of its own; (exit code, text of its errors)."
     plain = lambda p: str(p).replace("{", "{{").replace("}", "}}")  # papermill fills braces in paths
     text = base64.b64encode(_yaml(parameters).encode()).decode()
-    command = [sys.executable, "-m", "papermill", plain(notebook), plain(executed), "-k", "python3", "-l", "python", "-b", text, "--cwd", str(notebook.parent),
+    command = [sys.executable, "-c", _FOLLOW, plain(notebook), plain(executed), "-k", "python3", "-l", "python", "-b", text, "--cwd", str(notebook.parent),
                "--no-progress-bar", "--no-log-output", "--stdout-file", "-", "--stderr-file", "-"]
     import hapnb  # the notebook shall import the same one, installed or not
     paths = [str(Path(hapnb.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HAPNB_BATCH": "1", "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=env)
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=env)
     errors = []
     listener = threading.Thread(target=lambda: errors.extend(child.stderr), daemon=True)
     listener.start()

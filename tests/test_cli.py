@@ -1,9 +1,10 @@
 """The command: exit statuses, nearest names, a study that works, fails, is repeated; evaluate on files; doctor."""
-import json, os, shutil, subprocess, sys
+import json, os, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -176,3 +177,17 @@ def test_as_a_process(clone):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     p = subprocess.run([sys.executable, "-m", "hapnb.cli", "reproduce", "nothing"], env=env, capture_output=True, text=True, cwd=clone)
     assert p.returncode == 2 and p.stderr.startswith("hapnb: unknown study 'nothing'")
+
+
+def test_killed_command_leaves_nobody(clone, tmp_path):
+    write_study(clone / "nbs/studies/30_long.ipynb", STUDY, ["import os, time, pathlib\npathlib.Path(store, 'kernel').write_text(str(os.getpid()))\ntime.sleep(60)"])
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    p = subprocess.Popen([sys.executable, "-m", "hapnb.cli", "reproduce", "long", "--device", "cpu", "--store", str(tmp_path)], env=env, cwd=clone, stdout=subprocess.DEVNULL)
+    for _ in range(600):
+        if (tmp_path / "kernel").exists() and (tmp_path / "kernel").read_text(): break
+        time.sleep(0.1)
+    family = psutil.Process(p.pid).children(recursive=True)
+    assert int((tmp_path / "kernel").read_text()) in [c.pid for c in family]
+    p.kill()
+    p.wait()
+    assert not psutil.wait_procs(family, timeout=20)[1]
