@@ -110,14 +110,15 @@ def check_labels(labels, # integers [N] or [N, L], column 0 finest; -1 = unknown
 # %% ../nbs/00_core.ipynb #58618392
 def shared_levels(query_labels: Tensor, # LongTensor [Q, L] (or [Q])
                   ref_labels: Tensor = None, # LongTensor [N, L]; default: the queries themselves
-                  ) -> Tensor: # LongTensor [Q, N], 0..L
+                  dtype: torch.dtype = torch.long, # of the result; torch.int8 is an eighth of the memory
+                  ) -> Tensor: # integers [Q, N], 0..L
     "Count the levels at which each query and each reference have the same known class."
     if query_labels.ndim == 1: query_labels = query_labels[:, None]
     if ref_labels is None: ref_labels = query_labels
     elif ref_labels.ndim == 1: ref_labels = ref_labels[:, None]
     if query_labels.shape[1] != ref_labels.shape[1]:
         raise ValueError(f"queries have {query_labels.shape[1]} levels, references {ref_labels.shape[1]}.")
-    shared = torch.zeros(len(query_labels), len(ref_labels), dtype=torch.long, device=query_labels.device)
+    shared = torch.zeros(len(query_labels), len(ref_labels), dtype=dtype, device=query_labels.device)
     for q, r in zip(query_labels.T, ref_labels.T):  # L is small: one comparison a level, never Q x N x L at once
         shared += (q[:, None] == r[None, :]) & (q >= 0)[:, None]
     return shared
@@ -167,14 +168,14 @@ def __call__(self: Relevance,
              ) -> Tensor: # relevance [Q, N]
     "Give the relevance of each item to each query, counting the items in `shared`."
     if levels is None: levels = len(self.weights) if self.weights else max(int(shared.max()), 1) if shared.numel() else 1
-    return self.table(level_counts(shared, levels)).gather(1, shared.clamp(min=0))
+    return self.table(level_counts(shared, levels)).gather(1, shared.clamp(min=0).long())
 
 # %% ../nbs/00_core.ipynb #bf8288ec
 def level_counts(shared: Tensor, # shared levels, integers [Q, N]
                  levels: int, # L
                  ) -> Tensor: # LongTensor [Q, L+1]
     "Count the items of each query at exactly each number of shared levels."
-    return torch.stack([(shared == l).sum(1) for l in range(levels + 1)], 1)
+    return torch.stack([(shared == l).sum(1, dtype=torch.int32) for l in range(levels + 1)], 1).long()
 
 def as_relevance(x) -> Relevance:
     "Make a `Relevance` from one, from a kind (`\"pop\"`), or from a dict of its fields (as JSON configs hold it)."
@@ -226,9 +227,9 @@ class Batch:
         return self.emb @ self.ref_emb.T
 
     def shared(self, level: int = None) -> Tensor:
-        "Shared levels `[Q, N]`; with `level`, 1 where that level is shared and 0 elsewhere; -1 = not in the retrieval set."
+        "Shared levels, int8 `[Q, N]`; with `level`, 1 where that level is shared and 0 elsewhere; -1 = not in the retrieval set."
         q, r = (self.labels, self.ref_labels) if level is None else (self.labels[:, level], self.ref_labels[:, level])
-        shared = shared_levels(q, r)
+        shared = shared_levels(q, r, torch.int8)  # passes over [Q, N] are the cost of small batches
         return shared if self.left_out is None else shared.masked_fill(self.left_out, -1)
 
 # %% ../nbs/00_core.ipynb #82bc54c6

@@ -39,11 +39,14 @@ class Sigmoid:
     def __post_init__(self):
         if not self.tau > 0: raise ValueError(f"tau must be positive, got {self.tau}.")
 
+    @property
+    def scale(self): return 1 / self.tau
+
     def sums(self, sj: Tensor, sk: Tensor):
-        s = (sj - sk).mul_(1 / self.tau).sigmoid_()
+        s = (sj * self.scale - sk * self.scale).sigmoid_()  # dividing first: two vectors instead of a block
         return s.sum(-1), s
 
-    def slope(self, s: Tensor): return torch.addcmul(s, s, s, value=-1).mul_(1 / self.tau)
+    def slope(self, s: Tensor): return torch.addcmul(s, s, s, value=-1)
 
     def __call__(self, x): return torch.sigmoid(x / self.tau)
 
@@ -63,40 +66,43 @@ class Sup:
         if self.rho < 0: raise ValueError(f"rho must be 0 or more, got {self.rho}.")
         if self.delta is not None and self.delta < 0: raise ValueError(f"delta must be 0 or more, or None, got {self.delta}.")
 
+    @property
+    def scale(self): return 1 / self.tau
+
     @cached_property
     def pieces(self):
-        "`delta, start, jump at delta, slope to add beyond delta`, as numbers."
-        delta, start = (0., 0.) if self.delta is None else (float(self.delta), float(self.start))
-        edge = 1 / (1 + math.exp(-min(delta / self.tau, 700)))
+        "As numbers, with x in units of tau: `delta, start, jump at delta, rho, slope to add beyond delta`."
+        delta, start = (0., 0.) if self.delta is None else (self.delta / self.tau, float(self.start))
+        edge = 1 / (1 + math.exp(-min(delta, 700.)))
         jump = 0. if self.offset is None else self.offset - start - edge
-        return delta, start, jump, self.rho - edge * (1 - edge) / self.tau
+        return delta, start, jump, self.rho * self.tau, self.rho * self.tau - edge * (1 - edge)
 
 # %% ../nbs/01_ranking.ipynb #9663ab6b
 from fastcore.basics import patch
 
 @patch
 def sums(self: Sup, sj: Tensor, sk: Tensor):
-    delta, start, jump, _ = self.pieces
-    x = sj - sk
-    s = x.clamp(max=delta).mul_(1 / self.tau).sigmoid_()
+    delta, start, jump, rho, _ = self.pieces
+    x = sj * self.scale - sk * self.scale
+    s = x.clamp(max=delta).sigmoid_()
     total = s.sum(-1)
-    if start: total += start * (x * HUGE).clamp_(0, 1).sum(-1)
+    if start: total += start * x.clamp(min=0).sign_().sum(-1)
     over = x.sub_(delta).clamp_(min=0)
-    total += self.rho * over.sum(-1)
-    over = over.mul_(HUGE).clamp_(max=1)  # 1 where x > delta
+    total += rho * over.sum(-1)
+    over.sign_()  # 1 where x > delta
     if jump: total += jump * over.sum(-1)
     return total, (s, over)
 
 @patch
 def slope(self: Sup, saved):
     s, over = saved
-    slope = torch.addcmul(s, s, s, value=-1).mul_(1 / self.tau)
-    return slope.add_(over, alpha=self.pieces[3])
+    return torch.addcmul(s, s, s, value=-1).add_(over, alpha=self.pieces[-1])
 
 @patch
 def __call__(self: Sup, x: Tensor):
-    delta, start, jump, _ = self.pieces
-    return torch.sigmoid(x.clamp(max=delta) / self.tau) + start * (x > 0) + (x > delta) * (jump + self.rho * (x - delta))
+    delta, start, jump, rho, _ = self.pieces
+    x = x * self.scale
+    return torch.sigmoid(x.clamp(max=delta)) + start * (x > 0) + (x > delta) * (jump + rho * (x - delta))
 
 # %% ../nbs/01_ranking.ipynb #a7c2ba35
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ class Leaky:
     beta: float = 25. # slope above zero
     gamma: float = 0.5 # value just above zero; more than 1: the plain step
     leak: float = 10. # slope below zero
-    smooth = True
+    smooth, scale = True, 1.
 
     def sums(self, sj: Tensor, sk: Tensor):
         live = (sj > -torch.inf).to(sj.dtype)
@@ -131,7 +137,7 @@ class Part:
 def _pack(scores, mask, dense=0.7):
     "The scores where `mask`, packed to the left [Q, width]; which places are filled; their columns (None: all, in place)."
     Q, N = scores.shape
-    counts = mask.sum(1)
+    counts = mask.sum(1, dtype=torch.int32)
     width = int(counts.max()) if readable(mask) else N  # the one number that must leave the device
     if width > dense * N or not readable(mask): return scores, mask, None
     q, j = mask.nonzero(as_tuple=True)
@@ -140,49 +146,59 @@ def _pack(scores, mask, dense=0.7):
     column[q, place] = j
     return scores.gather(1, column), torch.arange(width, device=q.device) < counts[:, None], column
 
-def _unpack(grad, rows, column, part):
-    "Add the gradient of packed scores to that of all scores."
-    if column is None: grad[rows] += part
-    else: grad[rows].scatter_add_(1, column[rows], part)
-
 # %% ../nbs/01_ranking.ipynb #cd1ffc03
-def _slices(n, size): return [slice(i, min(i + size, n)) for i in range(0, n, size)]
-
 def _block_size(device): return 2**18 if device.type == "cpu" else 2**24  # triples at once: a CPU's cache, or a GPU's breath
+
+def _blocks(counts, widest, block):
+    "Cut queries, those with most positives first, into blocks of about `block` triples: a slice of queries, slices of positives."
+    first = 0
+    while first < len(counts) and counts[first]:
+        p = min(counts[first], max(1, block // widest))
+        rows = slice(first, min(len(counts), first + max(1, block // (p * widest))))
+        yield rows, [slice(c, min(c + p, counts[first])) for c in range(0, counts[first], p)]
+        first = rows.stop
+
+# %% ../nbs/01_ranking.ipynb #268d00b0
+def _gather(scores, shared, parts):
+    "For each part: its items' scores, packed, minus infinity in empty places; their columns; its surrogate."
+    out = []
+    for p in parts:
+        s, filled, column = _pack(scores, (shared >= p.low) & (shared <= p.high))
+        out.append((s.masked_fill(~filled, -torch.inf), column, p.f))
+    return out
+
+def _order(live, packed):
+    "Queries with most positives first, and how many each has; if positives stand anywhere in the row, all the row."
+    if not packed: return torch.arange(len(live), device=live.device), [live.shape[1]] * len(live)
+    counts, order = live.sum(1, dtype=torch.int32).sort(descending=True, stable=True)
+    return order, counts.tolist()
 
 def _level(scores, shared, a, parts, combine, block, total, grad):
     "Add the shares of all positives of level `a` to `total`, and their derivatives to `grad`."
     k, live, kcol = _pack(scores, shared == a)
-    k = k.masked_fill(~live, 0.)
-    groups = []
-    for p in parts:
-        s, filled, col = _pack(scores, (shared >= p.low) & (shared <= p.high))
-        groups.append((s.masked_fill(~filled, -torch.inf), col, p.f))
+    if not k.shape[1]: return
+    k, groups, (order, counts) = k.masked_fill(~live, 0.), _gather(scores, shared, parts), _order(live, kcol is not None)
     widest = max([s.shape[1] for s, _, _ in groups] + [1])
-    step_p = max(1, min(k.shape[1], block // widest))
-    for rows in _slices(len(scores), max(1, block // (step_p * widest))):
-        dk = torch.zeros_like(k[rows])
-        ds = [torch.zeros_like(s[rows]) if grad is not None and f.smooth else None for s, _, f in groups]
-        for cols in _slices(k.shape[1], step_p):
-            _block(k[rows, cols], live[rows, cols], [(s[rows], f) for s, _, f in groups],
-                   lambda sums: combine(a, sums, rows), total[rows], grad is not None, dk[:, cols], ds)
-        if grad is None: continue
-        _unpack(grad, rows, kcol, dk)
-        for (_, col, _), d in zip(groups, ds):
-            if d is not None: _unpack(grad, rows, col, d)
+    for rows, columns in _blocks(counts, widest, block):
+        q = order[rows]
+        near = [(s[q], f) for s, _, f in groups]
+        dk, ds = torch.zeros_like(k[q]), [torch.zeros_like(s) if grad is not None and f.smooth else None for s, f in near]
+        for c in columns:
+            total[q] += _block(k[q][:, c], live[q][:, c], near, lambda sums: combine(a, sums, q), grad is not None, dk[:, c], ds)
+        for col, d in [(kcol, dk), *zip([col for _, col, _ in groups], ds)] if grad is not None else []:
+            if d is not None: grad[q] = grad[q].scatter_add_(1, col[q], d) if col is not None else grad[q] + d
 
 # %% ../nbs/01_ranking.ipynb #051bd92e
-def _block(k, live, groups, combine, total, need, dk, ds):
-    "One block of positives `k [q, p]`: sum, combine, and push the derivative back into `dk` and `ds`."
+def _block(k, live, groups, combine, need, dk, ds):
+    "One block of positives `k [q, p]`: sum, combine, push the derivative back into `dk` and `ds`; give the queries' shares `[q]`."
     sums, saved = zip(*(f.sums(s[:, None, :], k[:, :, None]) for s, f in groups))
     share, slopes = combine(sums)
-    total += torch.where(live, share, 0.).sum(1)  # an empty place may hold 0/0
-    if not need: return
-    for (_, f), keep, slope, d in zip(groups, saved, slopes, ds):
+    for (_, f), keep, slope, d in zip(groups, saved, slopes, ds) if need else []:
         if slope is None or not f.smooth: continue
-        slope, fx = torch.where(live, slope, 0.), f.slope(keep)
+        slope, fx = torch.where(live, slope * f.scale, 0.), f.slope(keep)  # an empty place may hold 0/0
         d += torch.bmm(slope[:, None, :], fx)[:, 0]  # sum over positives of slope * f'(x)
         dk -= slope * fx.sum(-1)
+    return torch.where(live, share, 0.).sum(1)
 
 # %% ../nbs/01_ranking.ipynb #2842613b
 class _RankScore(torch.autograd.Function):
