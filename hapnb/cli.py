@@ -10,8 +10,8 @@ import argparse, dataclasses, json, os, platform, re, shutil, subprocess, sys, t
 from pathlib import Path
 
 from .study import (PROFILES, RunError, StudyFailed, WrongUse, _version, figures_dir, find_studies, from_root, hardware,
-                         pick_studies, repo_root, run_study, write_claims)
-from .core import DATASETS, LOSSES, SAMPLERS, TRUNKS, nearest, pick_device
+                         pick_studies, repo_root, run_study, write_claims, study_state)
+from .core import DATASETS, LOSSES, SAMPLERS, TRUNKS, nearest, pick_device, write_atomic
 
 # %% ../nbs/61_cli.ipynb #04f65674
 _COMMANDS = {}
@@ -108,6 +108,7 @@ def _say(began):
 
 Finished runs are read back, so a second call takes seconds, and one that was killed goes on.""")
 def reproduce(a) -> int:
+    "Run studies and print where their tables and figures are; the exit status."
     if a.profile not in PROFILES: raise WrongUse(f"unknown profile {a.profile!r}.{nearest(a.profile, PROFILES)} Known: {', '.join(PROFILES)}.")
     studies = pick_studies(a.studies)
     if not studies: raise WrongUse(f"there are no study notebooks in {repo_root() / 'nbs/studies'}.")
@@ -123,6 +124,12 @@ def reproduce(a) -> int:
     return 1 if failed else 0
 
 # %% ../nbs/61_cli.ipynb #d33f351d
+def _unchanged(record, notebook, parameters, out):
+    "Whether a study ended well before and nothing it reads or wrote has changed since."
+    if not record.exists(): return False
+    try: return json.loads(record.read_text()) == study_state(notebook, parameters, out)
+    except (OSError, ValueError): return False  # a data set that cannot be read: the study itself will say why
+
 def _reproduce_one(study, number, total, a, store, out):
     "Run one study and print its main table; whether it worked."
     cost = f" (about {study.minutes[a.profile]:g} min on 2 cores)" if a.profile in study.minutes else ""
@@ -130,12 +137,17 @@ def _reproduce_one(study, number, total, a, store, out):
     began = time.monotonic()
     parameters = dict(profile=a.profile, dataset=a.dataset, data_dir=str(Path(a.data_dir).expanduser().absolute()) if a.data_dir else "",
                       seeds=a.seeds, device=a.device, store=str(store), out=str(out), jobs=a.jobs)
-    try: executed = run_study(study.path, store, parameters, say=_say(began))
+    record, executed = store / "notebooks" / f"{study.name}-{a.profile}.json", store / "notebooks" / study.path.name
+    try:
+        fresh = not a.force and _unchanged(record, study.path, parameters, out) and executed.exists()
+        if not fresh:
+            executed = run_study(study.path, store, parameters, say=_say(began))
+            write_atomic(record, json.dumps(study_state(study.path, parameters, out)))
     except StudyFailed as e:
         print(f"FAILED after {_clock(time.monotonic() - began)}: {e}", file=sys.stderr, flush=True)
         return False
     main = out / "main.md"
-    print(f"done in {_clock(time.monotonic() - began)}; tables and figures: {_near(out)}/; executed notebook: {_near(executed)}")
+    print(("unchanged since it was made (--force runs it again)" if fresh else f"done in {_clock(time.monotonic() - began)}") + f"; tables and figures: {_near(out)}/; executed notebook: {_near(executed)}")
     if main.exists(): print("\n" + main.read_text(encoding="utf-8"), flush=True)
     return True
 
@@ -152,6 +164,7 @@ def _(sub):
 
 @_command("List the studies, what they cost and what has been made.", "example:\n  hapnb studies")
 def studies(a) -> int:
+    "List the studies with their state and expected time."
     found = find_studies()
     for s in found:
         print(f"{s.name}\n  {s.title}: {s.summary}")
@@ -195,6 +208,7 @@ def _(sub):
   hapnb train --loss SupAPLoss --loss-args '{"tau": 0.02}' --batch-size 128 --seed 3
   hapnb train --dataset folder --data-dir ~/photos --freeze none --device cuda""")
 def train(a) -> int:
+    "Do one run from options that are the fields of `RunConfig`."
     from hapnb.train import RunConfig, run
     fields = {k.removeprefix("field_"): v for k, v in vars(a).items() if k.startswith("field_")}
     try: cfg = RunConfig.from_dict(fields)
@@ -284,6 +298,7 @@ def _(sub):
   hapnb evaluate embeddings.npz                 arrays embeddings [N, D] and labels [N, L], column 0 finest
   hapnb evaluate e.safetensors --labels l.csv   one column a level, finest first""")
 def evaluate(a) -> int:
+    "Measure a finished run or a file of embeddings."
     if (a.file is None) == (a.run_key is None): raise WrongUse("give either a file of embeddings or --run KEY.")
     if a.file is not None:
         import torch
@@ -378,6 +393,7 @@ def _(sub): pass
 # %% ../nbs/61_cli.ipynb #797edaa9
 @_command("Say what this machine can run, what is missing, and how to get it.", "example:\n  hapnb doctor")
 def doctor(a) -> int:
+    "Say what this machine can run, what is missing, and how to get it."
     missing = 0
     for state, what, note in _checks():
         missing += state == "!!"

@@ -7,7 +7,7 @@ __all__ = ['Cell', 'VERDICTS', 'PROFILES', 'Grid', 'grid', 'Interval', 'interval
            'RunError', 'run_grid', 'Table', 'make_table', 'repo_root', 'commit', 'hardware', 'made_by', 'save_figure',
            'save_table', 'Claim', 'claim_better', 'save_claims', 'write_claims', 'profile_settings', 'figures_dir',
            'from_root', 'Study', 'begin', 'WrongUse', 'StudyFailed', 'declared_parameters', 'check_parameters',
-           'unfinished_cell', 'run_study', 'StudyFile', 'find_studies', 'pick_studies']
+           'unfinished_cell', 'run_study', 'study_state', 'StudyFile', 'find_studies', 'pick_studies']
 
 # %% ../nbs/60_study.ipynb #1d3964c1
 import ast, base64, contextlib, dataclasses, hashlib, importlib, io, itertools, json, multiprocessing, os, platform
@@ -964,7 +964,7 @@ def _papermill(notebook, executed, parameters, say):
                "--no-progress-bar", "--no-log-output", "--stdout-file", "-", "--stderr-file", "-"]
     import hapnb  # the notebook shall import the same one, installed or not
     paths = [str(Path(hapnb.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HAPNB_BATCH": "1", "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HAPNB_BATCH": "1", "TQDM_MININTERVAL": "10", "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=env)
     errors = []
     listener = threading.Thread(target=lambda: errors.extend(child.stderr), daemon=True)
@@ -1009,6 +1009,21 @@ def run_study(notebook, # path of the notebook
         raise StudyFailed(f"{notebook.stem} stopped in code cell {number} ({state}): {error or 'the cell ended the session'}\n  notebook: {executed}", executed, number)
     if code: raise StudyFailed(f"{notebook.stem}: papermill ended with status {code}: {_tail(errors)}\n  notebook: {executed}", executed)
     return executed
+
+# %% ../nbs/60_study.ipynb #08aef14b
+def _hash_files(paths): return hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() + p.name.encode() for p in sorted(paths))).hexdigest()
+
+def study_state(notebook, # path of the notebook
+                parameters: dict, # checked or not
+                out, # folder of its tables and figures
+                ) -> dict: # {"inputs": hash, "outputs": hash}
+    "Condense what a study depends on and what it has written; equal states need no run."
+    from hapnb.data import load
+    parameters, out = check_parameters(notebook, parameters), Path(out)
+    data = load(parameters.get("dataset", "emoji"), split="test", data_dir=parameters.get("data_dir") or None).fingerprint
+    cells = [c["source"] for c in json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]]
+    return {"inputs": hashlib.sha256(json.dumps([cells, parameters, data, _code_hash()], sort_keys=True).encode()).hexdigest(),
+            "outputs": _hash_files([p for p in out.glob("*") if p.is_file()]) if out.is_dir() else ""}
 
 # %% ../nbs/60_study.ipynb #79b2a361
 @dataclass(frozen=True)
