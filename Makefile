@@ -20,7 +20,8 @@ help:
 
 # The stamp is newer than settings.ini and setup.py as long as nothing needs installing.
 $(READY): settings.ini setup.py
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('hapnb needs Python 3.10 or newer, this is ' + sys.version.split()[0] + ': try make PYTHON=python3.12 ...')"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (the first time this downloads PyTorch and takes minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
@@ -42,5 +43,5 @@ prepare: $(READY)
 	@$(BIN)/python tools/readme.py
 
 clean:
-	@rm -rf build dist *.egg-info _proc _docs htmlcov .coverage .coverage.* .pytest_cache .hypothesis
-	@find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print | xargs rm -rf
+	@rm -rf build dist _proc _docs htmlcov .coverage .coverage.* .pytest_cache .hypothesis
+	@find . \( -path ./.venv -o -path ./runs -o -path ./data \) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

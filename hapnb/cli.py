@@ -10,7 +10,7 @@ import argparse, dataclasses, json, os, platform, re, shutil, subprocess, sys, t
 from pathlib import Path
 
 from .study import (PROFILES, RunError, StudyFailed, WrongUse, _version, figures_dir, find_studies, from_root, hardware,
-                         pick_studies, repo_root, run_study, write_claims, study_state)
+                         _check_store, pick_studies, repo_root, run_study, write_claims, study_state)
 from .core import DATASETS, LOSSES, SAMPLERS, TRUNKS, nearest, pick_device, write_atomic
 
 # %% ../nbs/61_cli.ipynb #04f65674
@@ -81,6 +81,14 @@ def _check_place(a):
     try: pick_device(a.device)
     except ValueError as e: raise WrongUse(str(e)) from None
     if a.data_dir and not Path(a.data_dir).expanduser().exists(): raise WrongUse(f"--data-dir {a.data_dir}: no such file or folder (looked at {Path(a.data_dir).expanduser().absolute()}).")
+    _check_store(from_root(a.store))
+
+def _check_data(dataset, data_dir):
+    "Look for images that are not bundled; `WrongUse` says what is missing."
+    if dataset == "emoji": return  # `hapnb doctor` checks these
+    from hapnb.data import load
+    try: load(dataset, data_dir=Path(data_dir).expanduser().absolute() if data_dir else None)
+    except (ValueError, OSError) as e: raise WrongUse(f"--dataset {dataset}: {e}") from None
 
 # %% ../nbs/61_cli.ipynb #9a8954bb
 @_options("reproduce")
@@ -90,8 +98,11 @@ def _(sub):
     _shared(sub)
     sub.add_argument("--seeds", type=_count, default=0, metavar="N", help="seeds a setting (default: the profile's)")
     sub.add_argument("--jobs", type=_count, default=0, metavar="N", help="runs at a time (default: one a core, or one a GPU)")
+    sub.add_argument("--engine", default="local", metavar="E", help="where runs are done: local, in processes of this machine; ray, on a cluster, is not available yet (default: local)")
     sub.add_argument("--out", default="", metavar="DIR", help="folder for tables and figures, one folder a study inside (default: figures/ for the full profile of the bundled images, else STORE/figures/PROFILE/)")
     sub.add_argument("--force", action="store_true", help="do all runs again, also finished ones")
+
+_ENGINES = ("local", "ray")
 
 def _clock(seconds): return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
@@ -110,10 +121,13 @@ Finished runs are read back, so a second call takes seconds, and one that was ki
 def reproduce(a) -> int:
     "Run studies and print where their tables and figures are; the exit status."
     if a.profile not in PROFILES: raise WrongUse(f"unknown profile {a.profile!r}.{nearest(a.profile, PROFILES)} Known: {', '.join(PROFILES)}.")
+    if a.engine not in _ENGINES: raise WrongUse(f"unknown engine {a.engine!r}.{nearest(a.engine, _ENGINES)} Known: {', '.join(_ENGINES)}.")
+    if a.engine == "ray": raise WrongUse("--engine ray is not available yet; use --engine local (the default).")
     studies = pick_studies(a.studies)
     if not studies: raise WrongUse(f"there are no study notebooks in {repo_root() / 'nbs/studies'}.")
     _known(dataset=a.dataset)
     _check_place(a)
+    _check_data(a.dataset, a.data_dir)
     if a.force: os.environ["HAPNB_FORCE"] = str(time.time())
     out, store = Path(from_root(a.out) if a.out else figures_dir(a.profile, a.dataset, a.store)), from_root(a.store)
     print(f"{len(studies)} {'study' if len(studies) == 1 else 'studies'}, profile {a.profile}, data {a.dataset}, on {hardware(a.device)}\nruns: {_near(store)}   tables and figures: {_near(out)}")
@@ -137,11 +151,12 @@ def _reproduce_one(study, number, total, a, store, out):
     began = time.monotonic()
     parameters = dict(profile=a.profile, dataset=a.dataset, data_dir=str(Path(a.data_dir).expanduser().absolute()) if a.data_dir else "",
                       seeds=a.seeds, device=a.device, store=str(store), out=str(out), jobs=a.jobs)
-    record, executed = store / "notebooks" / f"{study.name}-{a.profile}.json", store / "notebooks" / study.path.name
+    label = f"{study.name}-{a.profile}" + (f"-{a.dataset}" if a.dataset != "emoji" else "")
+    record, executed = (store / "notebooks" / f"{label}.{ending}" for ending in ("json", "ipynb"))
     try:
         fresh = not a.force and _unchanged(record, study.path, parameters, out) and executed.exists()
         if not fresh:
-            executed = run_study(study.path, store, parameters, say=_say(began))
+            executed = run_study(study.path, store, parameters, say=_say(began), name=label)
             write_atomic(record, json.dumps(study_state(study.path, parameters, out)))
     except StudyFailed as e:
         print(f"FAILED after {_clock(time.monotonic() - began)}: {e}", file=sys.stderr, flush=True)
@@ -216,8 +231,10 @@ def train(a) -> int:
     _known(dataset=cfg.dataset, loss=cfg.loss, sampler=cfg.sampler)
     a.data_dir = getattr(cfg, "data_dir", "") or ""
     _check_place(a)
+    _check_data(cfg.dataset, a.data_dir)
     store = from_root(a.store)
-    result = run(cfg, store=store, device=a.device, progress=True)
+    try: result = run(cfg, store=store, device=a.device, progress=True)
+    except ValueError as e: raise WrongUse(str(e)) from None
     _print_metrics(result.metrics)
     print(f"run: {_near(store / cfg.key())}")
     return 0
@@ -405,6 +422,8 @@ def doctor(a) -> int:
 def main(argv=None) -> int: # exit status: 0 done, 1 failed, 2 wrong use
     "Run the `hapnb` command."
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # a terminal or pipe that has no ± or † must not stop an hour's work
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     try:
         a = parser(next((w for w in argv if w in _COMMANDS), "")).parse_args(argv)
         return a.run(a)

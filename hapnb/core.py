@@ -8,7 +8,7 @@ __all__ = ['LOSSES', 'DATASETS', 'SAMPLERS', 'TRUNKS', 'nearest', 'Registry', 'r
            'pick_device', 'atomic_path', 'write_atomic']
 
 # %% ../nbs/00_core.ipynb #b2a62401
-import contextlib, dataclasses, difflib, os, random, tempfile
+import contextlib, dataclasses, difflib, inspect, os, random, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,7 +126,7 @@ def shared_levels(query_labels: Tensor, # LongTensor [Q, L] (or [Q])
 # %% ../nbs/00_core.ipynb #e40de98d
 @dataclass(frozen=True)
 class Relevance:
-    "What each number of shared levels is worth to a query (HAPPIER, ECCV 2022, section 3.1)."
+    "What each number of shared levels is worth to a query (HAPPIER, ECCV 2022); a wrong kind, alpha or weight is a `ValueError`."
     kind: str = "pop" # "pop": a level's weight is divided among its items; "map": gives the weighted mean of level APs
     alpha: float = 1.0 # pop only: exponent on (level / L); larger stresses fine levels
     weights: tuple = None # map only: w_1..w_L, coarsest first; default: equal
@@ -136,9 +136,15 @@ class Relevance:
             raise ValueError(f"unknown relevance {self.kind!r}.{nearest(self.kind, ['pop', 'map'])} Known: map, pop.")
         if not self.alpha >= 0: raise ValueError(f"alpha must be 0 or more, got {self.alpha}.")
         if self.weights is not None:
+            if self.kind != "map": raise ValueError(f"weights {self.weights} belong to kind 'map'; {self.kind!r} has none.")
             object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
             if not self.weights or min(self.weights) < 0 or sum(self.weights) == 0:
                 raise ValueError(f"weights must be 0 or more and not all 0, got {self.weights}.")
+
+    @property
+    def lowest(self) -> int:
+        "The smallest number of shared levels that is worth something: 1, unless the first weights are 0."
+        return 1 + next(i for i, w in enumerate(self.weights or [1.]) if w > 0)
 
 # %% ../nbs/00_core.ipynb #073db601
 from fastcore.basics import patch
@@ -165,8 +171,8 @@ def table(self: Relevance,
 def __call__(self: Relevance,
              shared: Tensor, # shared levels, integers [Q, N]; negative = not in the retrieval set
              levels: int = None, # L; default: the number of weights, or the largest shared level seen
-             ) -> Tensor: # relevance [Q, N]
-    "Give the relevance of each item to each query, counting the items in `shared`."
+             ) -> Tensor: # relevance [Q, N], float64 (float32 on MPS); 0 for what is unrelated or not in the set
+    "Give the relevance of each item to each query, counting the items in `shared`; `ValueError` where weights and levels differ in number."
     if levels is None: levels = len(self.weights) if self.weights else max(int(shared.max()), 1) if shared.numel() else 1
     return self.table(level_counts(shared, levels)).gather(1, shared.clamp(min=0).long())
 
@@ -233,9 +239,10 @@ class Batch:
         return shared if self.left_out is None else shared.masked_fill(self.left_out, -1)
 
 # %% ../nbs/00_core.ipynb #82bc54c6
-def _no_autocast(device):
-    "Leave autocast for the device at hand, where it exists."
-    try: return torch.autocast(device.type, enabled=False)
+def _no_autocast(x):
+    "Leave autocast for the device of `x`, where it exists."
+    if not torch.is_tensor(x): return contextlib.nullcontext()  # `prepare` will say what is wrong with it
+    try: return torch.autocast(x.device.type, enabled=False)
     except RuntimeError: return contextlib.nullcontext()  # this torch has no autocast for such a device
 
 def _full(t): return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
@@ -244,7 +251,7 @@ def _left_out(indices_tuple, Q, N, square, loss):
     "Pairs that a cross-batch memory removed: each query's own copy. Anything else came from a miner: an error."
     why = (f"{loss} ranks whole retrieval sets, so miners make no sense with it: call it without indices_tuple. "
            "(Accepted: the four tensors of a cross-batch memory that only removed each query's own copy.)")
-    if square or len(indices_tuple) != 4: raise ValueError(why)
+    if square or len(indices_tuple) != 4 or not all(map(torch.is_tensor, indices_tuple)): raise ValueError(why)
     a, p, b, n = indices_tuple
     kept = torch.zeros(Q, N, dtype=torch.bool, device=a.device)
     kept[a, p] = True
@@ -271,15 +278,24 @@ class EmbeddingLoss(nn.Module):
 
     def values(self, batch: Batch): raise NotImplementedError
 
-    def forward(self, embeddings, labels, indices_tuple=None, ref_emb=None, ref_labels=None):
-        "Compute the loss: a scalar, or `[Q]` with `reduction=\"none\"`."
-        with _no_autocast(embeddings.device):
+    def forward(self,
+                embeddings: Tensor, # queries [Q, D], any float type; half precision is computed in float32
+                labels, # integers [Q] or [Q, L], column 0 finest, a tree; -1 = unknown
+                indices_tuple=None, # of a miner: a `ValueError`, because whole retrieval sets are ranked
+                ref_emb: Tensor = None, # references [N, D]; default: the batch itself, each query included
+                ref_labels=None, # integers [N] or [N, L], with ref_emb
+                ) -> Tensor: # the loss, a scalar; with `reduction="none"` one value a query [Q], 0 for those that do not count
+        "Compute the loss; where no query counts it is 0. Bad input (shapes, NaN, zero rows, no tree) is a `ValueError` that names the rows."
+        with _no_autocast(embeddings):
             values, counts = self.values(self.prepare(embeddings, labels, indices_tuple, ref_emb, ref_labels))
             mean = (values * counts).sum() / counts.sum().clamp(min=1)
         self._terms["loss"] = mean.detach()
         return mean if self.reduction == "mean" else values * counts
 
-    def extra_repr(self): return f"similarity={self.similarity!r}, reduction={self.reduction!r}"
+    def extra_repr(self):
+        "Those arguments of the constructor that the loss keeps under their own names."
+        kept = {k: getattr(self, k) for k in inspect.signature(type(self).__init__).parameters if hasattr(self, k)}
+        return ", ".join(f"{k}={v!r}" for k, v in kept.items() if not torch.is_tensor(v))
 
 # %% ../nbs/00_core.ipynb #16ef289f
 @patch

@@ -9,7 +9,7 @@ __all__ = ['UNREADABLE', 'SPLITS', 'LATER', 'IMAGE_SUFFIXES', 'name_hash', 'spli
            'folder_frame', 'load_folder', 'read_table', 'table_levels', 'load_table']
 
 # %% ../nbs/20_data.ipynb #68bbf125
-import hashlib, importlib, io, json, os, struct
+import hashlib, importlib, inspect, io, json, os, struct
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +76,7 @@ def decode(data: bytes) -> Image.Image:
     im = Image.open(io.BytesIO(data))
     im.load()
     im = ImageOps.exif_transpose(im)
+    if im.mode.startswith("I"): im = Image.fromarray((np.asarray(im).clip(0, 65535) >> 8).astype(np.uint8))  # 16-bit grey; convert would make it all white
     if "A" in im.getbands() or "transparency" in im.info:
         im = im.convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
@@ -273,7 +274,7 @@ def from_frame(frame: pd.DataFrame, # one row an image: the levels' names, perha
                levels, # names of the level columns, finest first
                name: str, # the dataset's name
                split: str, # one of SPLITS
-               fingerprint: str, # SHA-256 of the source
+               fingerprint: str, # SHA-256 of the source: whatever changes an image or a row's labels must change it
                val: int = 6, # every val-th training class is validation, where the table names none
                ) -> RetrievalDataset:
     "Build the dataset of one split from a table of names."
@@ -306,7 +307,12 @@ def load(name: str, # "emoji", "folder", "table" or what you registered
         known = sorted({*DATASETS.names(), *LATER})
         raise ValueError(f"unknown dataset {name!r}.{nearest(name, known)} Known: {', '.join(known)}. "
                          "For your own images use 'folder' or 'table' with data_dir.")
-    ds = DATASETS.get(name)(split=split, data_dir=data_dir, **kw)
+    loader = DATASETS.get(name)
+    known = inspect.signature(loader).parameters
+    for k in kw:
+        if k not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            raise ValueError(f"dataset {name!r} has no argument {k!r}.{nearest(k, known)} Known: {', '.join(known)}.")
+    ds = loader(split=split, data_dir=data_dir, **kw)
     ds.transform = transform
     return ds
 
@@ -335,8 +341,9 @@ def need_dir(data_dir, wanted: str) -> Path: # `wanted`: what should be there, i
 # %% ../nbs/20_data.ipynb #8a2ce843
 def find_images(root) -> list: # paths relative to root, with "/", sorted
     "List all image files below a folder; hidden files and folders are passed over."
+    def stop(error): raise error  # a folder that cannot be read must not be passed over
     out = []
-    for folder, below, files in os.walk(root, followlinks=True):
+    for folder, below, files in os.walk(root, onerror=stop, followlinks=True):
         below[:] = sorted(b for b in below if not b.startswith("."))
         out += [os.path.relpath(os.path.join(folder, f), root).replace(os.sep, "/") for f in files
                 if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")]
@@ -427,6 +434,7 @@ def load_table(split="test", data_dir=None, # the table: a .csv, .tsv or .parque
         source = hashlib.sha256(path.read_bytes()).hexdigest()
     else:
         files = [Path(root or path.parent) / p for p in frame[image]]
-        source = fingerprint_of(paths=list(frame[image]), sizes=check_files(files, str(path)))
+        rows = frame[[c for c in frame if c in (*levels, "split")]].astype(str).to_csv(index=False)  # a label put right is other data
+        source = fingerprint_of(paths=list(frame[image]), sizes=check_files(files, str(path)), rows=rows)
         store = FileStore(files)
     return from_frame(frame.drop(columns=image), store, levels, "table", split, source, val)

@@ -131,9 +131,11 @@ def fetch(package: str, # npm name without version
     if not path.is_file():
         npm = shutil.which("npm")
         if npm is None: raise RuntimeError("npm is needed to fetch the icon sets: install Node.js. (Only rebuilding needs it; the built file comes with hapnb.)")
-        done = subprocess.run([npm, "pack", "--silent", f"{package}@{source.version}", "--pack-destination", str(cache)], capture_output=True, text=True)
-        if done.returncode or not path.is_file():
-            raise RuntimeError(f"`npm pack {package}@{source.version}` failed (is the npm registry reachable?): {done.stderr.strip()[-500:]}")
+        with tempfile.TemporaryDirectory(dir=cache) as tmp:  # a download that is cut off leaves nothing
+            done = subprocess.run([npm, "pack", "--silent", f"{package}@{source.version}", "--pack-destination", tmp], capture_output=True, text=True)
+            if done.returncode or not Path(tmp, path.name).is_file():
+                raise RuntimeError(f"`npm pack {package}@{source.version}` failed (is the npm registry reachable?): {done.stderr.strip()[-500:]}")
+            Path(tmp, path.name).replace(path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != source.sha256: raise OSError(f"{path} has SHA-256 {found}, expected {source.sha256}: delete it and fetch it again.")
     return path
@@ -354,6 +356,8 @@ def attribution(table: pa.Table, sources: dict, size: int = 64) -> str: # Markdo
         "`emoji.parquet` is a collection. Every image keeps the licence of its own set; the columns `licence`, `author`, `url`, `source` and `icon` of its row say which. "
         "The licence of the code does not extend to the images.", "",
         "| set | author | licence (SPDX) | npm package | images |", "|---|---|---|---|---:|", *rows, "",
+        *(["**fxemoji**: Copyright 2015 Mozilla Foundation. Its [licence](https://github.com/mozilla/fxemoji/blob/gh-pages/LICENSE.md) puts the code under Apache-2.0 and the visual design under CC-BY-4.0; "
+           "the npm package, and so the column `licence`, names Apache-2.0 only. Keep to both: credit Mozilla, link to the licence, and say what you changed.", ""] if "fxemoji" in sources else []),
         f"**Changes made**: each SVG drawing was rendered at {size} x {size} pixels on a white square and stored as lossless WebP. Images under CC-BY-SA-4.0, so changed, stay under CC-BY-SA-4.0.", "",
         f"Names, subgroups and groups: [emojibase-data]({EMOJIBASE.url}) {EMOJIBASE.version} ({EMOJIBASE.licence}, Copyright (c) {EMOJIBASE.author}). "
         "Packages of the drawings: the Iconify project (https://iconify.design).", "",

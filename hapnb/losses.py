@@ -21,11 +21,16 @@ from .ranking import Leaky, Part, Sigmoid, Step, Sup, rank_score
 
 # %% ../nbs/10_losses.ipynb #95512ff6
 class RankLoss(EmbeddingLoss):
-    "Base of rank losses; a subclass defines `parts(a, L)` and `combiner(counts, scores)` (see the ranking notebook)."
+    "Base of rank losses; a subclass defines `parts(a, L)` and `combiner(counts, scores)` (see the ranking notebook), and keeps its surrogate as `f`."
+    lowest = 1  # shared levels from which an item is a positive
+    tree = False  # does the loss read all levels?
+
     def __init__(self,
-                 level: int = 0, # column of the labels that says who is a positive; None: all levels, as a tree
+                 level: int = 0, # column of the labels that says who is a positive; None where `tree`
                  similarity: str = "cosine", reduction: str = "mean"):
         super().__init__(similarity, reduction)
+        if (level is None) != self.tree or not isinstance(level, (int, type(None))):
+            raise ValueError(f"level must be a column number of the labels, got {level!r}; losses over all levels are HAPLoss, SmoothHAPLoss and the NDCG losses.")
         self.level = level
 
     def values(self, batch: Batch):
@@ -35,13 +40,15 @@ class RankLoss(EmbeddingLoss):
         counts = level_counts(shared, L)
         scores = batch.scores()
         total = rank_score(scores, shared, L, partial(self.parts, L=L), self.combiner(counts, scores))
-        has = counts[:, 1:].sum(1) > 0
+        has = counts[:, self.lowest:].sum(1) > 0
         return (1 - total) * has, has
+
+    def extra_repr(self): return f"{self.f}, {super().extra_repr()}"
 
 # %% ../nbs/10_losses.ipynb #7a851473
 @LOSSES.register()
 class SmoothAPLoss(RankLoss):
-    """Smooth average precision: every step is a sigmoid (Brown et al., ECCV 2020, equation 5).
+    """Smooth average precision: every step is a sigmoid (Brown et al., ECCV 2020).
 
     `loss(embeddings [Q, D], labels [Q] or [Q, L], ref_emb=None, ref_labels=None) -> scalar` in 0..1.
     Classes may have any number of images, in any order. Cost O(Q P N) time, O(Q N) memory."""
@@ -66,10 +73,10 @@ class SmoothAPLoss(RankLoss):
 # %% ../nbs/10_losses.ipynb #c337a9ea
 @LOSSES.register()
 class SupAPLoss(RankLoss):
-    """SupAP: negatives above a positive are counted with an upper bound of the step (Ramzi et al., NeurIPS 2021, equation 5).
+    """SupAP: negatives above a positive are counted with an upper bound of the step (Ramzi et al., NeurIPS 2021).
 
     `loss(embeddings [Q, D], labels [Q] or [Q, L], ref_emb=None, ref_labels=None) -> scalar` in 0..1.
-    The defaults are the paper's; its recipe for iNaturalist has `start=0., offset=1.`. Cost as `SmoothAPLoss`."""
+    The defaults are those of the released code; its recipe for iNaturalist has `start=0., offset=1.`. Cost as `SmoothAPLoss`."""
     def __init__(self,
                  tau: float = 0.01, # width of the sigmoid, in cosine units
                  rho: float = 100., # slope beyond delta
@@ -100,12 +107,14 @@ def _hierarchical(relevance, counts, dtype):
 # %% ../nbs/10_losses.ipynb #3840b9bf
 @LOSSES.register()
 class HAPLoss(RankLoss):
-    """Hierarchical average precision with SupAP's bound on items of lower levels (HAPPIER, ECCV 2022, equation 6).
+    """Hierarchical average precision with SupAP's bound on items of lower levels (HAPPIER, ECCV 2022).
 
-    `loss(embeddings [Q, D], labels [Q, L], ref_emb=None, ref_labels=None) -> scalar` in 0..1 (not with `with_hrank`: its
-    leak makes terms negative). The counts behind the relevance are those of the batch, query included. All levels are
+    `loss(embeddings [Q, D], labels [Q, L], ref_emb=None, ref_labels=None) -> scalar`. It lies in 0..1 with two exceptions: the
+    leak of `with_hrank`, and ties (with start=0 also near ties) under "pop", where a coarse item may be worth as much as a fine one,
+    which can make it negative. A query counts if an item of the set is worth something to it. The counts behind the relevance are those of the batch, query included. All levels are
     used. The loss is lower for collapsed than for random embeddings (ties with items at least as relevant count as above):
     watch the spread of embeddings. Cost O(Q P N) time with P the positives at any level, O(Q N) memory."""
+    tree = True
     def __init__(self,
                  tau: float = 0.01, rho: float = 100., delta: float = 0.05, # as in SupAPLoss
                  offset: float = 1.44, start: float = 0.5, # as in SupAPLoss; iNaturalist: offset=1., start=0.
@@ -116,6 +125,7 @@ class HAPLoss(RankLoss):
         super().__init__(None, similarity, reduction)
         self.f, self.above = Sup(tau, rho, delta, offset, start), Leaky(beta, gamma, leak)
         self.relevance, self.with_hrank = as_relevance(relevance), with_hrank
+        self.lowest = self.relevance.lowest
 
     def parts(self, a, L):
         higher = [Part(b, b, self.above) for b in range(a + 1, L + 1)] if self.with_hrank else []
@@ -139,12 +149,14 @@ def combiner(self: HAPLoss, counts, scores):
 @LOSSES.register()
 class SmoothHAPLoss(RankLoss):
     """Hierarchical average precision with every step a sigmoid (SupRank, TPAMI 2025); contracts as `HAPLoss`, in 0..1."""
+    tree = True
     def __init__(self,
                  tau: float = 0.01, # width of the sigmoid, in cosine units
                  relevance: Relevance = Relevance("pop", alpha=1.), # or "pop", "map", or a dict of its fields
                  similarity: str = "cosine", reduction: str = "mean"):
         super().__init__(None, similarity, reduction)
         self.f, self.relevance = Sigmoid(tau), as_relevance(relevance)
+        self.lowest = self.relevance.lowest
 
     def parts(self, a, L): return [Part(b, b, self.f) for b in range(L + 1)]
 
@@ -159,7 +171,7 @@ class SmoothHAPLoss(RankLoss):
 
 # %% ../nbs/10_losses.ipynb #64acdba0
 class _OfRank(RankLoss):
-    "Base of losses whose positives are worth `worth(a, rank, rows) -> (value, slope)`; `exact`: count items at or above k exactly."
+    "Base of losses of the rank alone: `worth(counts, scores)` gives a function `(a, rank, rows) -> (value, slope)`; `exact`: count items at or above k exactly."
     exact = True
 
     def parts(self, a, L): return [Part(0, a - 1, self.f), Part(a, L, Step() if self.exact else self.f)]
@@ -172,20 +184,23 @@ class _OfRank(RankLoss):
         return combine
 
 # %% ../nbs/10_losses.ipynb #a6a11903
-def _recall(ks, temperature):
-    ks = tuple(ks)
+def _check_recall(ks, temperature):
+    "The cuts as a tuple; `ValueError` for a cut or temperature that is not positive."
+    ks = (ks,) if isinstance(ks, int) else tuple(ks)
     if not ks or min(ks) < 1: raise ValueError(f"ks must be positive, got {ks}.")
     if not temperature > 0: raise ValueError(f"temperature must be positive, got {temperature}.")
-    def make(counts, scores):
-        n = counts[:, 1:].sum(1, keepdim=True).to(scores.dtype)
-        def worth(a, rank, rows):
-            value = slope = 0.
-            for k in ks:
-                s, fit = torch.sigmoid((k - rank) / temperature), n[rows].clamp(max=k) * len(ks)
-                value, slope = value + s / fit, slope - s * (1 - s) / temperature / fit
-            return value, slope
-        return worth
-    return make
+    return ks
+
+def _recall(ks, temperature, counts, scores):
+    "What a positive at some rank is worth in recall at `ks`."
+    n = counts[:, 1:].sum(1, keepdim=True).to(scores.dtype)
+    def worth(a, rank, rows):
+        value = slope = 0.
+        for k in ks:
+            s, fit = torch.sigmoid((k - rank) / temperature), n[rows].clamp(max=k) * len(ks)
+            value, slope = value + s / fit, slope - s * (1 - s) / temperature / fit
+        return value, slope
+    return worth
 
 # %% ../nbs/10_losses.ipynb #230544f1
 def _ndcg(counts, scores):
@@ -206,8 +221,8 @@ def _ndcg(counts, scores):
 class SupRecallLoss(_OfRank):
     """Recall@k, averaged over several k, on SupAP's ranks (SupRank, TPAMI 2025; the surrogate of recall from CVPR 2022).
 
-    `loss(embeddings [Q, D], labels [Q] or [Q, L], ref_emb=None, ref_labels=None) -> scalar` in 0..1; cost as `SupAPLoss`.
-    Classes may have different numbers of images."""
+    `loss(embeddings [Q, D], labels [Q] or [Q, L], ref_emb=None, ref_labels=None) -> scalar`, in 0..1 up to temperature 1 (a wider
+    sigmoid counts what lies beyond k, and the loss may fall below 0); cost as `SupAPLoss`. Classes may have different numbers of images."""
     def __init__(self,
                  ks: tuple = (1, 2, 4, 8, 16), # the cuts; recall counts against min(positives, k)
                  temperature: float = 1.0, # T, width of "within the first k", in ranks
@@ -216,7 +231,9 @@ class SupRecallLoss(_OfRank):
                  level: int = 0, # column of the labels that says who is a positive
                  similarity: str = "cosine", reduction: str = "mean"):
         super().__init__(level, similarity, reduction)
-        self.f, self.worth = Sup(tau, rho, delta, offset, start), _recall(ks, temperature)
+        self.f, self.ks, self.temperature = Sup(tau, rho, delta, offset, start), _check_recall(ks, temperature), temperature
+
+    def worth(self, counts, scores): return _recall(self.ks, self.temperature, counts, scores)
 
 @LOSSES.register()
 class SmoothRecallLoss(_OfRank):
@@ -225,7 +242,9 @@ class SmoothRecallLoss(_OfRank):
     def __init__(self, ks: tuple = (1, 2, 4, 8, 16), temperature: float = 1.0, tau: float = 0.01, level: int = 0,
                  similarity: str = "cosine", reduction: str = "mean"):
         super().__init__(level, similarity, reduction)
-        self.f, self.worth = Sigmoid(tau), _recall(ks, temperature)
+        self.f, self.ks, self.temperature = Sigmoid(tau), _check_recall(ks, temperature), temperature
+
+    def worth(self, counts, scores): return _recall(self.ks, self.temperature, counts, scores)
 
 # %% ../nbs/10_losses.ipynb #a85b0648
 @LOSSES.register()
@@ -233,20 +252,26 @@ class SupNDCGLoss(_OfRank):
     """NDCG over all levels, gain 2^level - 1, on SupAP's ranks (SupRank, TPAMI 2025).
 
     `loss(embeddings [Q, D], labels [Q, L], ref_emb=None, ref_labels=None) -> scalar` in 0..1; cost as `HAPLoss`."""
+    tree = True
     def __init__(self,
                  tau: float = 0.01, rho: float = 100., delta: float = 0.05, # as in SupAPLoss
                  offset: float = 1.44, start: float = 0.5, # as in SupAPLoss
                  similarity: str = "cosine", reduction: str = "mean"):
         super().__init__(None, similarity, reduction)
-        self.f, self.worth = Sup(tau, rho, delta, offset, start), _ndcg
+        self.f = Sup(tau, rho, delta, offset, start)
+
+    def worth(self, counts, scores): return _ndcg(counts, scores)
 
 @LOSSES.register()
 class SmoothNDCGLoss(_OfRank):
     "NDCG over all levels on sigmoid ranks; contracts as `SupNDCGLoss`, `tau` as `SmoothAPLoss`."
     exact = False
+    tree = True
     def __init__(self, tau: float = 0.01, similarity: str = "cosine", reduction: str = "mean"):
         super().__init__(None, similarity, reduction)
-        self.f, self.worth = Sigmoid(tau), _ndcg
+        self.f = Sigmoid(tau)
+
+    def worth(self, counts, scores): return _ndcg(counts, scores)
 
 # %% ../nbs/10_losses.ipynb #530960c5
 class SumLoss(EmbeddingLoss):
@@ -268,24 +293,26 @@ class SumLoss(EmbeddingLoss):
             total = total + self.weights[name] * v
         return total, torch.ones_like(n)
 
+    def extra_repr(self): return f"weights={self.weights}, {super().extra_repr()}"
+
 # %% ../nbs/10_losses.ipynb #55ef7baa
 @LOSSES.register()
 class ROADMAPLoss(SumLoss):
-    "SupAP plus calibration (Ramzi et al., NeurIPS 2021, equation 11; weights of the released code). Terms `rank`, `calibration`."
+    "SupAP plus calibration (Ramzi et al., NeurIPS 2021; weights of the released code). Terms `rank`, `calibration`."
     def __init__(self,
                  weight: tuple = (1., 1.), # of (SupAP, calibration)
                  tau: float = 0.01, rho: float = 100., delta: float = 0.05, offset: float = 1.44, start: float = 0.5, # as in SupAPLoss
                  pos_margin: float = 0.9, neg_margin: float = 0.6, average: str = "nonzero", # as in CalibrationLoss
                  level: int = 0, # column of the labels that says who is a positive
                  similarity: str = "cosine", reduction: str = "mean"):
-        if len(weight) != 2: raise ValueError(f"weight must be two numbers, (SupAP, calibration), got {weight}.")
-        super().__init__({"rank": (weight[0], SupAPLoss(tau, rho, delta, offset, start, level)),
-                          "calibration": (weight[1], CalibrationLoss(pos_margin, neg_margin, level, average))}, similarity, reduction)
+        if not isinstance(weight, (tuple, list)) or len(weight) != 2: raise ValueError(f"weight must be two numbers, (SupAP, calibration), got {weight}.")
+        super().__init__({"rank": (weight[0], SupAPLoss(tau, rho, delta, offset, start, level, similarity)),
+                          "calibration": (weight[1], CalibrationLoss(pos_margin, neg_margin, level, average, similarity))}, similarity, reduction)
 
 # %% ../nbs/10_losses.ipynb #ebd6ac8c
 @LOSSES.register()
 class HAPPIERLoss(SumLoss):
-    """(1 - lam) H-AP + lam normalised softmax (Ramzi et al., ECCV 2022, equation 8). Terms `rank`, `cluster`.
+    """(1 - lam) H-AP + lam normalised softmax (Ramzi et al., ECCV 2022). Terms `rank`, `cluster`.
 
     Has parameters, the class proxies `losses.cluster.weight [C, D]`: give them to the optimiser."""
     def __init__(self,
@@ -298,8 +325,9 @@ class HAPPIERLoss(SumLoss):
                  temperature: float = 0.05, # of the softmax, as in NormSoftmaxLoss
                  similarity: str = "cosine", reduction: str = "mean"):
         if not 0 <= lam <= 1: raise ValueError(f"lam must lie in 0..1, got {lam}.")
-        rank = HAPLoss(tau, rho, delta, offset, start, relevance, with_hrank, beta, gamma, leak)
-        super().__init__({"rank": (1 - lam, rank), "cluster": (lam, NormSoftmaxLoss(num_classes, embedding_size, temperature))}, similarity, reduction)
+        rank = HAPLoss(tau, rho, delta, offset, start, relevance, with_hrank, beta, gamma, leak, similarity)
+        cluster = NormSoftmaxLoss(num_classes, embedding_size, temperature, similarity=similarity)
+        super().__init__({"rank": (1 - lam, rank), "cluster": (lam, cluster)}, similarity, reduction)
 
 # %% ../nbs/10_losses.ipynb #bc9b203a
 def make_loss(name: str, # a registered name, such as "HAPPIERLoss"
@@ -310,11 +338,11 @@ def make_loss(name: str, # a registered name, such as "HAPPIERLoss"
               ) -> EmbeddingLoss:
     "Make a loss from its name; unknown names and arguments are `ValueError`s with the nearest known one."
     cls = LOSSES.get(name)
-    known = inspect.signature(cls.__init__).parameters
+    known = [p for p in inspect.signature(cls.__init__).parameters if p != "self"]
     given = dict(num_classes=num_classes, embedding_size=embedding_size, proxy_labels=proxy_labels)
     args = {**{k: v for k, v in given.items() if v is not None and k in known}, **args}
     for k in args:
-        if k not in known: raise ValueError(f"{name} has no argument {k!r}.{nearest(k, [p for p in known if p != 'self'])} It takes: {', '.join(p for p in known if p != 'self')}.")
+        if k not in known: raise ValueError(f"{name} has no argument {k!r}.{nearest(k, [*known, *given])} It takes: {', '.join(known)}.")
     try: return cls(**args)
     except TypeError as e: raise ValueError(f"{name}: {e}.") from e
 

@@ -9,11 +9,11 @@ __all__ = ['POOLINGS', 'FEATURE_FORMAT', 'CHUNK', 'TrunkInfo', 'Trunk', 'read_we
            'weights_hash', 'cached_features']
 
 # %% ../nbs/25_models.ipynb #d733ec7f
-import contextlib, hashlib, importlib.util, json, platform, re, shutil, warnings
+import contextlib, hashlib, importlib.util, json, os, platform, re, shutil, sys, warnings
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,7 @@ class Trunk(nn.Module):
 def read_weights(path, # .safetensors, or .pth / .pt of tensors
                  ) -> dict: # name -> tensor
     "Read tensors from a file without unpickling; errors name the file."
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f"no file of weights at {path}.")
     try: state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch and safetensors raise many types for a broken file
@@ -129,6 +129,7 @@ def lite0_state() -> dict: # with `classifier.weight` [1000, 1280] and `classifi
 def _fetch(name, get):
     "Run a download; explain a failure."
     try: return get()
+    except TypeError: raise  # a wrong argument is no failed download
     except Exception as e:  # every downloader has its own errors; the cause stays attached
         raise RuntimeError(f"the ImageNet weights of {name!r} could not be downloaded ({type(e).__name__}: {str(e)[:150]}). Without a network: "
                            f"pretrained=False, or pretrained='file.safetensors' with weights that you have, or trunk='tf_efficientnet_lite0', whose weights are installed.") from e
@@ -357,7 +358,7 @@ def _fold(m, conv, bn):
 # %% ../nbs/25_models.ipynb #8c162d1d
 def _quick(trunk):
     "The folded trunk if it agrees with the original, else the original."
-    plain = deepcopy(trunk).eval()
+    plain = deepcopy(trunk).eval().cpu()
     if not any(isinstance(m, _BatchNorm) for m in plain.modules()): return plain
     folded, x = fold_batchnorm(plain), torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     try:
@@ -499,7 +500,7 @@ def cached_features(trunk, # a name for `make_trunk` (with its ImageNet weights)
                     image_size: int = 128, # side of the images that the trunk sees, pixels
                     batch_size: int = None, # images a forward pass; default: 16 on a CPU, 128 elsewhere
                     device="cpu", # where to compute
-                    cache_dir="cache", # folder of the files; None = memory only
+                    cache_dir="cache", # folder of the files; None = memory only (runs use $HAPNB_CACHE, see `hapnb.train.cache_folder`)
                     progress: bool = True, # show a bar
                     crop_pct: float = None, # as in `test_transform`; default: the trunk's own
                     transform=None, # instead: any deterministic transform whose repr says what it does
@@ -512,9 +513,12 @@ def cached_features(trunk, # a name for `make_trunk` (with its ImageNet weights)
     make_pooling(pooling)  # a wrong name fails here
     if " object at 0x" in repr(transform): raise ValueError(f"the transform's repr must say what it does, for the name of the cache; got {transform!r}. Use torchvision.transforms.v2 classes.")
     recipe = _recipe(trunk, dataset, pooling, transform, device)
-    batch_size = batch_size or (16 if device.type == "cpu" else 128)
+    usual = 16 if device.type == "cpu" else 128
+    batch_size = batch_size or usual
+    if batch_size != usual: recipe["batch_size"] = batch_size  # another batch rounds otherwise, in the last digits
     say = print if progress else (lambda *a: None)
-    with tqdm(total=len(dataset), desc=f"features {dataset.name}/{dataset.split}", unit="image", disable=not progress, delay=1) as bar:
+    every = float(os.environ.get("TQDM_MININTERVAL") or (0.1 if sys.stderr.isatty() else 5))  # seconds; a log wants few lines
+    with tqdm(total=len(dataset), desc=f"features {dataset.name}/{dataset.split}", unit="image", disable=not progress, delay=1, mininterval=every) as bar:
         compute = lambda parts, key: _chunks(trunk, dataset, pooling, transform, batch_size, device, parts, key, bar)
         if cache_dir is None: return compute(None, "")
         return _kept(Path(cache_dir) / f"{_name(recipe)}.safetensors", recipe, compute, say)

@@ -223,7 +223,7 @@ def _csl_margins(margins, L):
 # %% ../nbs/02_pairs.ipynb #3d0a593d
 @LOSSES.register()
 class CSLLoss(EmbeddingLoss):
-    """Let the own proxy beat those of other classes by one margin a level (CSL of DyML, 2021, as in HAPPIER's code).
+    """Let the own proxy beat those of other classes by one margin a level (cross-scale learning, CSL, of DyML, CVPR 2021, as in HAPPIER's code).
 
     Parameter `weight [C, D]`, one proxy a finest class, normalised at use. Labels `[Q, L]`; a row with an unknown finest class does
     not count, an unknown coarser level leaves its term out. `ref_emb` takes no part. Memory O(QC)."""

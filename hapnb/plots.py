@@ -246,12 +246,13 @@ def embedding_map(
 # %% ../nbs/40_plots.ipynb #bfb6c66a
 def interval(
     values, # one number a seed; NaN is left out
-) -> tuple: # mean and half width of the 95 % interval; the half width is NaN with fewer than two values
-    "Return the mean over seeds and half the width of its 95 % t interval."
+    level: float = 0.95, # how often such an interval holds the true mean
+) -> tuple: # mean and half width of the interval; the half width is NaN with fewer than two values
+    "Return the mean over seeds and half the width of its t interval."
     v = np.asarray([x for x in np.asarray(values, dtype=float).ravel() if not math.isnan(x)])
     if len(v) == 0: return math.nan, math.nan
     if len(v) == 1: return float(v[0]), math.nan
-    return float(v.mean()), float(stats.t.ppf(.975, len(v) - 1) * v.std(ddof=1) / math.sqrt(len(v)))
+    return float(v.mean()), float(stats.t.ppf(.5 + level / 2, len(v) - 1) * v.std(ddof=1) / math.sqrt(len(v)))
 
 # %% ../nbs/40_plots.ipynb #7d064460
 def _rows(rows, columns):

@@ -32,7 +32,7 @@ class Step:
 # %% ../nbs/01_ranking.ipynb #222192fe
 @dataclass(frozen=True)
 class Sigmoid:
-    "The sigmoid of `x / tau` (Smooth-AP, ECCV 2020, equation 4)."
+    "The sigmoid of `x / tau` (Smooth-AP, ECCV 2020)."
     tau: float = 0.01 # width, in units of the score
     smooth = True
 
@@ -53,7 +53,7 @@ class Sigmoid:
 # %% ../nbs/01_ranking.ipynb #1808686a
 @dataclass(frozen=True)
 class Sup:
-    "The upper bound of the step in three pieces (ROADMAP, NeurIPS 2021, equation 5)."
+    "The upper bound of the step in three pieces (ROADMAP, NeurIPS 2021)."
     tau: float = 0.01 # width of the sigmoid, in units of the score
     rho: float = 100. # slope beyond delta
     delta: float = 0.05 # where the straight line starts; None: at zero
@@ -107,9 +107,9 @@ def __call__(self: Sup, x: Tensor):
 # %% ../nbs/01_ranking.ipynb #a7c2ba35
 @dataclass(frozen=True)
 class Leaky:
-    "The capped, leaky step of the smoothed hierarchical rank (HAPPIER, ECCV 2022, supplement; released code)."
+    "The capped, leaky step of the smoothed hierarchical rank (HAPPIER, ECCV 2022, as in its released code)."
     beta: float = 25. # slope above zero
-    gamma: float = 0.5 # value just above zero; more than 1: the plain step
+    gamma: float = 0.5 # value just above zero; 1 or more: the plain step above zero
     leak: float = 10. # slope below zero
     smooth, scale = True, 1.
 
@@ -225,7 +225,7 @@ def rank_score(scores: Tensor, # similarity of each query and item, float [Q, N]
                parts, # parts(a) -> list of Part: the sums that positives of level a need
                combine, # combine(a, sums, rows) -> (share [q, p], [d share / d sum or None for each part])
                block: int = None, # triples at once; default: what fits the device
-               ) -> Tensor: # score of each query [Q]; differentiable (once) in `scores`
+               ) -> Tensor: # score of each query [Q], 0 without a positive, in the type of `scores`; differentiable (once) in `scores`
     "Sum, over the positives of each query, what their smoothed ranks are worth; memory O(Q N) whatever the number of positives."
     if scores.shape != shared.shape: raise ValueError(f"scores are {tuple(scores.shape)} but shared levels {tuple(shared.shape)}.")
     return _RankScore.apply(scores, shared, levels, parts, combine, block or _block_size(scores.device))

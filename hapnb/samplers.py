@@ -10,7 +10,6 @@ __all__ = ['class_rows', 'EpochSampler', 'RandomBatchSampler', 'MPerClassSampler
 import inspect
 
 import numpy as np
-import torch
 from fastcore.basics import patch
 from torch.utils.data import Sampler
 

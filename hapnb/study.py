@@ -94,14 +94,8 @@ def interval(values, # numbers, one a seed
     "Give the mean with its Student t interval; `ValueError` on NaN, because dropping a failed run silently would flatter."
     x = np.asarray(list(values), dtype=np.float64)
     if not np.isfinite(x).all(): raise ValueError(f"values {np.flatnonzero(~np.isfinite(x)).tolist()} of {len(x)} are NaN or infinite; leave failed runs out first.")
-    if len(x) < 2: return Interval(float(x[0]) if len(x) else float("nan"), float("nan"), len(x))
-    return Interval(float(x.mean()), float(_t(level, len(x) - 1) * x.std(ddof=1) / len(x) ** .5), len(x))
-
-# %% ../nbs/60_study.ipynb #22e22ed3
-def _t(level, df):
-    "Quantile of Student's t for a two-sided interval."
-    from scipy import stats
-    return stats.t.ppf(.5 + level / 2, df)
+    from hapnb.plots import interval as mean_and_half  # late: drawing libraries take a second to load, and the command must start at once
+    return Interval(*mean_and_half(x, level), len(x))
 
 # %% ../nbs/60_study.ipynb #d1f658ee
 def holm(p) -> np.ndarray:
@@ -705,6 +699,7 @@ def claim_better(paper, claim, measured,
     two = rows[rows[by].isin([better, than])]
     t = paired_test(two, metric, by, than, level).iloc[0]
     value = f"{t.difference * scale:+.1f} {unit} (one seed, no interval)" if t.n < 2 else f"{t.difference * scale:+.1f} {unit}, 95% interval {t.low * scale:+.1f} to {t.high * scale:+.1f} ({t.n} seeds)"
+    if t.n > 1 and t.high < min(margin, 0.): value += "; the opposite"
     return Claim(paper, claim, measured, value, VERDICTS[2] if t.n < 2 else VERDICTS[0] if t.low > margin else VERDICTS[1])
 
 # %% ../nbs/60_study.ipynb #a4cdd5c8
@@ -717,12 +712,12 @@ def write_claims(figures_dir) -> Path: # claims.md
     "Rebuild `claims.md` from the `claims.json` of every study below `figures_dir`."
     found, figures_dir = [], Path(figures_dir)
     for path in sorted(figures_dir.glob("*/claims.json")):
-        found += [(Claim(**c), path.parent.name) for c in json.loads(path.read_text())]
+        found += [(Claim(**c), path.parent.name) for c in json.loads(path.read_text(encoding="utf-8"))]
     line = lambda cells: "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
     body = [line([c.paper, c.claim, c.measured, c.value or "-", f"**{c.verdict}**", f"[{s}]({s}/)"]) for c, s in found]
     count = ", ".join(f"{sum(c.verdict == v for c, _ in found)} {v}" for v in VERDICTS)
     text = ["# Claims of the papers, and what was found here", "",
-            "Made from each study's `claims.json`. A verdict holds for the experiment that is named, not for every setting; intervals are over seeds.", "",
+            "Made from each study's `claims.json`. A verdict holds for the experiment that is named, not for every setting; intervals are over seeds, and each claim is judged by itself, without correction for their number.", "",
             f"{len(found)} claims: {count}.", "", line(["paper", "claim", "measured here", "value", "verdict", "study"]), line(["---"] * 6), *body, ""]
     return write_atomic(figures_dir / "claims.md", "\n".join(text))
 
@@ -891,7 +886,8 @@ def declared_parameters(notebook) -> dict: # name -> (type name, default)
 # %% ../nbs/60_study.ipynb #6b463f39
 def _declared(source, notebook):
     "Yield (name, (type, default)) for each line of a parameters cell."
-    nodes = ast.parse(source).body
+    try: nodes = ast.parse(source).body
+    except SyntaxError as e: raise WrongUse(f"{notebook}, parameters cell, line {e.lineno}: {e.msg}; write plain Python there, no %magic.") from e
     for node in nodes:
         where = f"{notebook}, parameters cell, line {node.lineno}: {source.splitlines()[node.lineno - 1]!r}"
         plain = isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.targets[0] if isinstance(node, ast.Assign) else node.target, ast.Name)
@@ -986,15 +982,16 @@ def _yaml(values):
 
 # %% ../nbs/60_study.ipynb #60246f03
 def run_study(notebook, # path of the notebook
-              store="runs", # the executed notebook goes to <store>/notebooks/<name>.ipynb
+              store="runs", # the executed notebook goes to <store>/notebooks/
               parameters: dict = None,
+              name: str = "", # of the executed notebook, without its ending; default: that of the notebook
               say=print, # gets the study's output line by line; None for silence
               retries: int = 1, # after a dead kernel
               ) -> Path: # the executed notebook
     "Execute a study notebook with checked parameters; `WrongUse` before, `StudyFailed` after."
     notebook, store = Path(notebook).expanduser().absolute(), from_root(store)
     parameters, say = check_parameters(notebook, parameters or {}), say or (lambda line: None)
-    executed = store / "notebooks" / notebook.name
+    executed = store / "notebooks" / f"{name or notebook.stem}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
     for left in range(retries, -1, -1):
         executed.unlink(missing_ok=True)
@@ -1022,7 +1019,7 @@ def study_state(notebook, # path of the notebook
     parameters, out = check_parameters(notebook, parameters), Path(out)
     data = load(parameters.get("dataset", "emoji"), split="test", data_dir=parameters.get("data_dir") or None).fingerprint
     cells = [c["source"] for c in json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]]
-    return {"inputs": hashlib.sha256(json.dumps([cells, parameters, data, _code_hash()], sort_keys=True).encode()).hexdigest(),
+    return {"inputs": hashlib.sha256(json.dumps([cells, parameters, data, _code_hash(), _version("torch")], sort_keys=True).encode()).hexdigest(),
             "outputs": _hash_files([p for p in out.glob("*") if p.is_file()]) if out.is_dir() else ""}
 
 # %% ../nbs/60_study.ipynb #79b2a361

@@ -338,7 +338,7 @@ class ImageBatches:
         mine = keyed if world == 1 else [[b[i] for i in np.array_split(range(len(b)), world)[rank]] for b in keyed]
         view = _View(self.dataset, self.transform, self.seed, epoch)
         for x, rows in zip(_loader(view, mine, self.workers, self.device), batches[start:]):
-            yield x.to(self.device, non_blocking=True), self.labels[torch.as_tensor(rows, device=self.device)]
+            yield x.to(self.device, non_blocking=self.device.type == "cuda"), self.labels[torch.as_tensor(rows, device=self.device)]
 
 # %% ../nbs/30_train.ipynb #c6b55e3e
 def _loader(view, batches, workers, device):
@@ -610,19 +610,23 @@ def _load_once(name, split, data_dir, args, stamp):
     return load(name, split, data_dir=data_dir, **json.loads(args))
 
 def load_splits(cfg: RunConfig) -> tuple: # (training part, evaluation part)
-    "Load the two parts of a run's dataset; within a process each is loaded once."
+    "Load the two parts of a run's dataset; within a process each is loaded once, until a file is added or removed."
     where = Path(cfg.data_dir).expanduser() if cfg.data_dir is not None else None
-    stamp = where.stat().st_mtime_ns if where is not None and where.exists() else None
+    stamp = max(os.stat(d).st_mtime_ns for d, *_ in [(where,), *os.walk(where, followlinks=True)]) if where is not None and where.exists() else None
     return tuple(_load_once(cfg.dataset, s, cfg.data_dir, json.dumps(cfg.dataset_args, sort_keys=True), stamp) for s in _SPLITS[cfg.split])
 
 # %% ../nbs/30_train.ipynb #bc3e01e4
+def _weights_id(pretrained):
+    "True, False, or the SHA-256 of a file of weights."
+    return hashlib.sha256(Path(pretrained).expanduser().read_bytes()).hexdigest() if isinstance(pretrained, str) else pretrained
+
 @patch
 def key(self: RunConfig,
         data: tuple = None, # (training part, evaluation part); default: `load_splits`
         ) -> str: # 16 hexadecimal digits
     "Hash every value that can change the result, with the data's fingerprints and the schema's version."
     values = {k: v for k, v in self.to_dict().items() if k not in _NOT_IN_KEY}
-    if isinstance(self.pretrained, str): values["pretrained"] = hashlib.sha256(Path(self.pretrained).expanduser().read_bytes()).hexdigest()
+    values["pretrained"] = _weights_id(self.pretrained)
     values = dict(schema=SCHEMA, data=[d.fingerprint for d in data or load_splits(self)], config=values)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -649,7 +653,7 @@ def build_net(cfg: RunConfig) -> nn.Module:
 # %% ../nbs/30_train.ipynb #2789929d
 def cache_folder() -> Path: # or None, with a warning, where nothing can be written
     "Find the folder for features."
-    path = Path(os.environ.get("HAPNB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hapnb")
+    path = Path(os.environ.get("HAPNB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hapnb").expanduser()
     try:
         write_atomic(path / f".writable-{os.getpid()}", "").unlink()
         return path
@@ -658,10 +662,8 @@ def cache_folder() -> Path: # or None, with a warning, where nothing can be writ
         return None
 
 # %% ../nbs/30_train.ipynb #4a448f80
-@functools.lru_cache(maxsize=8)
-def _features(made_by, dataset, device, progress):
+def _features(cfg, dataset, device, progress):
     from hapnb.models import cached_features, test_transform
-    cfg = RunConfig.from_dict(json.loads(made_by))
     trunk = build_trunk(cfg)
     x = cached_features(trunk, dataset, cfg.pooling, device=device, cache_dir=cache_folder(), progress=progress,
                         transform=test_transform(trunk, cfg.image_size, **thaw(cfg.transform)))
@@ -688,10 +690,11 @@ def make_loss_for(cfg: RunConfig, labels: Tensor, # [N, L], of the training part
     return make_loss(cfg.loss, num_classes=int(labels[:, level].max()) + 1, embedding_size=width, proxy_labels=table, **args)
 
 # %% ../nbs/30_train.ipynb #7295452b
-def _check_registered(cfg):
-    "Misspelt names should fail in the first second, not after the features."
+def _check_registered(cfg, train):
+    "Misspelt names and arguments of a loss should fail in the first second, not after the features."
     from hapnb import losses, models, samplers  # they fill the registries
     LOSSES.get(cfg.loss), SAMPLERS.get(cfg.sampler)
+    with _seeded(0): make_loss_for(cfg, _columns(train, cfg.levels), cfg.embed_dim or 2)  # thrown away
 
 # %% ../nbs/30_train.ipynb #146d0aad
 def _frozen_parts(cfg, train, labels, sampler, device):
@@ -699,6 +702,7 @@ def _frozen_parts(cfg, train, labels, sampler, device):
     x = features_of(cfg, train, device)
     with _seeded(derive_seed(cfg.seed, "init", "head")):
         head = Head(x.shape[1], cfg.embed_dim, cfg.norm, cfg.pooling, cfg.normalise, cfg.init)
+    head.pool.requires_grad_(False)  # features are pooled already: DDP would wait for the gradient of GeM's exponent
     return FeatureNet(head), FeatureBatches(x, labels, sampler, device)
 
 def _whole_parts(cfg, train, labels, sampler, device, workers):
@@ -741,8 +745,14 @@ def embed(net: nn.Module, x, # features [N, F], or a dataset of images
 def features_of(cfg: RunConfig, dataset, device="cpu", progress: bool = False) -> Tensor: # [N, F] on `device`
     "Get the frozen trunk's features of a dataset, from memory, from disk, or by computing them."
     names = ["trunk", "trunk_args", "pretrained", "pooling", "image_size", "transform"] + ["seed"] * (cfg.pretrained is False)
-    made_by = {n: thaw(getattr(cfg, n)) for n in names}
-    return _features(json.dumps(made_by, sort_keys=True), dataset, str(device), progress)
+    made_by = {n: thaw(getattr(cfg, n)) for n in names} | {"pretrained": _weights_id(cfg.pretrained)}
+    key = json.dumps(made_by, sort_keys=True), dataset, str(device)
+    if key not in _IN_MEMORY:
+        while len(_IN_MEMORY) >= 8: _IN_MEMORY.pop(next(iter(_IN_MEMORY)))  # the oldest goes first
+        _IN_MEMORY[key] = _features(cfg, dataset, device, progress)
+    return _IN_MEMORY[key]
+
+_IN_MEMORY = {}  # (settings, dataset, device) -> features, of this process
 
 # %% ../nbs/30_train.ipynb #ab505741
 def prepare(cfg: RunConfig, device="auto", progress: bool = True):
@@ -757,7 +767,7 @@ def _commit():
     def git(*args): return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=20)
     try: found = git("rev-parse", "HEAD")
     except (OSError, subprocess.TimeoutExpired): return None  # no git on this machine
-    if found.returncode: return None
+    if found.returncode or "__file__" in globals() and git("ls-files", "--error-unmatch", Path(__file__).name).returncode: return None  # somebody else's checkout
     return found.stdout.strip() + ("+changes" if git("status", "--porcelain", "-uno").stdout.strip() else "")
 
 # %% ../nbs/30_train.ipynb #4fdb6f78
@@ -765,7 +775,7 @@ def environment(accelerator=None) -> dict:
     "Describe what computes: versions, commit, device, threads."
     from importlib.metadata import PackageNotFoundError, version
     out = dict(python=platform.python_version(), system=platform.platform(), host=socket.gethostname(), commit=_commit_once())
-    for name in ("hapnb", "torch", "torchvision", "timm", "accelerate", "numpy", "faiss-gpu"):
+    for name in ("hapnb", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "faiss-gpu"):
         try: out[name] = version(name)
         except PackageNotFoundError: out[name] = None
     device = accelerator.device if accelerator else torch.device("cpu")
@@ -795,7 +805,8 @@ class Result:
         self.path = Path(path)
         if not is_finished(self.path): raise FileNotFoundError(f"{self.path} holds no finished run (no metrics.json). Run it (again) with hapnb.train.run.")
         self.key = self.path.name
-        self.metrics = json.loads((self.path / "metrics.json").read_text())
+        try: self.metrics = json.loads((self.path / "metrics.json").read_text())
+        except ValueError as e: raise ValueError(f"{self.path / 'metrics.json'} is damaged ({e}); delete the folder and run again.") from e
 
     @functools.cached_property
     def config(self): return RunConfig.from_dict(json.loads((self.path / "config.json").read_text()))
@@ -829,7 +840,9 @@ def weights(self: Result) -> dict: # name -> tensor
 # %% ../nbs/30_train.ipynb #7b321a61
 @patch
 def model(self: Result) -> nn.Module:
-    "Build the trained network, images to embeddings, in evaluation mode."
+    "Build the trained network, images to embeddings, in evaluation mode; `ValueError` if a frozen trunk's file of weights has changed."
+    if self.config.freeze == "trunk" and self.environment.get("pretrained", known := _weights_id(self.config.pretrained)) != known:
+        raise ValueError(f"run {self.key} was made with other weights than {self.config.pretrained} holds now: its head does not belong to them.")
     net = build_net(self.config)
     for part in ("head", "trunk"):
         own = {k.removeprefix(part + "."): v for k, v in self.weights().items() if k.startswith(part + ".")}
@@ -858,7 +871,8 @@ def _lock(path, progress):
     lock, owner = FileLock(path / ".lock"), path / "owner.json"
     try: lock.acquire(timeout=0)
     except Timeout:
-        who = json.loads(owner.read_text()) if owner.exists() else {}
+        try: who = json.loads(owner.read_text())
+        except (OSError, ValueError): who = {}  # it may just have been taken away
         if progress: print(f"waiting: {path} is being made by process {who.get('pid', '?')} on {who.get('host', '?')}", flush=True)
         lock.acquire(poll_interval=0.2)
     try:
@@ -881,7 +895,7 @@ def run(cfg: RunConfig, # what to do
     train, test = data or load_splits(cfg)
     path = Path(store).expanduser() / cfg.key((train, test))
     if is_finished(path) and not _launched(): return Result(path)
-    _check_registered(cfg)
+    _check_registered(cfg, train)
     accelerator = make_accelerator(device, cfg.precision)
     main = accelerator.is_main_process
     if main: _json(path / "config.json", cfg.to_dict())
@@ -976,7 +990,7 @@ def _finish(cfg, path, trainer, z, judge, clock):
     _tensors(path / "embeddings.safetensors", {"embeddings": z, "labels": judge.labels})
     _history(path, trainer)
     metrics = judge.metrics(z)
-    _json(path / "environment.json", environment(trainer.accelerator) | dict(data=judge.data, train_seconds=sum(r["seconds"] for r in trainer.history), wall_seconds=time.monotonic() - clock.began))
+    _json(path / "environment.json", environment(trainer.accelerator) | dict(data=judge.data, pretrained=_weights_id(cfg.pretrained), train_seconds=sum(r["seconds"] for r in trainer.history), wall_seconds=time.monotonic() - clock.began))
     _json(path / "metrics.json", metrics)
     (path / "state.pt").unlink(missing_ok=True)
     for left in path.glob(".*.part"): left.unlink(missing_ok=True)  # of a process that was killed while it wrote
@@ -1009,7 +1023,8 @@ class _Stopwatch:
         self.wait(); t = self.now()
         yield
         self.wait(); self.times.setdefault(name, []).append(self.now() - t)
-    def wait(self): torch.cuda.synchronize() if self.device.type == "cuda" else None
+    def wait(self):
+        if self.device.type in ("cuda", "mps"): getattr(torch, self.device.type).synchronize()
 
 # %% ../nbs/30_train.ipynb #fae78768
 def profile_run(cfg: RunConfig, # with freeze="trunk"

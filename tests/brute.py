@@ -114,6 +114,76 @@ def sup_ap(scores, positive, **kw):
     return hap(scores, p, [[float(x) for x in row] for row in p], lambda x: sup_step(x, **kw))
 
 
+def of_rank(scores, levels, step, worth, same=None):
+    """1 - sum_k worth(rank(k)) for losses of the rank alone.
+
+    `step(x)` smooths the comparison with an item of a lower level; `same(x)` the others (default: the exact step).
+    `worth(row)` gives, from a query's levels, a function (level, rank) -> (value, slope)."""
+    values, slopes = [], []
+    for s, l in zip(scores, levels):
+        ks, n, of = [k for k in range(len(s)) if l[k] > 0], len(s), worth(l)
+        g, value = [0.] * n, 1.
+        for k in ks:
+            rank, drank = 1., [0.] * n
+            for j in range(n):
+                if j == k: continue
+                x = s[j] - s[k]
+                if l[j] < l[k]: h, drank[j] = step(x)
+                elif same: h, drank[j] = same(x)
+                else: h = 1. if x >= 0 else 0.
+                rank += h
+            w, slope = of(l[k], rank)
+            value -= w
+            for j in range(n):
+                g[j] -= slope * drank[j]
+                g[k] += slope * drank[j]
+        values.append(value if ks else None)
+        slopes.append(g)
+    return values, slopes
+
+
+def recall_worth(ks=(1, 2, 4, 8, 16), T=1.):
+    "Recall@k with a soft cut, over the number of positives that fit, averaged over k."
+    def worth(row):
+        n = sum(l > 0 for l in row)
+        def of(level, rank):
+            parts = [(smooth_step(k - rank, T), min(n, k) * len(ks)) for k in ks]
+            return sum(s / m for (s, _), m in parts), -sum(d / m for (_, d), m in parts)
+        return of
+    return worth
+
+
+def ndcg_worth(row):
+    "Gain 2^level - 1, discounted by log2(1 + rank), over the best order's sum."
+    best = sum((2 ** l - 1) / math.log2(1 + i) for i, l in enumerate(sorted(row, reverse=True), 1))
+    def of(level, rank):
+        log = math.log2(1 + rank)
+        return (2 ** level - 1) / log / best, -(2 ** level - 1) / log ** 2 / ((1 + rank) * math.log(2)) / best
+    return of
+
+
+def smooth_hap(scores, levels, rel, tau=.01):
+    "H-AP with every comparison a sigmoid, in rank and in H-rank."
+    values, slopes = [], []
+    for s, l, r in zip(scores, levels, rel):
+        ks, n = [k for k in range(len(s)) if l[k] > 0], len(s)
+        g, total, value = [0.] * n, sum(r[k] for k in ks), 1.
+        for k in ks:
+            rank, hrank, d = 1., r[k], [0.] * n
+            for j in range(n):
+                if j == k: continue
+                h, d[j] = smooth_step(s[j] - s[k], tau)
+                rank, hrank = rank + h, hrank + h * min(r[j], r[k])
+            value -= hrank / rank / total
+            for j in range(n):
+                slope = d[j] * (min(r[j], r[k]) / rank - hrank / rank ** 2) / total
+                g[j] -= slope
+                g[k] += slope
+        values.append(value if ks else None)
+        slopes.append(g)
+    return values, slopes
+
+
 def mean(values, slopes):
     "Mean over the queries that count, with its slopes; 0 when none counts."
     n = sum(v is not None for v in values)

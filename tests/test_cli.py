@@ -55,24 +55,50 @@ def test_reproduce_prints_tables_and_places(clone, call):
     assert (status, err) == (0, "")
     for text in ("[1/1] 10_works: A toy (about 0.1 min on 2 cores)", "profile smoke run 0", "| the main table |", "runs/figures/smoke/10_works", "1 of 1 studies done"):
         assert text in out
-    assert (clone / "runs/figures/smoke/claims.md").exists() and (clone / "runs/notebooks/10_works.ipynb").exists()
+    assert (clone / "runs/figures/smoke/claims.md").exists() and (clone / "runs/notebooks/10_works-smoke.ipynb").exists()
     assert not (clone / "figures").exists(), "only the full profile writes to the committed figures"
+
+
+def test_an_unchanged_study_is_left_alone(clone, call):
+    def again(profile="smoke", *more):
+        status, out, err = call("reproduce", "works", "--profile", profile, "--device", "cpu", *more)
+        assert (status, err) == (0, "") and "| the main table |" in out
+        return "unchanged" not in out, int((clone / "runs/count").read_text())
+    assert [again(), again()] == [(True, 1), (False, 1)]
+    assert [again("quick"), again(), again("quick")] == [(True, 2), (False, 2), (False, 2)], "profiles must not disturb each other"
+    assert again("smoke", "--force") == (True, 3)
+    (clone / "runs/figures/smoke/10_works/main.md").write_text("edited")
+    assert again() == (True, 4) and again("smoke", "--seeds", "4") == (True, 5)
+    write_study(clone / "nbs/studies/10_works.ipynb", STUDY, [WORK, END + "# changed"])
+    assert [again(), again()] == [(True, 6), (False, 6)]
+    write_study(clone / "nbs/studies/10_works.ipynb", STUDY, [WORK, "1 / 0"])
+    assert [call("reproduce", "works", "--profile", "smoke", "--device", "cpu")[0] for _ in range(2)] == [1, 1] and (clone / "runs/count").read_text() == "8"
+
+
+def test_an_unwritable_store_is_found_at_once(clone, call):
+    (clone / "file").write_text("")
+    for argv in (["reproduce", "works", "--profile", "smoke"], ["train", "--dataset", "toy"]):
+        status, out, err = call(*argv, "--device", "cpu", "--store", clone / "file")
+        assert status == 1 and "cannot write" in err and "Traceback" not in err and not out
 
 
 def test_reproduce_full_goes_to_figures_and_a_failure_is_named(clone, call):
     status, out, err = call("reproduce", "--profile", "full", "--device", "cpu", "--seeds", "13")
-    assert status == 1 and "code cell 3 (failed): ValueError: thirteen" in err and str(clone / "runs/notebooks/20_breaks.ipynb") in err
+    assert status == 1 and "code cell 3 (failed): ValueError: thirteen" in err and str(clone / "runs/notebooks/20_breaks-full.ipynb") in err
     assert "1 of 2 studies done. Failed: 20_breaks." in out and (clone / "figures/10_works/main.md").exists()
 
 
 @pytest.mark.parametrize("argv, text", [
     (["reproduce", "wroks"], "Did you mean 'works'"), (["reproduce", "--profile", "quik"], "Did you mean 'quick'"),
     (["reproduce", "--dataset", "emojy"], "Did you mean 'emoji'"), (["reproduce", "--device", "gpu"], "unknown device"),
+    (["reproduce", "--dataset", "folder"], "data_dir is missing"), (["reproduce", "--dataset", "folder", "--data-dir", "nbs"], "--dataset folder: "),
+    (["reproduce", "--engine", "ray"], "not available yet"), (["reproduce", "--engine", "locl"], "Did you mean 'local'"),
     (["reproduce", "--data-dir", "/nowhere"], "no such file or folder"), (["reproduce", "--seeds", "0"], "1 or more"),
     (["reproduce", "--jobs", "two"], "1 or more"), (["reproduce", "--profil", "quick"], "Did you mean '--profile'"),
     (["reprodce"], "Did you mean 'reproduce'"), ([], "required"),
     (["train", "--loss", "HAPIERLoss"], "Did you mean 'HAPPIERLoss'"), (["train", "--epochs", "ten"], "not a number"), (["train", "--batch-size", "1"], "2 or more"),
     (["train", "--loss-args", "tau=1"], "JSON object"), (["train", "--sampler", "m_per_clas"], "Did you mean 'm_per_class'"), (["train", "--los", "x"], "Did you mean '--loss'"),
+    (["train", "--dataset", "toy", "--loss-args", '{"tua": 1}'], "has no argument 'tua'"), (["train", "--dataset", "toy", "--batch-size", "24", "--trunk", "resnet35"], "unknown trunk"),
     (["evaluate"], "either a file"), (["evaluate", "none.npz"], "no such file"), (["evaluate", "--run", "abc", "--store", "empty"], "0 finished runs")])
 def test_wrong_use_is_status_2_and_one_line(clone, call, argv, text):
     status, out, err = call(*argv)
@@ -177,6 +203,13 @@ def test_as_a_process(clone):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     p = subprocess.run([sys.executable, "-m", "hapnb.cli", "reproduce", "nothing"], env=env, capture_output=True, text=True, cwd=clone)
     assert p.returncode == 2 and p.stderr.startswith("hapnb: unknown study 'nothing'")
+
+
+def test_a_pipe_without_unicode(clone):
+    write_study(clone / "nbs/studies/10_works.ipynb", STUDY, ["from hapnb.study import write_atomic; write_atomic(out + '/main.md', '1 ± 2 †')"])
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    p = subprocess.run([sys.executable, "-m", "hapnb.cli", "reproduce", "works", "--profile", "smoke", "--device", "cpu"], env=env, capture_output=True, text=True, cwd=clone)
+    assert p.returncode == 0 and "1 ? 2 ?" in p.stdout
 
 
 def test_killed_command_leaves_nobody(clone, tmp_path):

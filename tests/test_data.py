@@ -274,6 +274,19 @@ def test_table_split_column_and_number_labels(tree):
     with pytest.raises(ValueError, match=r"\['dev'\]; use train, val and test"): load("table", "all", tree / "t.parquet")
 
 
+def test_a_label_put_right_is_other_data(tree):
+    "Same images, same classes, same split: two labels exchanged must still give another fingerprint."
+    frame, path = table_of(tree).assign(split=["train"] * 12 + ["test"] * 12), tree / "t.csv"
+    frame.to_csv(path, index=False)
+    before, again = load("table", "test", path), load("table", "test", path)
+    frame.loc[[12, 15], "species"] = frame.species[[15, 12]].to_numpy()
+    frame.loc[[12, 15], "kind"] = frame.kind[[15, 12]].to_numpy()
+    frame.to_csv(path, index=False)
+    after = load("table", "test", path)
+    assert before.class_names == after.class_names and not torch.equal(before.labels, after.labels)
+    assert before.fingerprint == again.fingerprint != after.fingerprint
+
+
 def test_table_errors(tree):
     frame, path = table_of(tree), tree / "t.csv"
     frame.to_csv(path, index=False)
@@ -296,6 +309,7 @@ def test_table_with_images_inside(parts):
 
 def test_unknown_names():
     with pytest.raises(ValueError, match="unknown dataset 'emoj'. Did you mean 'emoji'"): load("emoj")
+    with pytest.raises(ValueError, match="dataset 'folder' has no argument 'level_name'. Did you mean 'level_names'"): load("folder", data_dir=".", level_name=["a"])
     with pytest.raises(ValueError, match="unknown split 'tset'. Did you mean 'test'"): load("emoji", "tset")
 
 

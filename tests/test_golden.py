@@ -6,11 +6,16 @@ import pytest
 import torch
 from conftest import GOLDEN, golden_inputs
 from hapnb.core import Relevance
-from hapnb.losses import (CalibrationLoss, CSLLoss, HAPLoss, HAPPIERLoss, NormSoftmaxLoss, PairLoss, ROADMAPLoss, SmoothAPLoss, SupAPLoss)
+from hapnb.losses import (CalibrationLoss, CSLLoss, HAPLoss, HAPPIERLoss, NormSoftmaxLoss, PairLoss, ROADMAPLoss, SmoothAPLoss, SmoothHAPLoss,
+                          SmoothNDCGLoss, SmoothRecallLoss, SupAPLoss, SupNDCGLoss, SupRecallLoss)
 
 CASES = {c["id"]: c for c in GOLDEN["cases"]}
 NAMES = sorted(CASES["random_B32_D16_m4_c2_s0"]["losses"])
 close = dict(rel=1e-6, abs=1e-9)
+
+
+RECALL = {"suprank.SupRecallLoss": SupRecallLoss, "suprank.SmoothRecallLoss": SmoothRecallLoss}
+TREES = {"suprank.SupNDCGLoss": SupNDCGLoss, "suprank.SmoothNDCGLoss": SmoothNDCGLoss, "suprank.SmoothHAPLoss": SmoothHAPLoss}
 
 
 def surrogate(p): return {k: p[k] for k in ("tau", "rho", "delta", "offset", "start") if k in p}
@@ -31,6 +36,8 @@ def build(name, p, case, labels, similarity):
     # offset=None is the value that makes the curve continuous at delta. The default, 1.44, jumps there, as published.
     if kind == "roadmap.SupAP": return SupAPLoss(**surrogate(p), similarity=similarity), 1
     if kind == "suprank.SupAPLoss": return SupAPLoss(**surrogate(p), level=p["hierarchy_level"], similarity=similarity), 2
+    if kind.endswith("RecallLoss"): return RECALL[kind](ks=p["at_k"], temperature=p["temp"], **surrogate(p), similarity=similarity), 1
+    if kind in TREES: return TREES[kind](**surrogate(p), similarity=similarity), p["levels"]
     # The official code averages over non-zero pairs, the paper over all: average="nonzero" is the default.
     if kind == "roadmap.CalibrationLoss": return CalibrationLoss(p["pos_margin"], p["neg_margin"], similarity=similarity), 1
     # The query is left out by index. The official code leaves out whatever is more similar than 1 - 1e-5; here the same.

@@ -1,14 +1,18 @@
 """Every loss against brute force (`brute.py`), against bad input, and where it will be used: reductions, reference sets, autocast,
 fake tensors, cross-batch memory."""
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
-from brute import calibration, dots, hap, hrank_step, mean, pair, pop, shared, smooth_ap, sup_ap, sup_step, to_embeddings, weighted
+from brute import (calibration, dots, hap, hrank_step, mean, ndcg_worth, of_rank, pair, pop, recall_worth, shared, smooth_ap, smooth_hap, smooth_step,
+                   sup_ap, sup_step, to_embeddings, weighted)
 from hapnb.core import LOSSES, Relevance
 from hapnb.losses import (AMSoftmaxLoss, CalibrationLoss, CrossEntropyLoss, CSLLoss, HAPLoss, HAPPIERLoss, NormSoftmaxLoss, PairLoss,
-                          ROADMAPLoss, SmoothAPLoss, SupAPLoss, make_loss)
+                          ROADMAPLoss, SmoothAPLoss, SmoothHAPLoss, SmoothNDCGLoss, SmoothRecallLoss, SupAPLoss, SupNDCGLoss, SupRecallLoss,
+                          make_loss)
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -44,6 +48,7 @@ class Problem:
 # Each row: how to build the loss, and its values and slopes by brute force.
 def hap_by_hand(p, rel=Relevance(), hstep=None, **kw): return hap(p.scores, p.shared, relevance(p.shared, p.depth, rel), lambda x: sup_step(x, **{**SUP, **kw}), hstep)
 def always(p): return [True] * len(p.ql)
+def sigmoid_step(x): return smooth_step(x, .01)
 
 RANK = {
     "SmoothAP": (lambda **k: SmoothAPLoss(**k), lambda p: smooth_ap(p.scores, p.positive(0))),
@@ -61,6 +66,14 @@ RANK = {
     "HAP, H-rank": (lambda **k: HAPLoss(with_hrank=True, **k), lambda p: hap_by_hand(p, hstep=hrank_step)),
     "HAP, H-rank, other constants": (lambda **k: HAPLoss(with_hrank=True, beta=10., gamma=.2, leak=3., start=0., offset=1., **k),
                                      lambda p: hap_by_hand(p, hstep=lambda x: hrank_step(x, 10., .2, 3.), start=0., offset=1.)),
+    "SmoothHAP": (lambda **k: SmoothHAPLoss(**k), lambda p: smooth_hap(p.scores, p.shared, relevance(p.shared, p.depth, Relevance()))),
+    "SmoothHAP, map": (lambda **k: SmoothHAPLoss(.1, "map", **k), lambda p: smooth_hap(p.scores, p.shared, relevance(p.shared, p.depth, Relevance("map")), .1)),
+    "SupRecall": (lambda **k: SupRecallLoss(**k), lambda p: of_rank(p.scores, p.positive(0), lambda x: sup_step(x, **SUP), recall_worth())),
+    "SupRecall, 3, T 0.5, coarsest": (lambda depth, **k: SupRecallLoss(3, .5, level=depth - 1, **k),
+                                      lambda p: of_rank(p.scores, p.positive(p.depth - 1), lambda x: sup_step(x, **SUP), recall_worth((3,), .5))),
+    "SmoothRecall": (lambda **k: SmoothRecallLoss(**k), lambda p: of_rank(p.scores, p.positive(0), sigmoid_step, recall_worth(), sigmoid_step)),
+    "SupNDCG": (lambda **k: SupNDCGLoss(**k), lambda p: of_rank(p.scores, p.shared, lambda x: sup_step(x, **SUP), ndcg_worth)),
+    "SmoothNDCG": (lambda **k: SmoothNDCGLoss(**k), lambda p: of_rank(p.scores, p.shared, sigmoid_step, ndcg_worth, sigmoid_step)),
 }
 PAIRS = {
     "Calibration": (lambda **k: CalibrationLoss(**k), lambda p: calibration(p.scores, p.positive(0), p.skip, always(p))),
@@ -287,7 +300,7 @@ def test_happier(lam):
 # --- every loss, everywhere: built by name with the depth, classes and dimensions of a batch
 
 NAMES = ["SmoothAPLoss", "SupAPLoss", "HAPLoss", "CalibrationLoss", "ROADMAPLoss", "HAPPIERLoss", "PairLoss", "NormSoftmaxLoss",
-         "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss"]
+         "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss", "SmoothHAPLoss", "SupRecallLoss", "SmoothRecallLoss", "SupNDCGLoss", "SmoothNDCGLoss"]
 PROXIES = {"HAPPIERLoss", "NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss"}
 TREE = torch.stack([torch.arange(6), torch.arange(6) // 2], 1)
 
@@ -363,7 +376,7 @@ def test_mined_pairs_are_an_error(name):
 def test_bad_arguments(name):
     for k, message in ((dict(similarity="cosin"), "cosine"), (dict(reduction="sum"), "mean")):
         with pytest.raises(ValueError, match=message): by_name(name, **k)
-    if name not in ("HAPLoss", "HAPPIERLoss", "CSLLoss"):
+    if name not in ("HAPLoss", "HAPPIERLoss", "CSLLoss", "SmoothHAPLoss", "SupNDCGLoss", "SmoothNDCGLoss"):  # these use all levels
         with pytest.raises(ValueError, match="level"): by_name(name, level=2)(*batch())
 
 
@@ -459,6 +472,43 @@ def test_terms_are_floats(name):
     loss = by_name(name)
     value = loss(*batch())
     assert loss.terms["loss"] == pytest.approx(value.item()) and all(type(v) is float and math.isfinite(v) for v in loss.terms.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copied_and_pickled(name):
+    loss, (emb, y) = by_name(name), batch()
+    loss(emb.clone().requires_grad_(), y)  # the terms of a used loss must not hold on to its graph
+    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert twin(emb, y).item() == loss(emb, y).item() and repr(twin) == repr(loss)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_references_alone(name):
+    (emb, y), (ref, ry) = batch(), batch(12, 1)
+    ref.requires_grad_()
+    value = by_name(name)(emb, y, ref_emb=ref, ref_labels=ry)
+    if name in PROXIES - {"HAPPIERLoss"}: return
+    value.backward()
+    assert ref.grad.isfinite().all() and ref.grad.any()
+
+
+def test_input_that_is_no_tensor_is_named():
+    for emb in ([[1., 2.]], np.ones((1, 2), "float32")):
+        with pytest.raises(ValueError, match="torch tensor"): SupAPLoss()(emb, [0])
+    with pytest.raises(ValueError, match="miners"): SupAPLoss()(torch.ones(2, 2), [0, 1], ([0], [1], [0], [1]), ref_emb=torch.ones(2, 2), ref_labels=[0, 1])
+
+
+def test_the_parts_of_a_sum_say_the_similarity_they_use():
+    for loss in (ROADMAPLoss(similarity="dot"), HAPPIERLoss(3, 4, similarity="dot")): assert "cosine" not in repr(loss)
+
+
+def test_weightless_items_are_no_positives():
+    "With map weights (0, 1), an item that shares the group only is worth nothing."
+    ref, ry = torch.randn(3, 4), torch.tensor([[1, 0], [2, 0], [3, 1]])
+    for make in (HAPLoss, SmoothHAPLoss):
+        each = make(relevance=Relevance("map", weights=(0, 1)), reduction="none")(torch.ones(2, 4), torch.tensor([[0, 0], [1, 0]]), ref_emb=ref, ref_labels=ry)
+        assert each[0] == 0 and each[1] > 0
+        assert make(relevance=Relevance("map", weights=(0, 1)))(torch.ones(2, 4), torch.tensor([[0, 0], [1, 0]]), ref_emb=ref, ref_labels=ry) == each[1]
 
 
 @pytest.mark.parametrize("name", NAMES)

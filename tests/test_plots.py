@@ -75,6 +75,12 @@ def test_map_leaves_unknown_classes_out(space):
     assert sum(len(c.get_offsets()) for c in fig.axes[0].collections) == 44
 
 
+def test_figures_and_tables_have_one_interval():
+    from hapnb import study
+    values = [.31, .335, .32, .36]
+    for level in (.9, .95): assert plots.interval(values, level) == study.interval(values, level)[:2]
+
+
 def test_dots_show_mean_and_interval():
     fig = plots.metric_dots(rows(), ["AP"])
     mean, half = plots.interval([20., 20., 21., 21., 22., 22.])

@@ -279,7 +279,8 @@ def test_wrong_parameters(tmp_path, given, text):
 
 
 @pytest.mark.parametrize("source, tags, text", [(None, (), "0 cells tagged"), (PARAMETERS, (), "allowed_cell_metadata_keys"), ("a=1; b=2", ("parameters",), "one `name: type"),
-    ("x: str|None = None", ("parameters",), "cannot read this annotation"), ("x = 1 + n", ("parameters",), "plain value"), ("import os", ("parameters",), "one `name: type")])
+    ("x: str|None = None", ("parameters",), "cannot read this annotation"), ("x = 1 + n", ("parameters",), "plain value"), ("import os", ("parameters",), "one `name: type"),
+    ("%matplotlib inline", ("parameters",), "no %magic")])
 def test_wrong_parameters_cells(tmp_path, source, tags, text):
     with pytest.raises(WrongUse, match=text): run_study(write_study(tmp_path / "x.ipynb", source, tags=tags), tmp_path, {})
 

@@ -98,6 +98,54 @@ def test_weights_file_is_in_the_key_by_content(tmp_path):
 
 # ---- run
 
+def test_features_follow_the_content_of_a_weights_file(tmp_path):
+    "In one process: other weights under the same name are other features, not those in memory."
+    from safetensors.torch import save_file
+    from hapnb.models import make_trunk
+    state, path = make_trunk("timm/resnet18", pretrained=False).net.state_dict(), tmp_path / "w.safetensors"
+    cfg = TOY.replace(trunk="timm/resnet18", pretrained=str(path), dataset_args={"hues": 2, "each": 2}, sampler="random", sampler_args={}, batch_size=6)
+    ds = T.load_splits(cfg)[0]
+    found = []
+    for scale in (1., 2.):
+        save_file({k: v * scale if k == "conv1.weight" else v for k, v in state.items()}, path)
+        found.append(T.features_of(cfg, ds))
+        assert T.features_of(cfg, ds, progress=True) is found[-1]
+    assert not torch.equal(*found)
+    result = toy_run(cfg, tmp_path / "runs")
+    result.model()
+    save_file(state, path)
+    with pytest.raises(ValueError, match="was made with other weights"): result.model()
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    path = toy_run(TOY, tmp_path).path
+    (path / "metrics.json").write_text("")
+    with pytest.raises(ValueError, match="metrics.json is damaged .*delete the folder"): toy_run(TOY, tmp_path)
+
+
+def test_an_image_more_is_seen_in_the_same_process(tmp_path):
+    from PIL import Image
+    for i, kind in enumerate(("a/x", "a/y", "b/x", "b/y", "a/z", "b/z")):
+        (tmp_path / kind).mkdir(parents=True)
+        for j in range(2): Image.new("RGB", (4, 4), (40 * i, 99, 99 * j)).save(tmp_path / kind / f"{j}.png")
+    cfg = TOY.replace(dataset="folder", data_dir=str(tmp_path))
+    key = cfg.key()
+    assert cfg.key() == key and T.load_splits(cfg)[0] is T.load_splits(cfg)[0]
+    for kind in ("a/x", "a/y"): Image.new("RGB", (4, 4)).save(tmp_path / kind / "2.png")
+    assert cfg.key() != key
+
+
+def test_a_misspelt_loss_argument_fails_before_the_features(tmp_path, monkeypatch):
+    monkeypatch.setattr(T, "features_of", lambda *a, **kw: pytest.fail("features were computed first"))
+    with pytest.raises(ValueError, match="'lam'"): toy_run(TOY.replace(loss_args={"lamb": 1}), tmp_path)
+
+
+def test_the_folder_of_features(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HAPNB_CACHE", "~/kept")
+    assert T.cache_folder() == tmp_path / "kept"
+
+
 def test_read_back_and_same_again(tmp_path, monkeypatch):
     first = toy_run(TOY, tmp_path / "a")
     assert contents(first) == contents(toy_run(TOY, tmp_path / "b"))
@@ -392,7 +440,7 @@ def test_gathered_gradient_needs_its_factor(tmp_path, monkeypatch, broken):
     assert torch.allclose(*norms, rtol=1e-4) != broken
 
 
-@pytest.mark.parametrize("cfg", [TOY, WHOLE], ids=["frozen", "whole"])
+@pytest.mark.parametrize("cfg", [TOY, TOY.replace(pooling="gem"), WHOLE], ids=["frozen", "gem", "whole"])
 def test_run_with_two_processes(tmp_path, cfg):
     cfg = cfg.replace(freeze="bn") if cfg.freeze == "none" else cfg  # batch statistics would be each process's own
     one = toy_run(cfg, tmp_path / "one")
