@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RankLoss', 'SmoothAPLoss', 'SupAPLoss', 'HAPLoss', 'SmoothHAPLoss', 'SupRecallLoss', 'SmoothRecallLoss',
            'SupNDCGLoss', 'SmoothNDCGLoss', 'SumLoss', 'ROADMAPLoss', 'HAPPIERLoss', 'make_loss', 'CalibrationLoss',
-           'PairLoss', 'ProxyLoss', 'NormSoftmaxLoss', 'AMSoftmaxLoss', 'CrossEntropyLoss', 'CSLLoss']
+           'PairLoss', 'ProxyLoss', 'NormSoftmaxLoss', 'AMSoftmaxLoss', 'CrossEntropyLoss', 'CSLLoss', 'FastAPLoss',
+           'SoftBinAPLoss', 'BlackBoxAPLoss']
 
 # %% ../nbs/10_losses.ipynb #ef706de5
 import inspect, math
@@ -18,6 +19,7 @@ from torch import Tensor
 from .core import Batch, EmbeddingLoss, LOSSES, Relevance, as_relevance, level_counts, nearest
 from .pairs import *
 from .ranking import Leaky, Part, Sigmoid, Step, Sup, rank_score
+from .surrogates import *
 
 # %% ../nbs/10_losses.ipynb #95512ff6
 class RankLoss(EmbeddingLoss):
@@ -347,4 +349,5 @@ def make_loss(name: str, # a registered name, such as "HAPPIERLoss"
     except TypeError as e: raise ValueError(f"{name}: {e}.") from e
 
 # %% ../nbs/10_losses.ipynb #0b0a93c0
-_all_ = ["CalibrationLoss", "PairLoss", "ProxyLoss", "NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss"]
+_all_ = ["CalibrationLoss", "PairLoss", "ProxyLoss", "NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss",
+         "FastAPLoss", "SoftBinAPLoss", "BlackBoxAPLoss"]
