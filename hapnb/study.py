@@ -479,7 +479,8 @@ def _mark(rows, metric, by, cells, lower, level):
     if not real: return cells
     best = (min if lower else max)(real, key=lambda r: real[r].mean)
     out = {r: c._replace(mark="best" if c.n and c.mean == real[best].mean else "") for r, c in cells.items()}
-    several = [r for r, c in real.items() if c.n > 1]  # one seed cannot be tested
+    seeds = {r if isinstance(r, tuple) else (r,): set(x.index) for r, x in _by_seed(rows, metric, by).items()}
+    several = [r for r, c in real.items() if c.n > 1 and seeds[r] & seeds[best]]  # a test needs pairs, and more than one seed
     if best in several and len(several) > 1:
         mine = [r in several for r in rows[by].itertuples(index=False, name=None)]
         test = paired_test(rows[mine], metric, by, best if len(by) > 1 else best[0], level)

@@ -342,3 +342,9 @@ def test_once_and_figure_once(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "_code_hash", lambda: "new")
     s.once("f", frame, ["k"])
     assert calls == ["v", "f", "d", "f", "f"]
+
+
+def test_a_table_survives_methods_without_common_seeds():
+    rows = pd.DataFrame([dict(method=m, seed=s, score=v) for m, s, v in [("a", 0, .9), ("a", 1, .8), ("b", 2, .1), ("b", 3, .2), ("c", 0, .5), ("c", 1, .6)]])
+    cells = make_table(rows, "method", "score").cells
+    assert cells[("a",), "score"].mark == "best" and cells[("b",), "score"].n == 2 and cells[("b",), "score"].mark == ""
