@@ -138,6 +138,7 @@ from fastcore.basics import patch
 
 @patch
 def combiner(self: HAPLoss, counts, scores):
+    "What a positive's sums are worth: hierarchical rank over rank, and its slopes."
     worth, L = _hierarchical(self.relevance, counts, scores.dtype), counts.shape[1] - 1
     def combine(a, sums, rows):
         w = worth[rows, a]  # [q, L+1]: min(rel_a, rel_b) over the query's total

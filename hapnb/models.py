@@ -218,6 +218,7 @@ class GeMPool(nn.Module):
 # %% ../nbs/25_models.ipynb #6c233f1b
 @patch
 def forward(self: GeMPool, x):
+    "Pool a map `[B, C, H, W]` to `[B, C]`; vectors pass as they are."
     if x.ndim == 2: return x
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # powers overflow in half precision
     with torch.autocast(x.device.type, enabled=False):
@@ -265,7 +266,9 @@ def from_pooled(self: Head, pooled: Tensor): # [B, C]
     return F.normalize(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z, dim=-1)
 
 @patch
-def forward(self: Head, features): return self.from_pooled(self.pool(features))
+def forward(self: Head, features):
+    "Turn a trunk's features into embeddings."
+    return self.from_pooled(self.pool(features))
 
 # %% ../nbs/25_models.ipynb #b5e6c9a1
 class RetrievalNet(nn.Module):
@@ -292,7 +295,9 @@ class RetrievalNet(nn.Module):
 def _norms(self: RetrievalNet): return [m for m in self.trunk.modules() if isinstance(m, _BatchNorm)]
 
 @patch
-def forward(self: RetrievalNet, images): return self.head(self.trunk(images))
+def forward(self: RetrievalNet, images):
+    "Turn images `[B, 3, H, W]` into embeddings `[B, D]`."
+    return self.head(self.trunk(images))
 
 @patch
 def train(self: RetrievalNet, mode: bool = True):

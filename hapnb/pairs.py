@@ -53,6 +53,7 @@ class CalibrationLoss(EmbeddingLoss):
 # %% ../nbs/02_pairs.ipynb #3e2a2ceb
 @patch
 def values(self: CalibrationLoss, batch: Batch):
+    "Each query's share of the two means, `[Q]`; every query counts."
     s, pos, neg = _pairs(self, batch)
     p = _share((self.pos_margin - s).relu(), pos, self.average == "nonzero")
     n = _share((s - self.neg_margin).relu(), neg, self.average == "nonzero")
@@ -78,6 +79,7 @@ class PairLoss(EmbeddingLoss):
 # %% ../nbs/02_pairs.ipynb #18251932
 @patch
 def values(self: PairLoss, batch: Batch):
+    "The sum over each query's pairs, `[Q]`; every query counts."
     s, pos, neg = _pairs(self, batch)
     if self.drop_equal is not None: pos &= s <= 1 - self.drop_equal
     p, n = torch.where(pos, 1 - s, 0.).sum(1), torch.where(neg & (s > self.margin), s, 0.).sum(1)
@@ -128,6 +130,7 @@ def targets(self: ProxyLoss, batch: Batch) -> Tensor: # LongTensor [Q], -1 = unk
 # %% ../nbs/02_pairs.ipynb #c357c98e
 @patch
 def values(self: ProxyLoss, batch: Batch):
+    "The cross-entropy of each query, `[Q]`; rows with a known class count."
     _same_size(self, batch.emb)
     target, (emb, weight) = self.targets(batch), _wide(batch.emb, self.weight)
     known = target.clamp(min=0)
@@ -259,6 +262,7 @@ def own_proxy(self: CSLLoss, batch: Batch):
 # %% ../nbs/02_pairs.ipynb #d99b733a
 @patch
 def values(self: CSLLoss, batch: Batch):
+    "The sum over levels for each query, `[Q]`; rows with a known finest class count."
     _same_size(self, batch.emb)
     (own, known), (emb, weight) = self.own_proxy(batch), _wide(batch.emb, self.weight)
     sim, total = self.scale * emb @ F.normalize(weight, dim=1).T, 0

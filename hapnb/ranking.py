@@ -82,6 +82,7 @@ from fastcore.basics import patch
 
 @patch
 def sums(self: Sup, sj: Tensor, sk: Tensor):
+    "Sum the bound over a block, `[q, p]`, and keep what `slope` needs."
     delta, start, jump, rho, _ = self.pieces
     x = sj * self.scale - sk * self.scale
     s = x.clamp(max=delta).sigmoid_()
@@ -95,6 +96,7 @@ def sums(self: Sup, sj: Tensor, sk: Tensor):
 
 @patch
 def slope(self: Sup, saved):
+    "Slopes of a block, `[q, p, M]`, over `scale`."
     s, over = saved
     return torch.addcmul(s, s, s, value=-1).add_(over, alpha=self.pieces[-1])
 

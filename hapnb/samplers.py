@@ -112,6 +112,7 @@ def __len__(self: RandomBatchSampler):
 
 @patch
 def batch(self: RandomBatchSampler, b):
+    "Rows of batch `b`: a slice of the epoch's permutation."
     order = _once(self, lambda: self.rng().permutation(len(self.labels)))
     return order[b * self.batch_size:(b + 1) * self.batch_size]
 
@@ -192,6 +193,7 @@ class BalancedSampler(EpochSampler):
 # %% ../nbs/22_samplers.ipynb #8f2cc3db
 @patch
 def batch(self: BalancedSampler, b):
+    "Rows of batch `b`: some classes by chance, `group` images of each."
     rng = self.rng(b + 1)
     chosen = rng.choice(len(self.rows), self.batch_size // self.group, replace=False)
     return np.concatenate([_draw(rng, self.rows[c], self.group) for c in chosen])
@@ -224,6 +226,7 @@ class HierarchicalSampler(EpochSampler):
 # %% ../nbs/22_samplers.ipynb #0c82e612
 @patch
 def batch(self: HierarchicalSampler, b):
+    "Rows of batch `b`: half from each super-class of its pair."
     pair = self.pairs[_once(self, lambda: self.rng().permutation(len(self)))[b] // self.batches_per_pair]
     rng = self.rng(b + 1)
     return np.concatenate([_draw(rng, self.rows[c], self.group) for s in pair for c in self._classes(rng, s)])
