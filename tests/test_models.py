@@ -287,15 +287,21 @@ def test_features_are_those_of_the_plain_network(tmp_path):
     assert torch.allclose(x, y, atol=1e-3)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, None])
-def test_interruption_changes_nothing(tmp_path, small_chunks, monkeypatch, batch_size):
-    whole = features(None, batch_size=batch_size)
+def dies_at_third_chunk(monkeypatch):
+    "Let the third extraction of a chunk be interrupted; the list of calls grows by one at each."
     real, calls = models._extract, []
     def dies(*a):
         calls.append(1)
         if len(calls) == 3: raise KeyboardInterrupt
         return real(*a)
     monkeypatch.setattr(models, "_extract", dies)
+    return calls
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, None])
+def test_interruption_changes_nothing(tmp_path, small_chunks, monkeypatch, batch_size):
+    whole = features(None, batch_size=batch_size)
+    calls = dies_at_third_chunk(monkeypatch)
     with pytest.raises(KeyboardInterrupt): features(tmp_path, batch_size=batch_size)
     assert len(list(tmp_path.glob("*.parts/*.safetensors"))) == 2 and not list(tmp_path.glob("*.json"))
     assert torch.equal(features(tmp_path, batch_size=batch_size), whole)
@@ -343,12 +349,7 @@ def test_damage_is_reported_and_repaired(tmp_path, harm):
 
 def test_a_damaged_chunk_is_computed_again(tmp_path, small_chunks, monkeypatch):
     x = features(None)
-    real, calls = models._extract, []
-    def dies(*a):
-        calls.append(1)
-        if len(calls) == 3: raise KeyboardInterrupt
-        return real(*a)
-    monkeypatch.setattr(models, "_extract", dies)
+    calls = dies_at_third_chunk(monkeypatch)
     with pytest.raises(KeyboardInterrupt): features(tmp_path)
     chunk = sorted(tmp_path.glob("*.parts/*.safetensors"))[0]
     data = bytearray(chunk.read_bytes())
