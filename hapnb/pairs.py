@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
 
-from .core import LOSSES, Batch, EmbeddingLoss, _rows, check_labels, readable
+from .core import LOSSES, Batch, EmbeddingLoss, _rows, check_labels, check_number, readable
 
 # %% ../nbs/02_pairs.ipynb #3fdba996
 def _pairs(loss, batch: Batch):
@@ -48,7 +48,9 @@ class CalibrationLoss(EmbeddingLoss):
                  ):
         super().__init__(similarity, reduction)
         if average not in ("nonzero", "all"): raise ValueError(f"average must be 'nonzero' or 'all', got {average!r}.")
-        self.pos_margin, self.neg_margin, self.level, self.average = pos_margin, neg_margin, level, average
+        check_number("pos_margin", pos_margin), check_number("neg_margin", neg_margin)
+        self.pos_margin, self.neg_margin, self.average = pos_margin, neg_margin, average
+        self.level = check_number("level", level, least=0, whole=True)
 
 # %% ../nbs/02_pairs.ipynb #3e2a2ceb
 @patch
@@ -74,7 +76,9 @@ class PairLoss(EmbeddingLoss):
                  reduction: str = "mean", # or "none"
                  ):
         super().__init__(similarity, reduction)
-        self.margin, self.level, self.drop_equal = margin, level, drop_equal
+        check_number("margin", margin)
+        if drop_equal is not None: check_number("drop_equal", drop_equal, least=0)
+        self.margin, self.level, self.drop_equal = margin, check_number("level", level, least=0, whole=True), drop_equal
 
 # %% ../nbs/02_pairs.ipynb #18251932
 @patch
@@ -97,8 +101,8 @@ class ProxyLoss(EmbeddingLoss):
                  reduction: str = "mean", # or "none"
                  ):
         super().__init__(similarity, reduction)
-        if num_classes < 1 or embedding_size < 1: raise ValueError(f"{num_classes} classes of {embedding_size} dimensions: both must be 1 or more.")
-        self.level, self.weight = level, nn.Parameter(torch.empty(num_classes, embedding_size))
+        for name, value in (("num_classes", num_classes), ("embedding_size", embedding_size)): check_number(name, value, least=1, whole=True)
+        self.level, self.weight = check_number("level", level, least=0, whole=True), nn.Parameter(torch.empty(num_classes, embedding_size))
         nn.init.uniform_(self.weight, -embedding_size**-0.5, embedding_size**-0.5)
 
     @property
@@ -152,8 +156,7 @@ class NormSoftmaxLoss(ProxyLoss):
                  reduction: str = "mean", # or "none"
                  ):
         super().__init__(num_classes, embedding_size, level, similarity, reduction)
-        if not temperature > 0: raise ValueError(f"temperature must be above 0, got {temperature}.")
-        self.temperature = temperature
+        self.temperature = check_number("temperature", temperature, above=0)
 
 # %% ../nbs/02_pairs.ipynb #4ae37797
 @patch
@@ -203,7 +206,7 @@ class AMSoftmaxLoss(_BiasProxies, ProxyLoss):
                  reduction: str = "mean", # or "none"
                  ):
         super().__init__(num_classes, embedding_size, level, similarity, reduction)
-        self.margin, self.scale, self.plain = margin, scale, plain
+        self.margin, self.scale, self.plain = check_number("margin", margin), check_number("scale", scale, above=0), plain
         if plain: self.add_bias()
 
 # %% ../nbs/02_pairs.ipynb #2b38738c
@@ -221,7 +224,7 @@ def _csl_margins(margins, L):
         if L not in _margins: raise ValueError(f"CSLLoss has published margins for 2, 3 and 7 levels, not {L}; give margins, one a level, finest first.")
         margins = _margins[L]
     if len(margins) != L: raise ValueError(f"CSLLoss got {len(margins)} margins for {L} levels; give one a level, finest first.")
-    return tuple(float(m) for m in margins)
+    return tuple(float(check_number("each of margins", m)) for m in margins)
 
 # %% ../nbs/02_pairs.ipynb #3d0a593d
 @LOSSES.register()
@@ -242,7 +245,8 @@ class CSLLoss(EmbeddingLoss):
         proxy_labels = check_labels(proxy_labels, "proxy_labels")
         if readable(proxy_labels) and (len(proxy_labels[:, 0].unique()) < len(proxy_labels) or bool((proxy_labels < 0).any())):
             raise ValueError("proxy_labels must have exactly one row a finest class, and no -1.")
-        self.margins, self.scale = _csl_margins(margins, proxy_labels.shape[1]), scale
+        check_number("embedding_size", embedding_size, least=1, whole=True)
+        self.margins, self.scale = _csl_margins(margins, proxy_labels.shape[1]), check_number("scale", scale, above=0)
         self.register_buffer("proxy_labels", proxy_labels)
         self.weight = nn.Parameter(torch.empty(len(proxy_labels), embedding_size))
         nn.init.uniform_(self.weight, -embedding_size**-0.5, embedding_size**-0.5)

@@ -7,24 +7,36 @@ __all__ = ['HUGE', 'Step', 'Sigmoid', 'Sup', 'Leaky', 'Part', 'rank_score']
 
 # %% ../nbs/01_ranking.ipynb #6a717358
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .core import readable
+from .core import check_number, level_counts, level_mask, readable
 
 # %% ../nbs/01_ranking.ipynb #7ee898bf
-HUGE = 2.0 ** 100  # a power of two: multiplying by it rounds nothing
+HUGE = 2.0 ** 100  # what empty places lie below all others
+
+class _Room:
+    "Memory for a block, asked for by name and used again: asking the system for fresh memory costs more than filling it."
+    def __init__(self, like): self.like, self.kept = like, {}
+
+    def __call__(self, name, *shape):
+        n = math.prod(shape)
+        if name not in self.kept or len(self.kept[name]) < n: self.kept[name] = self.like.new_empty(n)
+        return self.kept[name][:n].view(shape)
+
+def _out(room, name, sj, sk): return None if room is None else room(name, sk.shape[0], sk.shape[1], sj.shape[2])
 
 class Step:
     "The exact step `[x >= 0]`; it has no slope."
     smooth = False
 
-    def sums(self, sj: Tensor, sk: Tensor):
+    def sums(self, sj: Tensor, sk: Tensor, room=None):
         "Count the items that score at least as high."
-        below = ((sk - sj) * HUGE).clamp_(0, 1).sum(-1)
+        below = torch.sub(sk, sj, out=_out(room, "x", sj, sk)).sign_().clamp_(min=0).sum(-1)
         return sj.shape[-1] - below, None
 
     def __call__(self, x): return (x >= 0).to(x.dtype)
@@ -36,17 +48,16 @@ class Sigmoid:
     tau: float = 0.01 # width, in units of the score
     smooth = True
 
-    def __post_init__(self):
-        if not self.tau > 0: raise ValueError(f"tau must be positive, got {self.tau}.")
+    def __post_init__(self): check_number("tau", self.tau, above=0)
 
     @property
     def scale(self): return 1 / self.tau
 
-    def sums(self, sj: Tensor, sk: Tensor):
-        s = (sj * self.scale - sk * self.scale).sigmoid_()  # dividing first: two vectors instead of a block
+    def sums(self, sj: Tensor, sk: Tensor, room=None):
+        s = torch.sub(sj * self.scale, sk * self.scale, out=_out(room, "x", sj, sk)).sigmoid_()  # dividing first: two vectors instead of a block
         return s.sum(-1), s
 
-    def slope(self, s: Tensor): return torch.addcmul(s, s, s, value=-1)
+    def slope(self, s: Tensor, room=None): return torch.addcmul(s, s, s, value=-1, out=_out(room, "slope", s, s))
 
     def __call__(self, x): return torch.sigmoid(x / self.tau)
 
@@ -56,15 +67,16 @@ class Sup:
     "The upper bound of the step in three pieces (ROADMAP, NeurIPS 2021)."
     tau: float = 0.01 # width of the sigmoid, in units of the score
     rho: float = 100. # slope beyond delta
-    delta: float = 0.05 # where the straight line starts; None: at zero
+    delta: float = 0.05 # where the straight line starts; None: at zero, and `start` is not used
     offset: float = 1.44 # value just above delta; None: continuous at delta
     start: float = 0.5 # added to the sigmoid between 0 and delta
+    strict: bool = False # count an exact tie 1, as the step does; the released code counts it 1/2
     smooth = True
 
     def __post_init__(self):
-        if not self.tau > 0: raise ValueError(f"tau must be positive, got {self.tau}.")
-        if self.rho < 0: raise ValueError(f"rho must be 0 or more, got {self.rho}.")
-        if self.delta is not None and self.delta < 0: raise ValueError(f"delta must be 0 or more, or None, got {self.delta}.")
+        check_number("tau", self.tau, above=0), check_number("rho", self.rho, least=0), check_number("start", self.start, least=0)
+        if self.delta is not None: check_number("delta", self.delta, least=0)
+        if self.offset is not None: check_number("offset", self.offset, least=0)
 
     @property
     def scale(self): return 1 / self.tau
@@ -81,13 +93,14 @@ class Sup:
 from fastcore.basics import patch
 
 @patch
-def sums(self: Sup, sj: Tensor, sk: Tensor):
+def sums(self: Sup, sj: Tensor, sk: Tensor, room=None):
     "Sum the bound over a block, `[q, p]`, and keep what `slope` needs."
     delta, start, jump, rho, _ = self.pieces
-    x = sj * self.scale - sk * self.scale
-    s = x.clamp(max=delta).sigmoid_()
+    x = torch.sub(sj * self.scale, sk * self.scale, out=_out(room, "x", sj, sk))
+    s = torch.clamp(x, max=delta, out=_out(room, "s", sj, sk)).sigmoid_()
     total = s.sum(-1)
-    if start: total += start * x.clamp(min=0).sign_().sum(-1)
+    if start: total += start * torch.clamp(x, min=0, out=_out(room, "slope", sj, sk)).sign_().sum(-1)
+    if self.strict: total += 0.5 * (sj.shape[-1] - torch.sign(x, out=_out(room, "slope", sj, sk)).abs_().sum(-1))
     over = x.sub_(delta).clamp_(min=0)
     total += rho * over.sum(-1)
     over.sign_()  # 1 where x > delta
@@ -95,16 +108,16 @@ def sums(self: Sup, sj: Tensor, sk: Tensor):
     return total, (s, over)
 
 @patch
-def slope(self: Sup, saved):
+def slope(self: Sup, saved, room=None):
     "Slopes of a block, `[q, p, M]`, over `scale`."
     s, over = saved
-    return torch.addcmul(s, s, s, value=-1).add_(over, alpha=self.pieces[-1])
+    return torch.addcmul(s, s, s, value=-1, out=_out(room, "slope", s, s)).add_(over, alpha=self.pieces[-1])
 
 @patch
 def __call__(self: Sup, x: Tensor):
     delta, start, jump, rho, _ = self.pieces
     x = x * self.scale
-    return torch.sigmoid(x.clamp(max=delta)) + start * (x > 0) + (x > delta) * (jump + rho * (x - delta))
+    return torch.sigmoid(x.clamp(max=delta)) + start * (x > 0) + 0.5 * self.strict * (x == 0) + (x > delta) * (jump + rho * (x - delta))
 
 # %% ../nbs/01_ranking.ipynb #a7c2ba35
 @dataclass(frozen=True)
@@ -115,12 +128,15 @@ class Leaky:
     leak: float = 10. # slope below zero
     smooth, scale = True, 1.
 
-    def sums(self, sj: Tensor, sk: Tensor):
-        live = (sj > -torch.inf).to(sj.dtype)
-        x = (sj - sk).clamp_(min=-HUGE)
+    def __post_init__(self):
+        for name in ("beta", "gamma", "leak"): check_number(name, getattr(self, name))
+
+    def sums(self, sj: Tensor, sk: Tensor, room=None):
+        live = (sj > -HUGE / 2).to(sj.dtype)
+        x = sj - sk
         return (self(x) * live).sum(-1), (x, live)
 
-    def slope(self, saved):
+    def slope(self, saved, room=None):
         x, live = saved
         rising = (x > 0) & (self.beta * x + self.gamma < 1)
         return (self.leak * (x <= 0) + self.beta * rising).to(x.dtype) * live
@@ -136,17 +152,20 @@ class Part:
     f: object
 
 # %% ../nbs/01_ranking.ipynb #d61d55e7
-def _pack(scores, mask, dense=0.7):
-    "The scores where `mask`, packed to the left [Q, width]; which places are filled; their columns (None: all, in place)."
+def _flat(mask): # NumPy finds them 10 times faster than `nonzero`
+    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.view(-1).nonzero()[:, 0]
+
+def _pack(scores, mask, n, dense=0.7):
+    "The scores where `mask` (`n` in each row), packed to the left [Q, width]; which places are filled; their columns (None: all, in place)."
     Q, N = scores.shape
-    counts = mask.sum(1, dtype=torch.int32)
-    width = int(counts.max()) if readable(mask) else N  # the one number that must leave the device
+    width = int(n.max()) if readable(mask) else N  # the one number that must leave the device
     if width > dense * N or not readable(mask): return scores, mask, None
-    q, j = mask.nonzero(as_tuple=True)
-    place = torch.arange(len(q), device=q.device) - (counts.cumsum(0) - counts)[q]
+    at = _flat(mask)
+    q, j = at // N, at % N
+    place = torch.arange(len(q), device=q.device) - (n.cumsum(0) - n)[q]
     column = torch.zeros(Q, width, dtype=torch.long, device=scores.device)
     column[q, place] = j
-    return scores.gather(1, column), torch.arange(width, device=q.device) < counts[:, None], column
+    return scores.gather(1, column), torch.arange(width, device=q.device) < n[:, None], column
 
 # %% ../nbs/01_ranking.ipynb #cd1ffc03
 def _block_size(device): return 2**18 if device.type == "cpu" else 2**24  # triples at once: a CPU's cache, or a GPU's breath
@@ -161,43 +180,52 @@ def _blocks(counts, widest, block):
         first = rows.stop
 
 # %% ../nbs/01_ranking.ipynb #268d00b0
-def _gather(scores, shared, parts):
-    "For each part: its items' scores, packed, minus infinity in empty places; their columns; its surrogate."
+def _gather(scores, shared, counts, parts, rooms):
+    "For each part: its items' scores, packed, -2^100 added in empty places; their columns; its surrogate."
     out = []
-    for p in parts:
-        s, filled, column = _pack(scores, (shared >= p.low) & (shared <= p.high))
-        out.append((s.masked_fill(~filled, -torch.inf), column, p.f))
+    for p, room in zip(parts, rooms):
+        s, filled, column = _pack(scores, level_mask(shared, p.low, p.high), counts[:, p.low:p.high + 1].sum(1))
+        blank = room("packed", *s.shape).copy_(filled).sub_(1)  # 0 where filled, else -1
+        out.append((torch.add(s, blank, alpha=HUGE, out=blank), column, p.f))
     return out
 
-def _order(live, packed):
-    "Queries with most positives first, and how many each has; if positives stand anywhere in the row, all the row."
-    if not packed: return torch.arange(len(live), device=live.device), [live.shape[1]] * len(live)
-    counts, order = live.sum(1, dtype=torch.int32).sort(descending=True, stable=True)
-    return order, counts.tolist()
+def _order(n, width, packed):
+    "Queries with most positives first (None: as they are), and how many places each needs; if positives stand anywhere in the row, all."
+    if not packed: return None, [width] * len(n)
+    n, order = n.sort(descending=True, stable=True)
+    n = n.tolist()
+    return None if n[0] == n[-1] else order, n
 
-def _level(scores, shared, a, parts, combine, block, total, grad):
+# %% ../nbs/01_ranking.ipynb #6e3a90b2
+def _level(scores, shared, counts, a, parts, combine, block, total, grad, rooms):
     "Add the shares of all positives of level `a` to `total`, and their derivatives to `grad`."
-    k, live, kcol = _pack(scores, shared == a)
+    k, live, kcol = _pack(scores, level_mask(shared, a), counts[:, a])
     if not k.shape[1]: return
-    k, groups, (order, counts) = k.masked_fill(~live, 0.), _gather(scores, shared, parts), _order(live, kcol is not None)
-    widest = max([s.shape[1] for s, _, _ in groups] + [1])
-    for rows, columns in _blocks(counts, widest, block):
-        q = order[rows]
-        near = [(s[q], f) for s, _, f in groups]
-        dk, ds = torch.zeros_like(k[q]), [torch.zeros_like(s) if grad is not None and f.smooth else None for s, f in near]
+    k, groups = k.masked_fill(~live, 0.), _gather(scores, shared, counts, parts, rooms)
+    order, places = _order(counts[:, a], k.shape[1], kcol is not None)
+    for rows, columns in _blocks(places, max([s.shape[1] for s, _, _ in groups] + [1]), block):
+        q = rows if order is None else order[rows]
+        kq, near = k[q], [(s[q], f) for s, _, f in groups]
+        dk, ds = torch.zeros_like(kq), [torch.zeros_like(s) if grad is not None and f.smooth else None for s, f in near]
         for c in columns:
-            total[q] += _block(k[q][:, c], live[q][:, c], near, lambda sums: combine(a, sums, q), grad is not None, dk[:, c], ds)
-        for col, d in [(kcol, dk), *zip([col for _, col, _ in groups], ds)] if grad is not None else []:
-            if d is not None: grad[q] = grad[q].scatter_add_(1, col[q], d) if col is not None else grad[q] + d
+            total[q] += _block(kq[:, c], live[q][:, c], near, lambda sums: combine(a, sums, q), grad is not None, dk[:, c], ds, rooms)
+        if grad is not None: _spread(grad, q, [(kcol, dk), *zip([col for _, col, _ in groups], ds)])
+
+def _spread(grad, q, found):
+    "Add derivatives in packed places to their columns of `grad`."
+    g = grad[q]  # a view, or a copy where `q` is a list of rows
+    for col, d in found:
+        if d is not None: g.scatter_add_(1, col[q], d) if col is not None else g.add_(d)
+    if torch.is_tensor(q): grad[q] = g
 
 # %% ../nbs/01_ranking.ipynb #051bd92e
-def _block(k, live, groups, combine, need, dk, ds):
+def _block(k, live, groups, combine, need, dk, ds, rooms):
     "One block of positives `k [q, p]`: sum, combine, push the derivative back into `dk` and `ds`; give the queries' shares `[q]`."
-    sums, saved = zip(*(f.sums(s[:, None, :], k[:, :, None]) for s, f in groups))
+    sums, saved = zip(*(f.sums(s[:, None, :], k[:, :, None], room) for (s, f), room in zip(groups, rooms)))
     share, slopes = combine(sums)
-    for (_, f), keep, slope, d in zip(groups, saved, slopes, ds) if need else []:
+    for (_, f), keep, slope, d, room in zip(groups, saved, slopes, ds, rooms) if need else []:
         if slope is None or not f.smooth: continue
-        slope, fx = torch.where(live, slope * f.scale, 0.), f.slope(keep)  # an empty place may hold 0/0
+        slope, fx = torch.where(live, slope * f.scale, 0.), f.slope(keep, room)  # an empty place may hold 0/0
         d += torch.bmm(slope[:, None, :], fx)[:, 0]  # sum over positives of slope * f'(x)
         dk -= slope * fx.sum(-1)
     return torch.where(live, share, 0.).sum(1)
@@ -206,11 +234,15 @@ def _block(k, live, groups, combine, need, dk, ds):
 class _RankScore(torch.autograd.Function):
     "Forward also finds the gradient, so that backward is one product."
     @staticmethod
-    def forward(ctx, scores, shared, levels, parts, combine, block):
+    def forward(ctx, scores, shared, levels, parts, combine, block, counts):
         grad = torch.zeros_like(scores) if ctx.needs_input_grad[0] else None
-        total = scores.new_zeros(len(scores))
-        for a in range(levels, 0, -1):
-            _level(scores, shared, a, parts(a), combine, block, total, grad)
+        total, height = scores.new_zeros(len(scores)), max(1, block // max(scores.shape[1], 1))
+        rooms = [_Room(scores) for _ in range(max(len(parts(a)) for a in range(1, levels + 1)))]
+        for first in range(0, len(scores), height):
+            rows = slice(first, min(first + height, len(scores)))
+            def here(a, sums, q): return combine(a, sums, q + first if torch.is_tensor(q) else slice(q.start + first, q.stop + first))
+            for a in range(levels, 0, -1):
+                _level(scores[rows], shared[rows], counts[rows], a, parts(a), here, block, total[rows], None if grad is None else grad[rows], rooms)
         ctx.save_for_backward(grad)
         return total
 
@@ -218,7 +250,7 @@ class _RankScore(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         grad, = ctx.saved_tensors
-        return grad * g[:, None], None, None, None, None, None
+        return grad * g[:, None], None, None, None, None, None, None
 
 # %% ../nbs/01_ranking.ipynb #193a5b30
 def rank_score(scores: Tensor, # similarity of each query and item, float [Q, N]
@@ -227,7 +259,10 @@ def rank_score(scores: Tensor, # similarity of each query and item, float [Q, N]
                parts, # parts(a) -> list of Part: the sums that positives of level a need
                combine, # combine(a, sums, rows) -> (share [q, p], [d share / d sum or None for each part])
                block: int = None, # triples at once; default: what fits the device
+               counts: Tensor = None, # `level_counts(shared, levels)` [Q, L+1], if they are known already
                ) -> Tensor: # score of each query [Q], 0 without a positive, in the type of `scores`; differentiable (once) in `scores`
     "Sum, over the positives of each query, what their smoothed ranks are worth; memory O(Q N) whatever the number of positives."
     if scores.shape != shared.shape: raise ValueError(f"scores are {tuple(scores.shape)} but shared levels {tuple(shared.shape)}.")
-    return _RankScore.apply(scores, shared, levels, parts, combine, block or _block_size(scores.device))
+    if counts is None: counts = level_counts(shared, levels)
+    block = _block_size(scores.device) if block is None else check_number("block", block, least=1, whole=True)
+    return _RankScore.apply(scores, shared, levels, parts, combine, block, counts)

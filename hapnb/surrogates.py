@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
-from .core import LOSSES, Batch, EmbeddingLoss
+from .core import LOSSES, Batch, EmbeddingLoss, check_number
 
 # %% ../nbs/03_surrogates.ipynb #65fac476
 def _soft_histograms(scores: Tensor, # similarities [Q, N]; beyond -1 and 1 they count at the end nodes
@@ -43,9 +43,8 @@ class _HistogramAPLoss(EmbeddingLoss):
 
     def __init__(self, num_bins: int, level: int = 0, similarity: str = "cosine", reduction: str = "mean"):
         super().__init__(similarity, reduction)
-        if isinstance(num_bins, bool) or int(num_bins) != num_bins or num_bins < self.fewest:
-            raise ValueError(f"{type(self).__name__}: num_bins must be a whole number, {self.fewest} or more, got {num_bins}.")
-        self.num_bins, self.level = int(num_bins), level
+        self.num_bins = int(check_number("num_bins", num_bins, least=self.fewest, whole=True))
+        self.level = check_number("level", level, least=0, whole=True)
 
     @property
     def nodes(self) -> int: return self.num_bins + 2 - self.fewest
@@ -147,9 +146,9 @@ class BlackBoxAPLoss(EmbeddingLoss):
                  reduction: str = "mean", # or "none": one value a query
                  ):
         super().__init__(similarity, reduction)
-        for name, value, ok in (("lambda_val", lambda_val, lambda_val > 0), ("margin", margin, margin >= 0), ("eps", eps, eps >= 0)):
-            if not ok: raise ValueError(f"BlackBoxAPLoss: {name} must be {'above 0' if name == 'lambda_val' else '0 or more'}, got {value}.")
-        self.lambda_val, self.margin, self.level, self.eps, self.noise = lambda_val, margin, level, eps, noise
+        check_number("lambda_val", lambda_val, above=0), check_number("margin", margin, least=0), check_number("eps", eps, least=0)
+        self.lambda_val, self.margin, self.eps, self.noise = lambda_val, margin, eps, noise
+        self.level = check_number("level", level, least=0, whole=True)
 
 # %% ../nbs/03_surrogates.ipynb #96925b75
 @patch

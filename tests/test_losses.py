@@ -1,6 +1,7 @@
 """Every loss against brute force (`brute.py`), against bad input, and where it will be used: reductions, reference sets, autocast,
 fake tensors, cross-batch memory."""
 import copy
+import inspect
 import math
 import pickle
 
@@ -300,8 +301,9 @@ def test_happier(lam):
 # --- every loss, everywhere: built by name with the depth, classes and dimensions of a batch
 
 NAMES = ["SmoothAPLoss", "SupAPLoss", "HAPLoss", "CalibrationLoss", "ROADMAPLoss", "HAPPIERLoss", "PairLoss", "NormSoftmaxLoss",
-         "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss", "SmoothHAPLoss", "SupRecallLoss", "SmoothRecallLoss", "SupNDCGLoss", "SmoothNDCGLoss"]
-PROXIES = {"HAPPIERLoss", "NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss"}
+         "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss", "SmoothHAPLoss", "SupRecallLoss", "SmoothRecallLoss", "SupNDCGLoss", "SmoothNDCGLoss", "HISTLoss"]
+PROXIES = {"HAPPIERLoss", "NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss", "HISTLoss"}
+LENGTHS = [n for n in NAMES if n != "HISTLoss"]  # these take `similarity`; HIST measures directions and gives its network the embeddings as they come
 TREE = torch.stack([torch.arange(6), torch.arange(6) // 2], 1)
 
 
@@ -342,7 +344,7 @@ def test_bad_input(name, fault):
     with pytest.raises(ValueError, match=message): by_name(name)(*spoil(*batch()))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LENGTHS)
 def test_zero_rows_are_fine_for_dot(name):
     emb, y = batch()
     emb[7] = 0
@@ -374,10 +376,37 @@ def test_mined_pairs_are_an_error(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_arguments(name):
-    for k, message in ((dict(similarity="cosin"), "cosine"), (dict(reduction="sum"), "mean")):
+    for k, message in ((dict(similarity="cosin"), "cosine" if name in LENGTHS else "no argument"), (dict(reduction="sum"), "mean")):
         with pytest.raises(ValueError, match=message): by_name(name, **k)
     if name not in ("HAPLoss", "HAPPIERLoss", "CSLLoss", "SmoothHAPLoss", "SupNDCGLoss", "SmoothNDCGLoss"):  # these use all levels
         with pytest.raises(ValueError, match="level"): by_name(name, level=2)(*batch())
+
+
+PAIRED = {"ks": (1,), "weight": (1.,), "margins": (.25,)}  # arguments that hold several numbers: what stands beside the bad one
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, "1e-2", True], ids=str)
+@pytest.mark.parametrize("name", [*NAMES, "FastAPLoss", "SoftBinAPLoss", "BlackBoxAPLoss"])
+def test_numbers_must_be_finite(name, bad):
+    "Every argument that is a number says so, by its own name, when it is given NaN, infinity, text or a truth value."
+    taken = inspect.signature(LOSSES.get(name).__init__).parameters
+    single = [k for k, p in taken.items() if isinstance(p.default, float) or k in ("num_bins", "drop_equal")]
+    for k in single + [k for k in PAIRED if k in taken]:
+        value = (*PAIRED[k], bad) if k in PAIRED else bad
+        with pytest.raises(ValueError, match={"weight": "weight of calibration"}.get(k, k) + " must be .*got"): by_name(name, **{k: value})
+
+
+@pytest.mark.parametrize("name", ["NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "HAPPIERLoss"])
+@pytest.mark.parametrize("bad", [0, -1, 2.5, math.nan, "6"], ids=str)
+def test_sizes_must_be_whole(name, bad):
+    for k in ("num_classes", "embedding_size"):
+        with pytest.raises(ValueError, match=f"{k} must be a whole number, 1 or more"): make_loss(name, **{"num_classes": 6, "embedding_size": 4, k: bad})
+
+
+@pytest.mark.parametrize("make", [lambda v: Relevance("pop", v), lambda v: Relevance("map", weights=(1., v))])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1., "1"], ids=str)
+def test_relevance_must_be_finite(make, bad):
+    with pytest.raises(ValueError, match="0 or more and finite"): make(bad)
 
 
 CORNERS = {
@@ -424,7 +453,7 @@ def test_order_of_the_batch_does_not_matter(name):
     torch.testing.assert_close(loss(emb, y)[order], loss(emb[order], y[order]), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LENGTHS)
 def test_embeddings_length_does_not_matter_for_cosine(name):
     emb, y = batch(dtype=torch.float64)
     loss = by_name(name).double()
@@ -438,7 +467,7 @@ def test_same_set_by_identity_not_by_shape(name):
     (emb, y), (ref, ry) = batch(dtype=torch.float64), batch(12, 1, torch.float64)
     loss = by_name(name).double()
     assert loss(emb, y, ref_emb=emb, ref_labels=y).item() == loss(emb, y).item()
-    if name not in ("NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss"): assert loss(emb, y, ref_emb=ref, ref_labels=ry).item() != loss(emb, y).item()
+    if name not in ("NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss", "HISTLoss"): assert loss(emb, y, ref_emb=ref, ref_labels=ry).item() != loss(emb, y).item()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -504,7 +533,7 @@ def test_the_parts_of_a_sum_say_the_similarity_they_use():
 
 def test_weightless_items_are_no_positives():
     "With map weights (0, 1), an item that shares the group only is worth nothing."
-    ref, ry = torch.randn(3, 4), torch.tensor([[1, 0], [2, 0], [3, 1]])
+    ref, ry = torch.tensor([[1., 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]), torch.tensor([[1, 0], [2, 0], [3, 1]])  # the positive comes last
     for make in (HAPLoss, SmoothHAPLoss):
         each = make(relevance=Relevance("map", weights=(0, 1)), reduction="none")(torch.ones(2, 4), torch.tensor([[0, 0], [1, 0]]), ref_emb=ref, ref_labels=ry)
         assert each[0] == 0 and each[1] > 0
@@ -556,7 +585,7 @@ def memory(name, size, **k):
     class Memory(pml.CrossBatchMemory):  # the original accepts the library's own losses by their class names
         @classmethod
         def check_loss_support(cls, loss_name): pass
-    return Memory(by_name(name, similarity="dot").double(), 4, memory_size=size, **k)
+    return Memory(by_name(name, **dict(similarity="dot") if name in LENGTHS else {}).double(), 4, memory_size=size, **k)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "CSLLoss"])  # its memory keeps one label an image
