@@ -19,24 +19,39 @@ from .core import Relevance, as_relevance, check_embeddings, check_labels, neare
 
 # %% ../nbs/15_metrics.ipynb #810ea6da
 _HIGH = 1 if sys.byteorder == "little" else 0  # which half of an int64 holds the score
-_LAST = 0x7FFFFFFF  # sorts after every score: a query in its own list
 
 def _best_first(scores):
     "int32 whose increasing order is the decreasing order of float32 `scores`."
     bits = torch.sub(torch.zeros((), device=scores.device), scores).view(torch.int32)
-    return bits.bitwise_xor_((bits >> 31).bitwise_and_(_LAST))
+    return bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
 
 # %% ../nbs/15_metrics.ipynb #63e9dd15
 def _numpy_here(x): return x.device.type == "cpu"
 
+def _in_threads(f, *arrays):
+    "`f` on parts of the rows of `arrays`, in as many threads as torch may use: list of results."
+    n = torch.get_num_threads()
+    if n == 1 or len(arrays[0]) < n: return [f(*arrays)]
+    with ThreadPoolExecutor(n) as pool: return list(pool.map(f, *(np.array_split(a, n) for a in arrays)))
+
 def _sort_rows(keys):
-    "Sort each row of int64 `keys` in place, in as many threads as torch may use."
+    "Sort each row of int64 `keys` in place."
     if not _numpy_here(keys): return keys.copy_(keys.sort(1).values)
-    a, n = keys.numpy(), torch.get_num_threads()
-    if n == 1 or len(a) < n: a.sort(axis=1)
-    else:
-        with ThreadPoolExecutor(n) as pool: list(pool.map(lambda part: part.sort(axis=1), np.array_split(a, n)))
+    _in_threads(lambda part: part.sort(axis=1), keys.numpy())
     return keys
+
+# %% ../nbs/15_metrics.ipynb #7699d9d7
+def _fix_ties(x, by):
+    "Sort those rows of `x` again, in place of `by`, in which two values are equal."
+    y = np.take_along_axis(x, by, 1)
+    tied = (y[:, 1:] == y[:, :-1]).any(1)
+    if tied.any(): by[tied] = x[tied].argsort(axis=1, kind="stable")
+    return by
+
+def _best_order(scores):
+    "Column numbers of each row by decreasing score; equal scores stay in order."
+    if not _numpy_here(scores): return (0 - scores).sort(dim=1, stable=True).indices
+    return torch.from_numpy(np.concatenate(_in_threads(lambda x: _fix_ties(x, x.argsort(axis=1)), (0 - scores).numpy())))
 
 # %% ../nbs/15_metrics.ipynb #1f7a0e88
 def _where(mask):
@@ -46,8 +61,8 @@ def _where(mask):
 def _row_max(x): return x.amax(1) if torch.is_tensor(x) else x.max(1)
 
 def _count_rows(mask):
-    "How many entries of each row are true, on the CPU."
-    return mask.sum(1).cpu() if torch.is_tensor(mask) else torch.tensor([np.count_nonzero(row) for row in mask])
+    "How many entries of each row are true."
+    return mask.sum(1) if torch.is_tensor(mask) else torch.tensor([np.count_nonzero(row) for row in mask])
 
 # %% ../nbs/15_metrics.ipynb #bc59eb52
 def _repeat(x, n):
@@ -107,6 +122,7 @@ class _Retrieval:
         place = torch.empty_like(self.order)
         place[self.order] = torch.arange(self.N)
         self.place, me = place, me[self.q_order]
+        self.index = F.pad(self.order, (0, len(self.gallery) - self.N)).to(device, torch.int32)
         self.me = torch.where(me >= 0, place[me.clamp(min=0)], -1)  # the query's own place in the gallery, or -1
         edges = [_intervals(q_labels[:, c], labels[:, c]) for c in range(self.L)]
         self.lo, self.hi = (torch.stack([e[i] for e in edges], 1) for i in (0, 1))
@@ -137,34 +153,84 @@ def _codes(self: _Retrieval, out, a, least):
 
 # %% ../nbs/15_metrics.ipynb #90bd506d
 @patch
+def _own(self: _Retrieval, a, T, device):
+    "(row, place) of those queries a .. a+T that stand in the gallery."
+    rows = (self.me[a:a + T] >= 0).nonzero()[:, 0]
+    return rows.to(device), self.me[a:a + T][rows].to(device)
+
+@patch
 def _keys(self: _Retrieval, scores, a, least):
-    "Pack scores [T, N] of queries a.. with gallery index and code into int64 keys; the query itself comes last."
+    "Pack scores [T, N] of queries a.. with gallery index and code into int64 keys."
     keys = torch.empty(scores.shape, dtype=torch.int64, device=scores.device)
     halves = keys.view(torch.int32).view(*scores.shape, 2)
     halves[..., _HIGH] = _best_first(scores)
     low = (self.order << self.L.bit_length()).to(torch.int32).to(scores.device)
     halves[..., 1 - _HIGH] = low
     self._codes(halves[..., 1 - _HIGH], a, least)
-    rows = (self.me[a:a + len(scores)] >= 0).nonzero()[:, 0]
-    me = self.me[a:a + len(scores)][rows]
-    halves[rows, me, _HIGH], halves[rows, me, 1 - _HIGH] = _LAST, low[me]
+    rows, me = self._own(a, len(scores), scores.device)
+    halves[rows, me, 1 - _HIGH] = low[me]
     return keys
 
 # %% ../nbs/15_metrics.ipynb #5c43c150
 @patch
-def _positives(self: _Retrieval, scores, a, least):
-    "Flat positions (row * N + rank - 1) and shared levels of all positives of a block, row by row, best first."
+def _sorted(self: _Retrieval, scores, a, least):
+    "Ranks of all positives of a block by one sort of each row: (flat positions row * N + rank - 1, shared levels), row by row, best first."
     if scores.dtype == torch.float32:
         codes = _sort_rows(self._keys(scores, a, least)).bitwise_and_(2 ** self.L.bit_length() - 1)
     else:
         codes = self._codes(torch.zeros(scores.shape, dtype=torch.int16, device=scores.device), a, least)
-        rows = (self.me[a:a + len(scores)] >= 0).nonzero()[:, 0]
-        me = self.me[a:a + len(scores)][rows]
-        scores[rows, me], codes[rows, me] = -torch.inf, 0
+        codes[self._own(a, len(scores), scores.device)] = 0
         place = self.place.to(scores.device)  # columns back into the order of the gallery
-        codes = codes[:, place].gather(1, (0 - scores[:, place]).sort(dim=1, stable=True).indices)
+        codes = codes[:, place].gather(1, _best_order(scores[:, place]))
     flat = _where(codes)
     return flat, codes.view(-1).take(flat).long() + (least - 1)
+
+# %% ../nbs/15_metrics.ipynb #356392d8
+@patch
+def _few(self: _Retrieval, scores, a, least):
+    "Positives of a block, best first: (scores, gallery indices, shared levels), each [T, P]; level 0 fills up."
+    T, device = len(scores), scores.device
+    lo, hi = (e[a:a + T].to(device) for e in (self.lo, self.hi))
+    c = self.L - least
+    place = lo[:, c:c + 1] + torch.arange(int((hi - lo)[:, c].max()), device=device)
+    fine = lambda t: (place >= lo[:, self.L - t, None]) & (place < hi[:, self.L - t, None])
+    level = sum(fine(t).long() for t in range(least, self.L + 1))
+    level = torch.where((level > 0) & (place != self.me[a:a + T].to(device)[:, None]), level + (least - 1), 0)
+    place = place.clamp(max=self.N - 1)
+    index, s = self.order.to(device)[place], torch.where(level > 0, scores.gather(1, place), -torch.inf)
+    by = index.argsort(1)
+    by = by.gather(1, (0 - s.gather(1, by)).argsort(dim=1, stable=True))  # by index, then stable by score
+    return [x.gather(1, by) for x in (s, index, level)]
+
+# %% ../nbs/15_metrics.ipynb #5dc32e18
+def _beyond(scores, s):
+    "How many of `scores` [T, N] are above, and equal to, `s` [T, 1]."
+    count = lambda x, y: torch.stack([_count_rows(x > y), _count_rows(x == y)])
+    if not _numpy_here(scores): return count(scores, s)
+    return torch.cat(_in_threads(count, scores.numpy(), s.numpy()), 1)
+
+@patch
+def _counted(self: _Retrieval, scores, a, least):
+    "The same as `_sorted`, by counting."
+    s, index, level = self._few(scores, a, least)
+    rank, index, order = torch.zeros_like(index), index.to(torch.int32), self.index[:self.N].to(scores.device)
+    for j in range(s.shape[1]):
+        rank[:, j], equal = _beyond(scores, s[:, j:j + 1])
+        tied = ((equal > 1) & (level[:, j] > 0)).nonzero()[:, 0]
+        if len(tied):
+            before = (scores[tied] == s[tied, j:j + 1]) & (order < index[tied, j:j + 1])
+            rank[tied, j] += _count_rows(before.numpy() if _numpy_here(before) else before)
+    some = level > 0
+    return (rank + torch.arange(len(s), device=rank.device)[:, None] * self.N)[some], level[some]
+
+# %% ../nbs/15_metrics.ipynb #1ce5acb8
+_COUNT = {torch.float32: 1.5, torch.float64: 5.}  # positives, in units of log2 N, that are counted faster than sorted (measured)
+
+@patch
+def _positives(self: _Retrieval, scores, a, least):
+    "Flat positions (row * N + rank - 1) and shared levels of all positives of a block, row by row, best first."
+    few = int(self.n[a:a + len(scores), least].max()) * (1 + 5000 / self.N) <= _COUNT[scores.dtype] * np.log2(self.N + 1)
+    return (self._counted if few else self._sorted)(scores, a, least)
 
 # %% ../nbs/15_metrics.ipynb #4e35b966
 @dataclass
@@ -249,7 +315,9 @@ def parse_memory(size, # bytes as a number, or text such as "2GB", "512 MiB"
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " "))
 
 # %% ../nbs/15_metrics.ipynb #77946799
-def _tile(N, Q): return min(max(16, 2 ** round(np.log2(1e6 / N))), 1024, -(-Q // 16) * 16)
+def _power(x): return 2 ** round(np.log2(x))
+def _tile(N, Q): return min(max(_power(8e6 / N), 64), 256, -(-Q // 16) * 16)
+def _slice(N): return max(_power(1e6 / N), 1)
 
 # %% ../nbs/15_metrics.ipynb #4753e4d2
 @patch
@@ -268,13 +336,16 @@ def _rows(self: _Retrieval, max_memory):
 
 # %% ../nbs/15_metrics.ipynb #99104b1a
 @patch
-def _blocks(self: _Retrieval, max_memory):
-    "Yield (first query, scores [rows, N]) in class order."
-    rows, height = self._rows(max_memory), _tile(self.N, self.Q)
+def _blocks(self: _Retrieval, rows):
+    "Yield (first query, scores) of at most `rows` queries in class order; -inf for the query itself and for rows that only fill up."
+    height = _tile(self.N, self.Q)
+    tile = self.gallery.new_empty(height, len(self.gallery))
     for a in range(0, self.Q, height):
-        tile = self.queries[a:a + height] @ self.gallery.T
-        for b in range(a, min(a + height, self.Q), rows):
-            yield b, tile[b - a:min(b - a + rows, height, self.Q - a), :self.N]
+        part = tile[:len(self.queries[a:a + height])]
+        torch.mm(self.queries[a:a + height], self.gallery.T, out=part)
+        part[:, self.N:] = -torch.inf
+        part[self._own(a, height, part.device)] = -torch.inf
+        for b in range(a, min(a + height, self.Q), rows): yield b, part[b - a:min(b - a + rows, self.Q - a)]
 
 # %% ../nbs/15_metrics.ipynb #84bfc5ef
 _WHOLE = ("H-AP", "ASI", "NDCG")
@@ -301,21 +372,33 @@ def _select(metrics, levels, ks):
     return [n for n in names if n in chosen]
 
 # %% ../nbs/15_metrics.ipynb #6abfff64
+_CHUNK = 64  # divides the width of a tile
+
 @patch
-def _first_ranks(self: _Retrieval, scores, a, c):
-    "Rank of the best positive at column `c` for each query of a block, without a sort; 0 = no positive."
+def _best(self: _Retrieval, scores, a, c):
+    "Score [T, 1] of the best positive at column `c`; +inf where there is none."
     s, T = (scores.numpy() if _numpy_here(scores) else scores), len(scores)
     best = torch.full((T, 1), torch.inf, dtype=scores.dtype, device=scores.device)
     b = best.numpy() if _numpy_here(scores) else best
     for row, end, first, last in _rectangles(self.lo[a:a + T, c], self.hi[a:a + T, c]): b[row:end, 0] = _row_max(s[row:end, first:last])
-    above, equal = _count_rows(s > b), _count_rows(s == b)
-    some = self.n[a:a + T, self.L - c] > 0
-    for row in ((equal > 1) & some).nonzero()[:, 0].tolist():  # ties: the smallest gallery index comes first
-        place = _where(scores[row] == best[row]).cpu()
-        index = self.order[place]
-        mine = (place >= self.lo[a + row, c]) & (place < self.hi[a + row, c])
-        above[row] += int((index < index[mine].min()).sum())
-    return (above + 1) * some
+    return torch.where((self.n[a:a + T, self.L - c] > 0).to(best.device)[:, None], best, torch.inf)
+
+@patch
+def _first_ranks(self: _Retrieval, scores, peaks, a, c, k):
+    "Rank of the best positive at column `c` for each query of a block; k+1 = beyond k, 0 = no positive."
+    best, device = self._best(scores, a, c), scores.device
+    near = (peaks > best).sum(1) < k
+    row, chunk = ((peaks >= best) & near[:, None]).nonzero(as_tuple=True)
+    x, b = scores.view(len(scores), -1, _CHUNK)[row, chunk], best[row]
+    above = (x > b).sum(1)
+    tie = x == b
+    place = (chunk * _CHUNK).to(torch.int32)[:, None] + torch.arange(_CHUNK, dtype=torch.int32, device=device)
+    lo, hi = (e[a:a + len(scores), c].to(device, torch.int32)[row, None] for e in (self.lo, self.hi))
+    mine, index = tie & (place >= lo) & (place < hi), self.index.to(device)[place]
+    first = index.new_full((len(scores),), self.N).scatter_reduce_(0, row, torch.where(mine, index, self.N).amin(1), "amin")
+    above += (tie & (index < first[row, None])).sum(1)  # of equal scores the smallest gallery index comes first
+    rank = torch.where(near, 1, k + 1).index_add(0, row, above).clamp(max=k + 1)
+    return torch.where(best[:, 0] < torch.inf, rank, 0).cpu()
 
 # %% ../nbs/15_metrics.ipynb #8d918995
 def _recalls(out, first, names):
@@ -326,22 +409,22 @@ def _recalls(out, first, names):
 @patch
 def _only_recalls(self: _Retrieval, scores, a, want):
     "R@k and P@1 for one block: {name: float64 [T]}."
-    out, rows = {}, (self.me[a:a + len(scores)] >= 0).nonzero()[:, 0]
-    scores[rows.to(scores.device), self.me[a:a + len(scores)][rows].to(scores.device)] = -torch.inf  # the query itself comes last
+    out, peaks = {}, scores.view(len(scores), -1, _CHUNK).amax(2)
     for c, names in want.items():
-        if names: _recalls(out, self._first_ranks(scores, a, c), names)
+        if names: _recalls(out, self._first_ranks(scores, peaks, a, c, max(int(re.match(r"[RP]@(\d+)_", n)[1]) for n in names)), names)
     return out
 
 # %% ../nbs/15_metrics.ipynb #f08e3047
+def _no_lists(names): return all(n[:2] in ("R@", "P@") for n in names)
+
 @patch
 def _block(self: _Retrieval, scores, a, names, tables):
     "All metrics in `names` for one block: {name: float64 [T]}."
     T, out, sums = len(scores), {}, {}
     want = {c: [n for n in names if n.endswith(f"_level{c}")] for c in range(self.L)}
     whole = [n for n in names if n in _WHOLE]
-    if all(n[:2] in ("R@", "P@") for n in names):
-        return self._only_recalls(scores, a, want)
-    n = self.n[a:a + T].to(scores.device)
+    if _no_lists(names): return self._only_recalls(scores, a, want)
+    scores, n = scores[:, :self.N], self.n[a:a + T].to(scores.device)
     least = 1 if whole else min(self.L - c for c, w in want.items() if w)
     flat, level = self._positives(scores, a, least)
     row = _repeat(torch.arange(T, device=n.device), n[:, least])
@@ -435,10 +518,11 @@ def _run(self: _Retrieval, names, relevance, max_memory):
     steps = torch.arange(self.N + 1, dtype=torch.float64)
     tables = dict(harmonic=torch.cat([torch.zeros(1), 1 / steps[1:]]).cumsum(0), relevance=as_relevance(relevance),
                   discount=torch.cat([torch.zeros(1), 1 / torch.log2(1 + steps[1:])]))
-    work = self.device if self.device.type in ("cpu", "cuda") else torch.device("cpu")  # MPS has no float64
+    work = torch.device("cpu") if self.device.type == "mps" else self.device  # MPS has no float64
     tables = {k: v.to(work) if torch.is_tensor(v) else v for k, v in tables.items()}
     values = {name: torch.zeros(self.Q, dtype=torch.float64) for name in names}
-    for a, scores in self._blocks(max_memory):
+    rows = self._rows(max_memory)
+    for a, scores in self._blocks(rows if _no_lists(names) else min(rows, _slice(self.N))):
         for name, v in self._block(scores.to(work), a, names, tables).items():
             values[name][self.q_order[a:a + len(v)]] = v.cpu()
     return values
@@ -555,21 +639,21 @@ def dyml(embeddings: Tensor = None, # one set [N, D], each image a query ...
          ) -> dict: # "mAP", "ASI", "R@{k}": means over levels; "AP_level{l}", "ASI_level{l}", "R@{k}_level{l}", "skipped_level{l}"
     "Compute the averages of the DyML protocol: unweighted means over the levels of AP, ASI and R@k."
     if (benchmarks is None) == (embeddings is None): raise ValueError("give either embeddings and labels, or benchmarks.")
-    if benchmarks is None:
-        r = _retrieval(embeddings, labels, None, None, True, None, device)
-        parts = [(r, l) for l in range(r.L)]
+    if benchmarks is None: parts = [_retrieval(embeddings, labels, None, None, True, None, device)]
     else:
         named = benchmarks.items() if isinstance(benchmarks, dict) else enumerate(benchmarks)
-        parts = [(_dyml_part(b, name, device), 0) for name, b in named]
-    most = min(int(r.n[:, 0].min()) for r, _ in parts)
-    ks, out = (ks if tuple(ks) == (1, 10, 20) else _check_ks(ks, most)), {}
-    for level, (r, column) in enumerate(parts):
-        names = [f"{m}_level{column}" for m in ("AP", "ASI", *(f"R@{k}" for k in ks))]
-        left = ~r._skipped(column)
-        for name, v in r._run(names, "pop", max_memory).items():
-            out[f"{name.split('_')[0]}_level{level}"] = float(v[left].mean()) if bool(left.any()) else 0.
-        out[f"skipped_level{level}"] = int((~left).sum())
-    mean = lambda m: float(np.mean([out[f"{m}_level{l}"] for l in range(len(parts))]))
+        parts = [_dyml_part(b, name, device) for name, b in named]
+        if not parts: raise ValueError("benchmarks is empty.")
+    ks = ks if ks in ((1, 10, 20), [1, 10, 20]) else _check_ks(ks, min(int(r.n[:, 0].min()) for r in parts))
+    families, out, levels = ("AP", "ASI", *(f"R@{k}" for k in ks)), {}, 0
+    for r in parts:
+        values = r._run([f"{m}_level{c}" for c in range(r.L) for m in families], "pop", max_memory)
+        for c in range(r.L):
+            left = ~r._skipped(c)
+            for m in families: out[f"{m}_level{levels}"] = float(values[f"{m}_level{c}"][left].mean()) if bool(left.any()) else 0.
+            out[f"skipped_level{levels}"] = int((~left).sum())
+            levels += 1
+    mean = lambda m: float(np.mean([out[f"{m}_level{l}"] for l in range(levels)]))
     return {"mAP": mean("AP"), "ASI": mean("ASI"), **{f"R@{k}": mean(f"R@{k}") for k in ks}, **out}
 
 # %% ../nbs/15_metrics.ipynb #fc716dd6
@@ -581,11 +665,12 @@ def decomposability_gap(embeddings: Tensor, # [N, D], floats; normalised here
                         ) -> dict: # "gap" = "batch_ap" - "whole_ap", all as fractions
     "Compare the mean AP inside batches with the AP on the whole set; queries are never in their own list."
     emb, labels = _check_pair(embeddings, labels, "embeddings")
-    name, found = f"AP_level{level}", []
+    name, found = f"AP_level{_check_levels([level], labels.shape[1])[0]}", []
     whole = evaluate(emb, labels, levels=[level], metrics=name, max_memory=max_memory)[name]
     for rows in batches:
         rows = torch.as_tensor(rows, dtype=torch.long)
         if len(rows) < 2: continue  # a batch of one ranks nothing
+        if int(rows.min()) < 0 or int(rows.max()) >= len(emb): raise ValueError(f"a batch holds row {int(rows.min() if rows.min() < 0 else rows.max())}, but there are {len(emb)} embeddings.")
         m = evaluate(emb[rows.to(emb.device)], labels[rows.to(labels.device)], levels=[level], metrics=name, max_memory=max_memory)
         if m[f"skipped_level{level}"] < len(rows): found.append(m[name])
     if not found: raise ValueError(f"no batch holds two images of one class at level {level}, so none has an AP.")
@@ -619,6 +704,6 @@ def nmi(embeddings: Tensor, # [N, D], floats; normalised here
     if not bool((y >= 0).any()): raise ValueError(f"all labels at level {level} are unknown.")
     x = F.normalize(emb.cpu()[y >= 0].float(), dim=1).contiguous().numpy()
     y = y[y >= 0].numpy()
-    k = clusters or len(np.unique(y))
-    if k > len(y): raise ValueError(f"{k} clusters for {len(y)} images.")
+    k = len(np.unique(y)) if clusters is None else clusters
+    if not 1 <= k <= len(y): raise ValueError(f"{k} clusters for {len(y)} images; choose 1 to {len(y)}.")
     return float(normalized_mutual_info_score(y, _kmeans(x, k, seed, iterations, backend)))

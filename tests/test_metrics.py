@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from hapnb.core import Relevance, shared_levels
 from hapnb.metrics import decomposability_gap, dyml, evaluate, nmi, parse_memory, recall_at_k
@@ -219,6 +221,10 @@ def test_memory_limit_changes_no_bit(dtype):
     emb, labels = tree(1500, dtype=dtype)
     emb[::50] = emb[3]
     free = evaluate(emb, labels, per_query=True)
+    for names in ("R@k", "AP_level0"):
+        some = evaluate(emb, labels, metrics=names)
+        assert some == evaluate(emb, labels, metrics=names, max_memory="10MB" if dtype == torch.float64 else "5MB")
+        assert all(free[k] == pytest.approx(v, abs=1e-12) for k, v in some.items())
     for limit in ("100MB", "16MB", "14MB" if dtype == torch.float64 else "7MB"):
         tight = evaluate(emb, labels, max_memory=limit, per_query=True)
         for k, v in free.pop("per_query", {}).items(): assert np.array_equal(v, tight["per_query"][k], equal_nan=True), (k, limit)
@@ -323,6 +329,171 @@ def test_threads_change_nothing():
     finally: torch.set_num_threads(before)
 
 
+# ---------------------------------------------------------------- roads: counted, sorted, recall alone, and a GPU's
+
+COUNT = dict.fromkeys((torch.float32, torch.float64), math.inf)
+SORT = dict.fromkeys((torch.float32, torch.float64), -1)
+
+
+def larger(seed, n=None):
+    "Up to 400 images in few directions: ties inside and across chunks of 64, some labels unknown; also well mixed gallery indices."
+    rng = np.random.default_rng(seed)
+    n = n or int(rng.integers(2, 400))
+    fine = rng.integers(0, max(n // rng.integers(1, 40), 1), n)
+    labels = np.stack([fine, fine % 9, fine % 3], 1)
+    labels[rng.random(n) < .1, 0] = -1
+    emb = rng.integers(-1, 2, (n, 3)) + np.array([0, 0, .5]) if seed % 2 else rng.standard_normal((n, 8))
+    return torch.from_numpy(emb), torch.from_numpy(labels)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([torch.float32, torch.float64]), st.integers(1, 3), st.booleans())
+def test_counting_and_sorting_give_the_same_integers(seed, dtype, least, exclude):
+    import hapnb.metrics as M
+    emb, labels = larger(seed)
+    r = M._retrieval(emb.to(dtype), labels, None, None, exclude, None, None)
+    for a, scores in r._blocks(96):
+        counted, by_sort = (road(scores[:, :r.N].clone(), a, least) for road in (r._counted, r._sorted))
+        for x, y in zip(counted, by_sort): assert x.dtype == y.dtype and torch.equal(x, y)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sets(), relevances)
+def test_counted_road_follows_the_definition(data, rel):
+    import hapnb.metrics as M
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(M, "_COUNT", COUNT)
+        agree(evaluate(*data, relevance=rel), definition(*data, rel=rel))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([torch.float32, torch.float64]), st.booleans())
+def test_recall_alone_equals_recall_from_lists(seed, dtype, exclude):
+    "More than one chunk, ties across chunks, k up to the gallery."
+    emb, labels = larger(seed)
+    n = len(emb) - exclude
+    kw = dict(ks=sorted({1, min(3, n), max(n // 2, 1), n}), exclude_self=exclude, per_query=True)
+    alone, lists = evaluate(emb.to(dtype), labels, metrics=["R@k", "P@1"], **kw), evaluate(emb.to(dtype), labels, **kw)["per_query"]
+    assert len(alone["per_query"]) >= 6
+    for k, v in alone["per_query"].items(): assert np.array_equal(v, lists[k], equal_nan=True), k
+
+
+@settings(max_examples=25, deadline=None)
+@given(sets(), st.integers(1, 6))
+def test_recall_alone_follows_the_definition(data, k):
+    emb, labels = data
+    ks = (1, min(k, len(emb) - 1))
+    agree(evaluate(emb, labels, ks=ks, metrics="R@k"), {m: v for m, v in definition(emb, labels).items() if m[:2] == "sk"} |
+          {f"R@{j}_level{c}": v for j in ks for c in range(labels.shape[1]) if (v := recall_by_hand(emb, labels, c, j)) is not None})
+
+
+def recall_by_hand(emb, labels, c, k):
+    "R@k from scores, a stable sort and nothing else; None where nobody has a positive."
+    x = F.normalize(emb.double(), dim=1)
+    scores, found = (x @ x.T).numpy().round(12), []
+    for q in range(len(x)):
+        order = sorted((i for i in range(len(x)) if i != q), key=lambda i: (-scores[q, i], i))
+        hit = [bool(labels[i, c] == labels[q, c]) and int(labels[q, c]) >= 0 for i in order]
+        if any(hit): found.append(any(hit[:k]))
+    return float(np.mean(found)) if found else None
+
+
+@pytest.mark.parametrize("n", [700, 1000])
+def test_collapsed_embeddings_on_every_road(n, monkeypatch):
+    "All rows equal: every score ties with every other, and the gallery index decides alone."
+    import hapnb.metrics as M
+    g = torch.Generator().manual_seed(n)
+    emb, fine = torch.randn(1, 24, generator=g).expand(n, -1), torch.randperm(n, generator=g) // 4
+    best = []
+    for q in range(n):
+        i = int(next(j for j in (fine == fine[q]).nonzero()[:, 0] if j != q))
+        best.append(i - (i > q) + 1)
+    for k in (1, 8, 300): assert evaluate(emb, fine, ks=k, metrics="R@k")[f"R@{k}_level0"] == pytest.approx(np.mean([b <= k for b in best]), abs=1e-12)
+    found = []
+    for c in (COUNT, SORT):
+        monkeypatch.setattr(M, "_COUNT", c)
+        found.append(evaluate(emb, fine))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("classes,metrics,roads", [(1000, "AP", {"_counted"}), (1000, None, {"_counted"}), (2, "AP", {"_sorted"}), (1000, "R@k", set())])
+def test_few_positives_are_counted_and_many_sorted(classes, metrics, roads, monkeypatch):
+    import hapnb.metrics as M
+    took = set()
+    for name in ("_counted", "_sorted"):
+        def road(*args, name=name, old=getattr(M._Retrieval, name)):
+            took.add(name)
+            return old(*args)
+        monkeypatch.setattr(M._Retrieval, name, road)
+    evaluate(torch.randn(4000, 8), torch.arange(4000) % classes, metrics=metrics)
+    assert took == roads
+
+
+GPU = torch.device("meta")  # stands for a GPU: no build of torch refuses it
+
+
+class Far(torch.Tensor):
+    "A tensor that says it lives on another device; its numbers are in `here`."
+    @staticmethod
+    def __new__(cls, here): return torch.Tensor._make_wrapper_subclass(cls, here.shape, here.stride(), here.storage_offset(), dtype=here.dtype, device=GPU)
+
+    def __init__(self, here): self.here = here
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None): return on_two_devices(func, args, kwargs or {})
+
+
+class TwoDevices(TorchDispatchMode):
+    "Inside, tensors made for or moved to `GPU` are `Far`."
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None): return on_two_devices(func, args, kwargs or {})
+
+
+def on_two_devices(func, args, kwargs):
+    "Run `func` on the CPU with CUDA's rules: only copies, numbers and indices into a far tensor may mix devices."
+    name, tensors = str(func), [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    far, near = ([t for t in tensors if isinstance(t, Far) == f] for f in (True, False))
+    to, copy = kwargs.get("device"), "copy" in name
+    if far and not copy and any(t.ndim for t in near):
+        index = name.split(".")[1] in ("index", "index_put", "index_put_", "_index_put_impl_") and isinstance(args[0], Far)
+        values = [t for t in args[2:3] if isinstance(t, torch.Tensor) and t.ndim and not isinstance(t, Far)]
+        if not index or values: raise RuntimeError(f"{name}: tensors on two devices")
+    inner = lambda x: x.here if isinstance(x, Far) else torch.device("cpu") if isinstance(x, torch.device) else x
+    out = func(*tree_map(inner, args), **tree_map(inner, kwargs))
+    wrap = torch.device(to) == GPU if copy and to is not None else isinstance(args[0], Far) if copy else bool(far) or (to is not None and torch.device(to) == GPU)
+    if not wrap or "_local_scalar_dense" in name: return out
+    known = {id(t.here): t for t in far}  # in place: the same tensor again
+    return tree_map(lambda x: (known[id(x)] if id(x) in known else Far(x)) if isinstance(x, torch.Tensor) else x, out)
+
+
+def test_two_devices_are_kept_apart():
+    "The test's own tool: it must refuse what CUDA refuses."
+    with TwoDevices():
+        x, y = Far(torch.arange(4.)), torch.arange(4)
+        assert x.device == GPU and (x + 1).device == GPU and x.cpu().device == y.to("cpu").device == torch.device("cpu")
+        assert torch.equal(x[y].cpu(), torch.arange(4.)) and torch.zeros(2, device=GPU).device == GPU
+        for wrong in (lambda: x + y, lambda: torch.arange(4)[x.long()], lambda: torch.where(y > 0, x, y), lambda: x.gather(0, y)):
+            with pytest.raises(RuntimeError, match="two devices"): wrong()
+        with pytest.raises(Exception): x.numpy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("metrics", [None, "R@k", "AP_level0"])
+@pytest.mark.parametrize("count", [COUNT, SORT], ids=["count", "sort"])
+def test_every_tensor_stays_on_its_device(dtype, metrics, count, monkeypatch):
+    "Embeddings on a GPU: every step runs there or asks for a copy, and the values are those of the CPU."
+    import hapnb.metrics as M
+    monkeypatch.setattr(M, "_COUNT", count)
+    emb, labels = tree(300, dtype=dtype)
+    emb[::9] = emb[0]
+    labels[7] = torch.tensor([-1, -1, 2])
+    here = [evaluate(emb, labels, metrics=metrics), evaluate(emb, labels, emb[:50], labels[:50], self_index=range(50), metrics=metrics)]
+    with TwoDevices():
+        there = [evaluate(Far(emb), labels, metrics=metrics), evaluate(Far(emb), Far(labels), Far(emb[:50]), labels[:50], self_index=range(50), metrics=metrics)]
+    for a, b in zip(here, there): assert a == pytest.approx(b, abs=1e-12)
+
+
 def test_arrays_and_one_level():
     emb, labels = tree(60)
     assert evaluate(emb.numpy(), labels[:, 0].numpy()) == evaluate(emb, labels[:, :1])
@@ -400,6 +571,36 @@ def test_bad_input(args, kw, words):
     with pytest.raises(ValueError, match=words): evaluate(*args, **kw)
 
 
+def others(emb, labels):
+    "The other public functions, called with the same input."
+    return [lambda: recall_at_k(emb, labels), lambda: dyml(emb, labels), lambda: nmi(emb, labels), lambda: decomposability_gap(emb, labels, [[0, 1]]),
+            lambda: dyml(benchmarks=[dict(embeddings=emb, labels=labels, query_embeddings=emb, query_labels=labels)])]
+
+
+@pytest.mark.parametrize("emb,labels,words", [
+    (spoiled(3, torch.nan), Y, r"NaN or infinite values in row\(s\) 3"), (spoiled(4, torch.inf), Y, r"row\(s\) 4"), (spoiled(5, 0.), Y, r"row\(s\) 5"),
+    (E, Y[:5], "12 .* but 5"), (E.long(), Y, "must be floats, got torch.int64"), (E[:, 0], Y, "shape"), (E[:0], Y[:0], "gallery is empty"),
+    (E, Y.float(), "integers"), (E, torch.stack([Y, torch.arange(12)], 1), "not a tree")])
+def test_bad_input_elsewhere(emb, labels, words):
+    for call in others(emb, labels):
+        with pytest.raises(ValueError, match=words): call()
+
+
+@pytest.mark.parametrize("call,words", [
+    (lambda: recall_at_k(E, Y, ks=(1, 12)), "k=12 is larger than the gallery: 11 images"), (lambda: recall_at_k(E, Y, E[:, :2], Y), "4 dimensions, query_embeddings 2"),
+    (lambda: recall_at_k(E, Y, spoiled(2, torch.nan), Y), r"query_embeddings: NaN .* row\(s\) 2"), (lambda: recall_at_k(E[:1], Y[:1]), "gallery is empty"),
+    (lambda: recall_at_k(E, Y, E.long(), Y), "query_embeddings must be floats"), (lambda: recall_at_k(E, Y, levels=1), "level 1"),
+    (lambda: dyml(E, Y, ks=(1, 12)), "k=12 is larger"), (lambda: dyml(benchmarks=[]), "benchmarks is empty"), (lambda: dyml(E[:1], Y[:1]), "gallery is empty"),
+    (lambda: dyml(benchmarks=[dict(embeddings=E, labels=Y, query_embeddings=E[:, :2], query_labels=Y, self_index=range(12))]), "dimensions"),
+    (lambda: nmi(E, Y, level=2), "level 2"), (lambda: nmi(E, Y, clusters=0), "0 clusters"), (lambda: nmi(E, Y, clusters=13), "13 clusters"),
+    (lambda: nmi(E, torch.full((12,), -1)), "unknown"), (lambda: decomposability_gap(E, Y, [[0, 1]], level=3), "level 3"),
+    (lambda: decomposability_gap(E, Y, [[0, 1], [3, 12]]), "row 12, but there are 12"), (lambda: decomposability_gap(E, Y, [[-1, 1]]), "row -1"),
+    (lambda: evaluate(E, Y, spoiled(2, torch.nan), Y), r"query_embeddings: NaN .* row\(s\) 2"), (lambda: evaluate(E, Y, E.int(), Y), "query_embeddings must be floats"),
+    (lambda: evaluate(E, Y, ks=(1, 13), exclude_self=False), "12 images can be found"), (lambda: evaluate(E, Y, E[:1], Y[:1], ks=13), "k=13")])
+def test_bad_input_of_the_others(call, words):
+    with pytest.raises(ValueError, match=words): call()
+
+
 def test_default_ks_on_a_small_gallery():
     m = evaluate(E[:5], Y[:5])
     assert m["R@8_level0"] == m["R@4_level0"] == 1
@@ -411,9 +612,9 @@ def test_parse_memory(text, size): assert parse_memory(text) == size
 
 # ---------------------------------------------------------------- memory
 
-@pytest.mark.parametrize("classes,limit", [(4000, 60), (1, 150)])
-def test_memory_is_bounded(classes, limit):
-    "20,000 x 64 would be 1.6 GB of scores; the process may grow by the limit and a little (one class: everything is a positive)."
+@pytest.mark.parametrize("classes,limit,metrics,tied", [(4000, 60, None, False), (1, 150, None, False), (4000, 60, "R@k", True), (4000, 60, "AP_level0", True)])
+def test_memory_is_bounded(classes, limit, metrics, tied):
+    "20,000 x 64 would be 1.6 GB of scores; the process may grow by the limit and a little (one class: everything is a positive; tied: all rows equal)."
     code = f"""
         import resource, torch
         from hapnb.metrics import evaluate
@@ -421,10 +622,11 @@ def test_memory_is_bounded(classes, limit):
         g = torch.Generator().manual_seed(0)
         fine = torch.arange(20000) % {classes}
         emb, labels = torch.randn(20000, 64, generator=g), torch.stack([fine, fine % 100, fine % 10], 1)
+        if {tied}: emb[:] = emb[0].clone()
         q = torch.arange(0, 20000, 160 if {classes} == 1 else 16)
         evaluate(emb[:100], labels[:100])
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        evaluate(emb, labels, emb[q], labels[q], self_index=q, max_memory="{limit}MB")
+        evaluate(emb, labels, emb[q], labels[q], self_index=q, max_memory="{limit}MB", metrics={metrics!r})
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000)
     """
     grown = float(subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True).stdout)
