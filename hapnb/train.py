@@ -25,6 +25,7 @@ from fastcore.basics import patch
 
 from .core import (DATASETS, TRUNKS, SAMPLERS, LOSSES, as_relevance, check_labels, nearest, pick_device, shared_levels,
                         write_atomic)
+from .large_batches import two_pass_backward
 
 # %% ../nbs/30_train.ipynb #6fb804d3
 PARTS = ("trunk", "head", "loss")
@@ -33,15 +34,27 @@ _OVERRIDES = ("lr", "weight_decay", "min_lr")
 def param_groups(modules: dict, # part name -> module or None
                  lr: float, # learning rate of parts without one of their own
                  weight_decay: float = 0.,
-                 groups: dict = None, # part name -> {"lr", "weight_decay", "min_lr"}: what differs
-                 ) -> list: # one dict a part that has something to train
-    "Collect the trainable parameters of each part with its own settings."
-    out = []
+                 groups: dict = None, # part, or a piece of one ("loss.hgnn") -> {"lr", "weight_decay", "min_lr"}: what differs
+                 ) -> list: # one dict a part or piece that has something to train
+    "Collect the trainable parameters of each part with its own settings; a piece inherits what its part says."
+    out, groups, start = [], dict(groups or {}), dict(lr=lr, weight_decay=weight_decay, min_lr=None)
     for name, module in modules.items():
-        params = [p for p in module.parameters() if p.requires_grad] if module is not None else []
-        own = dict(lr=lr, weight_decay=weight_decay, min_lr=None) | dict((groups or {}).get(name, {}))
-        if params: out.append(dict(own, params=params, base_lr=own["lr"], name=name))
+        pieces = [(name, module)] + [(k, _piece(module, k)) for k in sorted(groups) if k.startswith(name + ".")]
+        owner = {p: k for k, m in pieces if m is not None for p in m.parameters() if p.requires_grad}  # the longest name comes last, and wins
+        for k, _ in pieces:
+            own = functools.reduce(lambda a, b: a | dict(groups.get(b, {})), _above(k), start)
+            if params := [p for p, of in owner.items() if of == k]: out.append(dict(own, params=params, base_lr=own["lr"], name=k))
     return out
+
+def _above(name): # "loss.hgnn" -> ["loss", "loss.hgnn"]
+    words = name.split(".")
+    return [".".join(words[:i + 1]) for i in range(len(words))]
+
+def _piece(module, name):
+    part, _, inner = name.partition(".")
+    names = [n for n, m in module.named_modules() if n and any(True for _ in m.parameters())] if module is not None else []
+    if inner in names: return module.get_submodule(inner)
+    raise ValueError(f"groups: {part} has no piece {inner!r} with parameters.{nearest(inner, names)} Known: {', '.join(names[:12]) or 'none'}.")
 
 # %% ../nbs/30_train.ipynb #d7c9aba7
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
@@ -109,10 +122,12 @@ class Trainer:
                  clip_norm: float = None, # largest norm of the gradient of all parameters together
                  accelerator = None, # of `make_accelerator`; default: the CPU
                  seed: int = 0, # of everything random inside net and loss
+                 micro_batch: int = None, # rows (of a process) whose activations are held at once; default: all, in one pass
                  ):
         self.accelerator = accelerator or make_accelerator("cpu")
         self.net, self.loss = net.to(self.device), loss.to(self.device)
         self.epochs, self.warmup_epochs, self.clip_norm, self.seed = epochs, warmup_epochs, clip_norm, seed
+        self.micro_batch = micro_batch
         self.schedule, self.schedule_args = schedule, check_schedule(schedule, schedule_args)
         modules = dict(trunk=getattr(net, "trunk", None), head=getattr(net, "head", net), loss=loss)
         groups = param_groups(modules, lr, weight_decay, groups)
@@ -150,9 +165,7 @@ def spread(z: Tensor) -> Tensor: # embeddings [B, D] -> scalar in [-1, 1]; 0 for
 @patch
 def step(self: Trainer, x, labels: Tensor):
     "Train on one batch: this process's images (or features) `x`, and the labels `[B, L]` of the whole batch."
-    emb = gather_rows(self.model(x))
-    value = self._value(emb, labels)
-    self.accelerator.backward(value)
+    value, emb = self._backward(x, labels)
     self._average_loss_grads()
     norm = self._norm()
     seen = torch.stack([value.detach().float(), norm.float(), spread(emb)]).tolist()  # one wait for the GPU, not three
@@ -167,7 +180,8 @@ def _norm(self: Trainer):
     if not self.opt: return torch.zeros((), device=self.device)
     self.accelerator.unscale_gradients(self.opt)
     if self.epoch < self.warmup_epochs:
-        for p in self.opt.param_groups[0]["params"] if self.opt.param_groups[0]["name"] == "trunk" else []: p.grad = None
+        for g in self.opt.param_groups:
+            for p in g["params"] if g["name"].split(".")[0] == "trunk" else []: p.grad = None
     grads = [p.grad for p in self.params if p.grad is not None]
     if not grads: return torch.zeros((), device=self.device)
     if self.clip_norm is not None: return nn.utils.clip_grad_norm_(self.params, self.clip_norm)
@@ -267,6 +281,17 @@ def _prepare(self: Trainer, optimizer):
     trained = any(p.requires_grad for p in self.net.parameters())  # DDP refuses a network with nothing to train
     model = self.accelerator.prepare_model(self.net, evaluation_mode=not trained)
     return model, self.accelerator.prepare_optimizer(optimizer) if optimizer else None
+
+# %% ../nbs/30_train.ipynb #5e7e14db
+@patch
+def _backward(self: Trainer, x, labels):
+    "Compute the gradients of a batch; give the loss, and the embeddings of all processes."
+    if self.micro_batch:
+        return two_pass_backward(self.model, self._value, x, labels, self.micro_batch, backward=self.accelerator.backward, gather=gather_rows)
+    emb = gather_rows(self.model(x))
+    value = self._value(emb, labels)
+    self.accelerator.backward(value)
+    return value, emb
 
 # %% ../nbs/30_train.ipynb #5a11c402
 class FeatureBatches:
@@ -464,13 +489,14 @@ class _Training:
     sampler: str = "m_per_class" # a registered sampler
     sampler_args: dict = field(default_factory=lambda: {"m": 4})
     batch_size: int = 256 # images in a batch, all processes together
+    micro_batch: int | None = None # images (of a process) whose activations are held at once; None: all, in one pass
     epochs: int = 30
     warmup_epochs: int = 0 # first epochs in which the trunk stands still and the schedule does not advance
     optimizer: str = "adam" # "adam", "adamw" or "sgd"
     optimizer_args: dict = field(default_factory=dict)
     lr: float = 1e-3
     weight_decay: float = 0.
-    groups: dict = field(default_factory=dict) # "trunk", "head", "loss" -> {"lr", "weight_decay", "min_lr"}
+    groups: dict = field(default_factory=dict) # "trunk", "head", "loss" or a piece such as "loss.hgnn" -> {"lr", "weight_decay", "min_lr"}
     schedule: str = "cosine" # "constant", "cosine", "step" or "multistep"
     schedule_args: dict = field(default_factory=dict)
     clip_norm: float | None = None # largest norm of the gradient
@@ -494,7 +520,7 @@ class RunConfig(_Evaluation, _Training, _Network, _Data): # fields in the order 
 # %% ../nbs/30_train.ipynb #4e2dccb4
 _CHOICES = dict(split=("test", "val"), freeze=("none", "bn", "trunk"), precision=PRECISIONS, optimizer=tuple(OPTIMIZERS),
                 schedule=tuple(_SCHEDULE_ARGS))
-_AT_LEAST = dict(batch_size=2, epochs=0, warmup_epochs=0, image_size=1, embed_dim=1, eval_every=0, lr=0., weight_decay=0., seed=0)
+_AT_LEAST = dict(batch_size=2, micro_batch=1, epochs=0, warmup_epochs=0, image_size=1, embed_dim=1, eval_every=0, lr=0., weight_decay=0., seed=0)
 
 def _typed(name, value, annotation):
     "Check a value against an annotation; whole numbers become floats where floats are wanted."
@@ -525,7 +551,7 @@ def _check_parts(self: RunConfig):
     check_schedule(self.schedule, self.schedule_args)
     as_relevance(self.relevance if isinstance(self.relevance, str) else dict(self.relevance))
     for part, own in self.groups.items():
-        if part not in PARTS: raise ValueError(f"groups: unknown part {part!r}.{nearest(part, PARTS)} Known: {', '.join(PARTS)}.")
+        if part.split(".")[0] not in PARTS: raise ValueError(f"groups: unknown part {part!r}.{nearest(part, PARTS)} Known: {', '.join(PARTS)}.")
         for k in own:
             if k not in _OVERRIDES: raise ValueError(f"groups[{part!r}]: unknown setting {k!r}.{nearest(k, _OVERRIDES)} Known: {', '.join(_OVERRIDES)}.")
             if isinstance(own[k], bool) or not isinstance(own[k], (int, float)): raise ValueError(f"groups[{part!r}][{k!r}] must be a number, got {own[k]!r}.")
@@ -602,6 +628,7 @@ def toy_trunk(pretrained=True): # the weights are the same fixed random ones eit
 # %% ../nbs/30_train.ipynb #d13617bf
 SCHEMA = 1 # raise it when the code changes what a config means: old runs are then made again
 _NOT_IN_KEY = ("data_dir",) # where things are, not what they are
+_ADDED = {"micro_batch": None} # fields that came after schema 1: in the key only where they differ from this
 _SPLITS = {"test": ("train", "test"), "val": ("fit", "val")}
 
 @functools.lru_cache(maxsize=8)
@@ -625,7 +652,7 @@ def key(self: RunConfig,
         data: tuple = None, # (training part, evaluation part); default: `load_splits`
         ) -> str: # 16 hexadecimal digits
     "Hash every value that can change the result, with the data's fingerprints and the schema's version."
-    values = {k: v for k, v in self.to_dict().items() if k not in _NOT_IN_KEY}
+    values = {k: v for k, v in self.to_dict().items() if k not in _NOT_IN_KEY and (k not in _ADDED or v != _ADDED[k])}
     values["pretrained"] = _weights_id(self.pretrained)
     values = dict(schema=SCHEMA, data=[d.fingerprint for d in data or load_splits(self)], config=values)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
@@ -720,7 +747,7 @@ def build_trainer(cfg: RunConfig, train, accelerator, workers: int = 0) -> tuple
     if cfg.freeze == "trunk": net, batches = _frozen_parts(cfg, train, labels, sampler, device)
     else: net, batches = _whole_parts(cfg, train, labels, sampler, device, workers)
     with _seeded(derive_seed(cfg.seed, "init", "loss")): loss = make_loss_for(cfg, labels, net.head.out_features)
-    names = ("epochs", "lr", "weight_decay", "groups", "optimizer", "schedule", "warmup_epochs", "clip_norm", "seed")
+    names = ("epochs", "lr", "weight_decay", "groups", "optimizer", "schedule", "warmup_epochs", "clip_norm", "seed", "micro_batch")
     args = {n: thaw(getattr(cfg, n)) for n in names} | dict(optimizer_args=thaw(cfg.optimizer_args), schedule_args=thaw(cfg.schedule_args))
     return Trainer(net, loss, accelerator=accelerator, **args), batches
 
@@ -1033,7 +1060,8 @@ def profile_run(cfg: RunConfig, # with freeze="trunk"
                 path = None, # a .csv to write the table to
                 data: tuple = None, # (training part, evaluation part) instead of the named dataset
                 ) -> pd.DataFrame: # part, ms (median a step), share of the step
-    "Measure where the time of a training step goes."
+    "Measure where the time of a training step goes; `ValueError` with a `micro_batch`."
+    if cfg.micro_batch: raise ValueError("profile_run cuts a step of one pass into pieces; use cfg.replace(micro_batch=None).")
     trainer, batches = build_trainer(cfg, (data or load_splits(cfg))[0], make_accelerator(device, cfg.precision))
     clock = _Stopwatch(trainer.device)
     trainer.epochs = 10**9
