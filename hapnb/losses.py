@@ -6,7 +6,7 @@
 __all__ = ['RankLoss', 'SmoothAPLoss', 'SupAPLoss', 'HAPLoss', 'SmoothHAPLoss', 'SupRecallLoss', 'SmoothRecallLoss',
            'SupNDCGLoss', 'SmoothNDCGLoss', 'SumLoss', 'ROADMAPLoss', 'HAPPIERLoss', 'make_loss', 'CalibrationLoss',
            'PairLoss', 'ProxyLoss', 'NormSoftmaxLoss', 'AMSoftmaxLoss', 'CrossEntropyLoss', 'CSLLoss', 'FastAPLoss',
-           'SoftBinAPLoss', 'BlackBoxAPLoss']
+           'SoftBinAPLoss', 'BlackBoxAPLoss', 'HISTLoss']
 
 # %% ../nbs/10_losses.ipynb #ef706de5
 import inspect, math
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import Batch, EmbeddingLoss, LOSSES, Relevance, as_relevance, level_counts, nearest
+from .core import Batch, EmbeddingLoss, LOSSES, Relevance, as_relevance, check_number, level_counts, nearest
+from .hypergraph import *
 from .pairs import *
 from .ranking import Leaky, Part, Sigmoid, Step, Sup, rank_score
 from .surrogates import *
@@ -33,7 +34,7 @@ class RankLoss(EmbeddingLoss):
         super().__init__(similarity, reduction)
         if (level is None) != self.tree or not isinstance(level, (int, type(None))):
             raise ValueError(f"level must be a column number of the labels, got {level!r}; losses over all levels are HAPLoss, SmoothHAPLoss and the NDCG losses.")
-        self.level = level
+        self.level = level if self.tree else check_number("level", level, least=0, whole=True)
 
     def values(self, batch: Batch):
         "One minus the score of each query, `[Q]`, and which queries have a positive."
@@ -41,7 +42,7 @@ class RankLoss(EmbeddingLoss):
         L = batch.labels.shape[1] if self.level is None else 1
         counts = level_counts(shared, L)
         scores = batch.scores()
-        total = rank_score(scores, shared, L, partial(self.parts, L=L), self.combiner(counts, scores))
+        total = rank_score(scores, shared, L, partial(self.parts, L=L), self.combiner(counts, scores), counts=counts)
         has = counts[:, self.lowest:].sum(1) > 0
         return (1 - total) * has, has
 
@@ -86,9 +87,10 @@ class SupAPLoss(RankLoss):
                  offset: float = 1.44, # value just above delta; None: continuous at delta
                  start: float = 0.5, # added to the sigmoid between 0 and delta
                  level: int = 0, # column of the labels that says who is a positive
-                 similarity: str = "cosine", reduction: str = "mean"):
+                 similarity: str = "cosine", reduction: str = "mean",
+                 strict: bool = False): # an exact tie counts 1, as in the step, not 1/2 as in the released code
         super().__init__(level, similarity, reduction)
-        self.f = Sup(tau, rho, delta, offset, start)
+        self.f = Sup(tau, rho, delta, offset, start, strict)
 
     def parts(self, a, L): return [Part(0, 0, self.f), Part(1, 1, Step())]
 
@@ -112,10 +114,10 @@ class HAPLoss(RankLoss):
     """Hierarchical average precision with SupAP's bound on items of lower levels (HAPPIER, ECCV 2022).
 
     `loss(embeddings [Q, D], labels [Q, L], ref_emb=None, ref_labels=None) -> scalar`. It lies in 0..1 with two exceptions: the
-    leak of `with_hrank`, and ties (with start=0 also near ties) under "pop", where a coarse item may be worth as much as a fine one,
-    which can make it negative. A query counts if an item of the set is worth something to it. The counts behind the relevance are those of the batch, query included. All levels are
-    used. The loss is lower for collapsed than for random embeddings (ties with items at least as relevant count as above):
-    watch the spread of embeddings. Cost O(Q P N) time with P the positives at any level, O(Q N) memory."""
+    leak of `with_hrank`, and ties between levels (with start below 1/2 also near ties), which can make it negative, never below -1.
+    A query counts if an item of the set is worth something to it. The counts behind the relevance are those of the batch, query
+    included. All levels are used. With two levels or more the loss is lower for collapsed than for random embeddings (ties with items
+    at least as relevant count as above): watch the spread of embeddings. Cost O(Q P N) time with P the positives at any level, O(Q N) memory."""
     tree = True
     def __init__(self,
                  tau: float = 0.01, rho: float = 100., delta: float = 0.05, # as in SupAPLoss
@@ -123,9 +125,10 @@ class HAPLoss(RankLoss):
                  relevance: Relevance = Relevance("pop", alpha=1.), # or "pop", "map", or a dict of its fields
                  with_hrank: bool = False, # smooth the hierarchical rank too
                  beta: float = 25., gamma: float = 0.5, leak: float = 10., # with_hrank: slope, start, and slope below zero
-                 similarity: str = "cosine", reduction: str = "mean"):
+                 similarity: str = "cosine", reduction: str = "mean",
+                 strict: bool = False): # an exact tie counts 1, as in the step, not 1/2 as in the released code
         super().__init__(None, similarity, reduction)
-        self.f, self.above = Sup(tau, rho, delta, offset, start), Leaky(beta, gamma, leak)
+        self.f, self.above = Sup(tau, rho, delta, offset, start, strict), Leaky(beta, gamma, leak)
         self.relevance, self.with_hrank = as_relevance(relevance), with_hrank
         self.lowest = self.relevance.lowest
 
@@ -188,11 +191,11 @@ class _OfRank(RankLoss):
 
 # %% ../nbs/10_losses.ipynb #a6a11903
 def _check_recall(ks, temperature):
-    "The cuts as a tuple; `ValueError` for a cut or temperature that is not positive."
-    ks = (ks,) if isinstance(ks, int) else tuple(ks)
-    if not ks or min(ks) < 1: raise ValueError(f"ks must be positive, got {ks}.")
-    if not temperature > 0: raise ValueError(f"temperature must be positive, got {temperature}.")
-    return ks
+    "The cuts as a tuple; `ValueError` for a cut below 1 or a temperature that is not positive."
+    ks = (ks,) if isinstance(ks, (int, float, str)) else tuple(ks)
+    if not ks: raise ValueError("ks must hold at least one cut, got none.")
+    check_number("temperature", temperature, above=0)
+    return tuple(check_number("each of ks", k, least=1) for k in ks)
 
 def _recall(ks, temperature, counts, scores):
     "What a positive at some rank is worth in recall at `ks`."
@@ -232,15 +235,19 @@ class SupRecallLoss(_OfRank):
                  tau: float = 0.01, rho: float = 100., delta: float = 0.05, # as in SupAPLoss
                  offset: float = 1.44, start: float = 0.5, # as in SupAPLoss
                  level: int = 0, # column of the labels that says who is a positive
-                 similarity: str = "cosine", reduction: str = "mean"):
+                 similarity: str = "cosine", reduction: str = "mean",
+                 strict: bool = False): # an exact tie counts 1, as in the step, not 1/2 as in the released code
         super().__init__(level, similarity, reduction)
-        self.f, self.ks, self.temperature = Sup(tau, rho, delta, offset, start), _check_recall(ks, temperature), temperature
+        self.f, self.ks, self.temperature = Sup(tau, rho, delta, offset, start, strict), _check_recall(ks, temperature), temperature
 
     def worth(self, counts, scores): return _recall(self.ks, self.temperature, counts, scores)
 
+# %% ../nbs/10_losses.ipynb #8e70774f
 @LOSSES.register()
 class SmoothRecallLoss(_OfRank):
-    "Recall@k on sigmoid ranks; `ks`, `temperature` and contracts as `SupRecallLoss`, `tau` as `SmoothAPLoss`."
+    """Recall@k on sigmoid ranks; `ks`, `temperature` and contracts as `SupRecallLoss`, `tau` as `SmoothAPLoss`.
+
+    Many tied positives share the middle rank, which may lie within k: the loss can then be a little below 0."""
     exact = False
     def __init__(self, ks: tuple = (1, 2, 4, 8, 16), temperature: float = 1.0, tau: float = 0.01, level: int = 0,
                  similarity: str = "cosine", reduction: str = "mean"):
@@ -259,12 +266,14 @@ class SupNDCGLoss(_OfRank):
     def __init__(self,
                  tau: float = 0.01, rho: float = 100., delta: float = 0.05, # as in SupAPLoss
                  offset: float = 1.44, start: float = 0.5, # as in SupAPLoss
-                 similarity: str = "cosine", reduction: str = "mean"):
+                 similarity: str = "cosine", reduction: str = "mean",
+                 strict: bool = False): # an exact tie counts 1, as in the step, not 1/2 as in the released code
         super().__init__(None, similarity, reduction)
-        self.f = Sup(tau, rho, delta, offset, start)
+        self.f = Sup(tau, rho, delta, offset, start, strict)
 
     def worth(self, counts, scores): return _ndcg(counts, scores)
 
+# %% ../nbs/10_losses.ipynb #a13d2427
 @LOSSES.register()
 class SmoothNDCGLoss(_OfRank):
     "NDCG over all levels on sigmoid ranks; contracts as `SupNDCGLoss`, `tau` as `SmoothAPLoss`."
@@ -283,7 +292,7 @@ class SumLoss(EmbeddingLoss):
                  parts: dict, # name -> (weight, loss)
                  similarity: str = "cosine", reduction: str = "mean"):
         super().__init__(similarity, reduction)
-        self.weights = {name: float(w) for name, (w, _) in parts.items()}
+        self.weights = {name: float(check_number(f"the weight of {name}", w)) for name, (w, _) in parts.items()}
         self.losses = torch.nn.ModuleDict({name: loss for name, (_, loss) in parts.items()})
 
     def values(self, batch: Batch):
@@ -307,9 +316,10 @@ class ROADMAPLoss(SumLoss):
                  tau: float = 0.01, rho: float = 100., delta: float = 0.05, offset: float = 1.44, start: float = 0.5, # as in SupAPLoss
                  pos_margin: float = 0.9, neg_margin: float = 0.6, average: str = "nonzero", # as in CalibrationLoss
                  level: int = 0, # column of the labels that says who is a positive
-                 similarity: str = "cosine", reduction: str = "mean"):
-        if not isinstance(weight, (tuple, list)) or len(weight) != 2: raise ValueError(f"weight must be two numbers, (SupAP, calibration), got {weight}.")
-        super().__init__({"rank": (weight[0], SupAPLoss(tau, rho, delta, offset, start, level, similarity)),
+                 similarity: str = "cosine", reduction: str = "mean",
+                 strict: bool = False): # an exact tie counts 1, as in the step, not 1/2 as in the released code
+        if not isinstance(weight, (tuple, list)) or len(weight) != 2: raise ValueError(f"weight must be two numbers, (SupAP, calibration), got {weight!r}.")
+        super().__init__({"rank": (weight[0], SupAPLoss(tau, rho, delta, offset, start, level, similarity, strict=strict)),
                           "calibration": (weight[1], CalibrationLoss(pos_margin, neg_margin, level, average, similarity))}, similarity, reduction)
 
 # %% ../nbs/10_losses.ipynb #ebd6ac8c
@@ -326,9 +336,10 @@ class HAPPIERLoss(SumLoss):
                  relevance: Relevance = Relevance("pop", alpha=1.), with_hrank: bool = False, # as in HAPLoss
                  beta: float = 25., gamma: float = 0.5, leak: float = 10., # as in HAPLoss
                  temperature: float = 0.05, # of the softmax, as in NormSoftmaxLoss
-                 similarity: str = "cosine", reduction: str = "mean"):
-        if not 0 <= lam <= 1: raise ValueError(f"lam must lie in 0..1, got {lam}.")
-        rank = HAPLoss(tau, rho, delta, offset, start, relevance, with_hrank, beta, gamma, leak, similarity)
+                 similarity: str = "cosine", reduction: str = "mean",
+                 strict: bool = False): # an exact tie counts 1, as in the step, not 1/2 as in the released code
+        if not 0 <= check_number("lam", lam) <= 1: raise ValueError(f"lam must lie in 0..1, got {lam}.")
+        rank = HAPLoss(tau, rho, delta, offset, start, relevance, with_hrank, beta, gamma, leak, similarity, strict=strict)
         cluster = NormSoftmaxLoss(num_classes, embedding_size, temperature, similarity=similarity)
         super().__init__({"rank": (1 - lam, rank), "cluster": (lam, cluster)}, similarity, reduction)
 
@@ -351,4 +362,4 @@ def make_loss(name: str, # a registered name, such as "HAPPIERLoss"
 
 # %% ../nbs/10_losses.ipynb #0b0a93c0
 _all_ = ["CalibrationLoss", "PairLoss", "ProxyLoss", "NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss",
-         "FastAPLoss", "SoftBinAPLoss", "BlackBoxAPLoss"]
+         "FastAPLoss", "SoftBinAPLoss", "BlackBoxAPLoss", "HISTLoss"]
