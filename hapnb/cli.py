@@ -93,7 +93,7 @@ def _check_data(dataset, data_dir):
 # %% ../nbs/61_cli.ipynb #9a8954bb
 @_options("reproduce")
 def _(sub):
-    sub.add_argument("studies", nargs="*", metavar="STUDY", help="10_benchmark, or benchmark, or 10; default: all of `hapnb studies`")
+    sub.add_argument("studies", nargs="*", metavar="STUDY", help="10_benchmark, or benchmark, or 10; default: all of `hapnb studies` but those on demand")
     sub.add_argument("--profile", default="quick", metavar="P", help="; ".join(f"{n}: {p['note']}" for n, p in PROFILES.items()).replace("%", "%%") + " (default: quick)")
     _shared(sub)
     sub.add_argument("--seeds", type=_count, default=0, metavar="N", help="seeds a setting (default: the profile's)")
@@ -138,11 +138,15 @@ def reproduce(a) -> int:
     return 1 if failed else 0
 
 # %% ../nbs/61_cli.ipynb #d33f351d
-def _unchanged(record, notebook, parameters, out):
-    "Whether a study ended well before and nothing it reads or wrote has changed since."
-    if not record.exists(): return False
-    try: return json.loads(record.read_text()) == study_state(notebook, parameters, out)
-    except (OSError, ValueError): return False  # a data set that cannot be read: the study itself will say why
+def _state(notebook, parameters, out):
+    "What a study depends on and has written, or None where the data cannot be read: the study itself will say why."
+    try: return study_state(notebook, parameters, out)
+    except (OSError, ValueError): return None
+
+def _unchanged(record, before):
+    "Whether a study ended well and nothing it reads or wrote has changed since."
+    try: return before is not None and json.loads(record.read_text()) == before
+    except (OSError, ValueError): return False
 
 def _reproduce_one(study, number, total, a, store, out):
     "Run one study and print its main table; whether it worked."
@@ -154,10 +158,12 @@ def _reproduce_one(study, number, total, a, store, out):
     label = f"{study.name}-{a.profile}" + (f"-{a.dataset}" if a.dataset != "emoji" else "")
     record, executed = (store / "notebooks" / f"{label}.{ending}" for ending in ("json", "ipynb"))
     try:
-        fresh = not a.force and _unchanged(record, study.path, parameters, out) and executed.exists()
+        before = _state(study.path, parameters, out)
+        fresh = not a.force and _unchanged(record, before) and executed.exists()
         if not fresh:
             executed = run_study(study.path, store, parameters, say=_say(began), name=label)
-            write_atomic(record, json.dumps(study_state(study.path, parameters, out)))
+            after = study_state(study.path, parameters, out)
+            if before and before["inputs"] == after["inputs"]: write_atomic(record, json.dumps(after))  # not if they changed meanwhile
     except StudyFailed as e:
         print(f"FAILED after {_clock(time.monotonic() - began)}: {e}", file=sys.stderr, flush=True)
         return False
@@ -183,7 +189,7 @@ def studies(a) -> int:
     found = find_studies()
     for s in found:
         print(f"{s.name}\n  {s.title}: {s.summary}")
-        print("  minutes on 2 cores: " + (", ".join(f"{p} {m:g}" for p, m in s.minutes.items()) or "not stated"))
+        print("  minutes on 2 cores: " + (", ".join(f"{p} {m:g}" for p, m in s.minutes.items()) or "not stated") + f"; on demand: hapnb reproduce {s.name}" * s.on_demand)
         made = [(p, d) for p in PROFILES if (d := figures_dir(p, "emoji", a.store) / s.name).exists() and any(d.iterdir())]
         print("  made: " + ("; ".join(f"{p} in {_near(d)}/" for p, d in made) or "nothing yet"))
     if not found: print("no studies in nbs/studies/")
@@ -209,26 +215,80 @@ def _value(annotation, default):
 @_options("train")
 def _(sub):
     from fastcore.docments import docments
+    from hapnb.recipes import RECIPES
     from hapnb.train import RunConfig
     hints, docs = typing.get_type_hints(RunConfig), docments(RunConfig)
     for f in dataclasses.fields(RunConfig):
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory() if f.default_factory is not dataclasses.MISSING else None
         names = list(dict.fromkeys([f"--{f.name.replace('_', '-')}", f"--{f.name}"]))
         sub.add_argument(*names, dest=f"field_{f.name}", type=_value(hints[f.name], default), default=argparse.SUPPRESS, metavar="V", help=f"{docs.get(f.name) or ''} (default: {json.dumps(default, default=str)})".replace("%", "%%"))
+    sub.add_argument("--recipe", default="", metavar="NAME", help=f"start from the settings of a paper; other options change them, JSON objects key by key: {', '.join(RECIPES)}")
+    sub.add_argument("--dry-run", action="store_true", help="print every setting, the size of the network and the number of steps, and stop")
     _shared(sub, data=False)
+
+# %% ../nbs/61_cli.ipynb #15757f43
+def _resolved(a): # (RunConfig, {field: where its value comes from}, Recipe or None)
+    "Put the options of `train` together."
+    from hapnb.recipes import recipe
+    from hapnb.train import RunConfig
+    given = {k.removeprefix("field_"): v for k, v in vars(a).items() if k.startswith("field_")}
+    try:
+        start = recipe(a.recipe) if a.recipe else None
+        cfg = start.config(**given) if start else RunConfig.from_dict(given)
+    except (ValueError, TypeError) as e: raise WrongUse(str(e)) from None
+    alone = cfg if start is None else start.config()
+    origin = {k: "given" if k in given else "recipe" if start and k in start.fields and getattr(alone, k) == getattr(cfg, k) else
+              "default" if getattr(cfg, k) == getattr(RunConfig(), k) else "follows" for k in cfg.to_dict()}
+    return cfg, origin, start
+
+# %% ../nbs/61_cli.ipynb #8298ec27
+def _plan(cfg, origin, start) -> int:
+    "Print what a run would do."
+    from hapnb.train import build_net
+    try: net = build_net(cfg.replace(pretrained=False))
+    except ValueError as e: raise WrongUse(str(e)) from None
+    if start: print(f"{start.name}: {start.paper}. {start.notes}\n")
+    for k, v in cfg.to_dict().items(): print(f"  {k} = {json.dumps(v)}  ({origin[k]})")
+    print()
+    _count_parameters(f"trunk {cfg.trunk}", net.trunk)
+    _count_parameters("head", net.head)
+    _plan_data(cfg, net.head.out_features)
+    print("nothing was trained (--dry-run)")
+    return 0
+
+def _count_parameters(name, module):
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    print(f"{name}: {sum(n for n, _ in sizes):,} parameters, {sum(n for n, learns in sizes if learns):,} of them learn")
+
+# %% ../nbs/61_cli.ipynb #f5b576e0
+def _plan_data(cfg, width):
+    "Print steps and classes, or why they are not known."
+    from hapnb.samplers import make_sampler
+    from hapnb.train import _columns, load_splits, make_loss_for, thaw
+    try: train, test = load_splits(cfg)
+    except (ValueError, OSError) as e: return print(f"data {cfg.dataset}: cannot be loaded, so the number of steps is not known. {e}")
+    try:
+        labels = _columns(train, cfg.levels)
+        steps = len(make_sampler(cfg.sampler, labels, cfg.batch_size, **thaw(cfg.sampler_args)))
+        loss = make_loss_for(cfg, labels, width)
+    except ValueError as e: raise WrongUse(str(e)) from None
+    _count_parameters(f"loss {cfg.loss}", loss)
+    print(f"data {cfg.dataset}: {len(train):,} images of {len(labels[:, 0].unique()):,} classes to train on, {len(test):,} to evaluate on; {steps:,} steps an epoch, {steps * cfg.epochs:,} in all")
 
 # %% ../nbs/61_cli.ipynb #93d86135
 @_command("Train and evaluate one run; it is kept in the store.", """examples:
   hapnb train --loss HAPPIERLoss --epochs 15
   hapnb train --loss SupAPLoss --loss-args '{"tau": 0.02}' --batch-size 128 --seed 3
-  hapnb train --dataset folder --data-dir ~/photos --freeze none --device cuda""")
+  hapnb train --dataset folder --data-dir ~/photos --freeze none --device cuda
+  hapnb train --recipe hist/cub-resnet50 --dry-run
+  hapnb train --recipe hist/emoji --loss-args '{"tau": 16}'""")
 def train(a) -> int:
     "Do one run from options that are the fields of `RunConfig`."
-    from hapnb.train import RunConfig, run
-    fields = {k.removeprefix("field_"): v for k, v in vars(a).items() if k.startswith("field_")}
-    try: cfg = RunConfig.from_dict(fields)
-    except (ValueError, TypeError) as e: raise WrongUse(str(e)) from None
-    _known(dataset=cfg.dataset, loss=cfg.loss, sampler=cfg.sampler)
+    from hapnb.train import run
+    cfg, origin, start = _resolved(a)
+    _known(loss=cfg.loss, sampler=cfg.sampler)
+    if a.dry_run: return _plan(cfg, origin, start)
+    _known(dataset=cfg.dataset)
     a.data_dir = getattr(cfg, "data_dir", "") or ""
     _check_place(a)
     _check_data(cfg.dataset, a.data_dir)

@@ -75,6 +75,14 @@ def test_an_unchanged_study_is_left_alone(clone, call):
     assert [call("reproduce", "works", "--profile", "smoke", "--device", "cpu")[0] for _ in range(2)] == [1, 1] and (clone / "runs/count").read_text() == "8"
 
 
+def test_a_study_edited_while_it_runs_is_run_again(clone, call):
+    edit = f"import pathlib; p = pathlib.Path({str(clone / 'nbs/studies/10_works.ipynb')!r})\np.write_text(p.read_text().replace('toy', 'Toy', 1))"
+    write_study(clone / "nbs/studies/10_works.ipynb", STUDY, [WORK, END, edit])
+    for n in (1, 2):
+        status, out, err = call("reproduce", "works", "--profile", "smoke", "--device", "cpu")
+        assert (status, err) == (0, "") and (clone / "runs/count").read_text() == str(n)
+
+
 def test_an_unwritable_store_is_found_at_once(clone, call):
     (clone / "file").write_text("")
     for argv in (["reproduce", "works", "--profile", "smoke"], ["train", "--dataset", "toy"]):
@@ -124,6 +132,17 @@ def test_studies_lists_state_and_cost(clone, call):
     (clone / "figures/10_works/main.md").write_text("")
     status, out, _ = call("studies")
     assert status == 0 and "minutes on 2 cores: smoke 0.1, quick 2" in out and "full in figures/10_works/" in out and "nothing yet" in out
+
+
+def test_a_study_on_demand_is_listed_and_runs_only_when_named(clone, call):
+    nb = json.loads((clone / "nbs/studies/20_breaks.ipynb").read_text())
+    nb["cells"][0]["source"] = ["# Slow\n", "On demand: it measures the machine."]
+    (clone / "nbs/studies/20_breaks.ipynb").write_text(json.dumps(nb))
+    assert "on demand: hapnb reproduce 20_breaks" in call("studies")[1]
+    status, out, _ = call("reproduce", "--profile", "smoke", "--device", "cpu", "--seeds", "13")
+    assert status == 0 and "[1/1] 10_works" in out and "20_breaks" not in out
+    status, out, _ = call("reproduce", "20_breaks", "--profile", "smoke", "--device", "cpu")
+    assert status == 0 and "[1/1] 20_breaks" in out
 
 
 @pytest.mark.parametrize("command", ["", *cli._COMMANDS])
