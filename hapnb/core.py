@@ -252,14 +252,15 @@ def check_embeddings(emb: Tensor, # floats [N, D]
 class _Gram(torch.autograd.Function):
     "Similarities of a set with itself. Its backward is one product; autograd's, for two separate factors, would be two."
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x @ x.T
+    def forward(x): return x @ x.T
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, g):
         x, = ctx.saved_tensors
-        if x.device.type != "cpu" or g.requires_grad: return (g + g.T) @ x
+        if x.device.type != "cpu" or torch.is_grad_enabled(): return (g + g.T) @ x  # enabled: a gradient of the gradient is wanted
         out, both, n = torch.empty_like(x), g.new_empty(min(256, len(g)), len(g)), 256  # tiles: a transpose that leaves the cache is slow
         for i in range(0, len(g), n):
             for j in range(0, len(g), n): torch.add(g[i:i + n, j:j + n], g[j:j + n, i:i + n].T, out=both[:len(g[i:i + n]), j:j + n])

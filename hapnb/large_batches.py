@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .core import EmbeddingLoss, check_embeddings, check_labels, check_number, nearest, shared_levels
+from .core import EmbeddingLoss, _no_autocast, check_embeddings, check_labels, check_number, nearest, shared_levels
 
 # %% ../nbs/26_large_batches.ipynb #2d8bc4e0
 def _devices(model, x):
@@ -37,6 +37,8 @@ def _set_random_state(state, devices):
 # %% ../nbs/26_large_batches.ipynb #81dca6a1
 def _micro_batches(x, size):
     "What to go through, twice: the pieces of a tensor, or `x` itself."
+    if isinstance(getattr(x, "sampler", None), torch.utils.data.RandomSampler):
+        raise ValueError("x is a shuffled DataLoader, whose rows are not in the order of labels: make it with shuffle=False.")
     if torch.is_tensor(x):
         return x.split(int(check_number("micro_batch (rows of x that go through the model at once)", size, least=1, whole=True)))
     if size is not None: raise ValueError("micro_batch is for a tensor x; this x comes in micro-batches already: leave micro_batch out.")
@@ -98,7 +100,7 @@ def _second_pass(model, x, emb, grad, devices, states):
         raise RuntimeError(f"the two passes disagree: embeddings differ by up to {float(off):.3g}, so the gradients are wrong (clear them). {_WHY}")
     return trained
 
-_WHY = "Is the loader shuffled, or is something random that neither torch's nor Python's generator makes?"
+_WHY = "Does x give its rows in another order each time, or is something random that neither torch's nor Python's generator makes?"
 
 # %% ../nbs/26_large_batches.ipynb #f704de98
 def two_pass_backward(model, # micro-batch -> embeddings [rows, D]
@@ -122,7 +124,7 @@ def two_pass_backward(model, # micro-batch -> embeddings [rows, D]
     emb = _first_pass(model, chunks, devices, states)
     sizes = [len(z) for z in emb]
     kept = {name: [b.clone() for b in m.buffers()] for name, m in _norms(model).items()}
-    leaf = torch.cat(emb).requires_grad_(_trains(model) or torch.is_tensor(x) and x.requires_grad)
+    leaf = torch.cat(emb).detach().requires_grad_(_trains(model) or torch.is_tensor(x) and x.requires_grad)
     every = leaf if gather is None else gather(leaf)
     given = dict(ref_emb=ref_emb, ref_labels=ref_labels, indices_tuple=indices_tuple)
     value = loss(every, labels, **{k: v for k, v in given.items() if v is not None})
@@ -140,7 +142,7 @@ def _trains(module): return any(p.requires_grad for p in module.parameters()) if
 def _loss_backward(value, scale, backward):
     if not torch.is_tensor(value) or value.numel() != 1: raise ValueError(f"the loss must be one number, got {tuple(getattr(value, 'shape', ()))}; use reduction='mean'.")
     if not value.requires_grad: raise RuntimeError(_NOTHING)
-    (backward or torch.Tensor.backward)(value if scale == 1 else value * scale)
+    with _no_autocast(value): (backward or torch.Tensor.backward)(value if scale == 1 else value * scale)  # in the loss's own precision
 
 def _send_back(model, loss, chunks, emb, grad, devices, states):
     after = _random_state(devices)
@@ -242,6 +244,7 @@ def references(self: EmbeddingMemory,
     "Give what a loss compares the batch with: its own rows first, then the memory's, oldest first. Nothing is added."
     if batch not in ("live", "copy", "none"): raise ValueError(f"unknown batch {batch!r}.{nearest(batch, ('live', 'copy', 'none'))} Known: live, copy, none.")
     rows, known = self._check(emb, labels)
+    if not len(rows): raise ValueError("the batch is empty.")
     old, old_labels = self._others(rows, known, emb)
     if batch == "none":
         if not len(old): raise ValueError("the memory holds nothing but the batch, and batch='none' leaves no references: add(emb, labels) earlier batches first.")
@@ -258,8 +261,9 @@ def _others(self: EmbeddingMemory, rows, known, emb):
     "The memory's rows without the batch's own, where these are the newest ones; in the type and on the device of `emb`."
     if not self.added: return emb.new_zeros(0, emb.shape[1]), known[:0]
     old, old_labels = self.get()
-    n = len(old) - len(rows)
-    if 0 <= n and torch.equal(old[n:], rows) and torch.equal(old_labels[n:], known): old, old_labels = old[:n], old_labels[:n]
+    both = min(len(old), len(rows))  # a small memory holds only the last rows of a batch
+    n, first = len(old) - both, len(rows) - both
+    if torch.equal(old[n:], rows[first:]) and torch.equal(old_labels[n:], known[first:]): old, old_labels = old[:n], old_labels[:n]
     return old.to(emb), old_labels.to(emb.device)
 
 @patch

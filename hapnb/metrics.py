@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
-from .core import Relevance, as_relevance, check_embeddings, check_labels, nearest, pick_device
+from .core import Relevance, as_relevance, check_embeddings, check_labels, check_number, nearest, pick_device
 
 # %% ../nbs/15_metrics.ipynb #810ea6da
 _HIGH = 1 if sys.byteorder == "little" else 0  # which half of an int64 holds the score
@@ -477,8 +477,9 @@ def _check_pair(emb, labels, name):
 # %% ../nbs/15_metrics.ipynb #6bd6a3e5
 def _check_ks(ks, most):
     "Sorted, distinct, positive ks that fit into the gallery."
-    ks = (ks,) if isinstance(ks, int) else tuple(ks)
-    if any(isinstance(k, bool) or int(k) != k or k < 1 for k in ks): raise ValueError(f"ks must be whole numbers from 1, got {ks}.")
+    ks = tuple(ks) if np.iterable(ks) and not isinstance(ks, str) else (ks,)
+    if any(isinstance(k, bool) or not isinstance(k, (int, float, np.integer, Tensor)) or not (k % 1 == 0 and k >= 1) for k in ks):
+        raise ValueError(f"ks must be whole numbers from 1, got {ks}.")
     if ks != _KS and ks and max(ks) > most:
         raise ValueError(f"k={max(ks)} is larger than the gallery: {most} images can be found; choose ks up to that.")
     return tuple(sorted({int(k) for k in ks}))
@@ -488,7 +489,7 @@ def _own_rows(self_index, Q, N):
     "Gallery row of each query, -1 = not in the gallery."
     if self_index is None: return torch.full((Q,), -1)
     me = torch.as_tensor(self_index).long().cpu()
-    if me.shape != (Q,) or int(me.min()) < -1 or int(me.max()) >= N:
+    if torch.as_tensor(self_index).is_floating_point() or me.shape != (Q,) or int(me.min()) < -1 or int(me.max()) >= N:
         raise ValueError(f"self_index must hold one gallery row (0 to {N - 1}, or -1) for each of {Q} queries.")
     return me
 
@@ -564,7 +565,8 @@ def evaluate(embeddings: Tensor, # gallery [N, D], floats; rows are normalised h
 
 # %% ../nbs/15_metrics.ipynb #4d1b2c29
 def _check_levels(levels, L):
-    levels = list(range(L)) if levels is None else [levels] if isinstance(levels, int) else [int(l) for l in levels]
+    levels = list(range(L)) if levels is None else list(levels) if np.iterable(levels) else [levels]
+    levels = [int(check_number("each of levels", l, whole=True)) for l in levels]
     if bad := [l for l in levels if not 0 <= l < L]: raise ValueError(f"level {bad[0]} was asked for, but the labels have {L} level(s), 0 to {L - 1}.")
     return sorted(set(levels))
 

@@ -6,7 +6,7 @@
 __all__ = ['HUGE', 'Step', 'Sigmoid', 'Sup', 'Leaky', 'Part', 'rank_score']
 
 # %% ../nbs/01_ranking.ipynb #6a717358
-import math
+import math, threading
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import check_number, level_counts, level_mask, readable
+from .core import _full, check_number, level_counts, level_mask, readable
 
 # %% ../nbs/01_ranking.ipynb #7ee898bf
 HUGE = 2.0 ** 100  # what empty places lie below all others
@@ -27,6 +27,15 @@ class _Room:
         n = math.prod(shape)
         if name not in self.kept or len(self.kept[name]) < n: self.kept[name] = self.like.new_empty(n)
         return self.kept[name][:n].view(shape)
+
+_KEPT = threading.local()
+
+def _rooms(like, n, keep):
+    "One room for each part; `keep`: those of the last call in this thread, because touching fresh pages takes longer than small blocks do."
+    if not keep or like.device.type != "cpu" or not readable(like): return [_Room(like) for _ in range(n)]
+    kept = _KEPT.__dict__.setdefault(like.dtype, [])
+    kept += [_Room(like.new_empty(0)) for _ in range(n - len(kept))]
+    return kept
 
 def _out(room, name, sj, sk): return None if room is None else room(name, sk.shape[0], sk.shape[1], sj.shape[2])
 
@@ -75,6 +84,7 @@ class Sup:
 
     def __post_init__(self):
         check_number("tau", self.tau, above=0), check_number("rho", self.rho, least=0), check_number("start", self.start, least=0)
+        if not isinstance(self.strict, bool): raise ValueError(f"strict must be True or False, got {self.strict!r}.")
         if self.delta is not None: check_number("delta", self.delta, least=0)
         if self.offset is not None: check_number("offset", self.offset, least=0)
 
@@ -153,12 +163,12 @@ class Part:
 
 # %% ../nbs/01_ranking.ipynb #d61d55e7
 def _flat(mask): # NumPy finds them 10 times faster than `nonzero`
-    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.view(-1).nonzero()[:, 0]
+    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.flatten().nonzero()[:, 0]
 
 def _pack(scores, mask, n, dense=0.7):
     "The scores where `mask` (`n` in each row), packed to the left [Q, width]; which places are filled; their columns (None: all, in place)."
     Q, N = scores.shape
-    width = int(n.max()) if readable(mask) else N  # the one number that must leave the device
+    width = int(n.max()) if readable(mask) else N  # waits for the device
     if width > dense * N or not readable(mask): return scores, mask, None
     at = _flat(mask)
     q, j = at // N, at % N
@@ -197,8 +207,8 @@ def _order(n, width, packed):
     return None if n[0] == n[-1] else order, n
 
 # %% ../nbs/01_ranking.ipynb #6e3a90b2
-def _level(scores, shared, counts, a, parts, combine, block, total, grad, rooms):
-    "Add the shares of all positives of level `a` to `total`, and their derivatives to `grad`."
+def _level(scores, shared, counts, index, a, parts, combine, block, total, grad, rooms):
+    "Add the shares of all positives of level `a` to `total`, and their derivatives to `grad`; `index`: the numbers of these queries."
     k, live, kcol = _pack(scores, level_mask(shared, a), counts[:, a])
     if not k.shape[1]: return
     k, groups = k.masked_fill(~live, 0.), _gather(scores, shared, counts, parts, rooms)
@@ -208,7 +218,7 @@ def _level(scores, shared, counts, a, parts, combine, block, total, grad, rooms)
         kq, near = k[q], [(s[q], f) for s, _, f in groups]
         dk, ds = torch.zeros_like(kq), [torch.zeros_like(s) if grad is not None and f.smooth else None for s, f in near]
         for c in columns:
-            total[q] += _block(kq[:, c], live[q][:, c], near, lambda sums: combine(a, sums, q), grad is not None, dk[:, c], ds, rooms)
+            total[q] += _block(kq[:, c], live[q][:, c], near, lambda sums: combine(a, sums, index[q]), grad is not None, dk[:, c], ds, rooms)
         if grad is not None: _spread(grad, q, [(kcol, dk), *zip([col for _, col, _ in groups], ds)])
 
 def _spread(grad, q, found):
@@ -236,33 +246,33 @@ class _RankScore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, shared, levels, parts, combine, block, counts):
         grad = torch.zeros_like(scores) if ctx.needs_input_grad[0] else None
-        total, height = scores.new_zeros(len(scores)), max(1, block // max(scores.shape[1], 1))
-        rooms = [_Room(scores) for _ in range(max(len(parts(a)) for a in range(1, levels + 1)))]
+        total, index = scores.new_zeros(len(scores)), torch.arange(len(scores), device=scores.device)
+        height = max(1, block // max(scores.shape[1], 1))
+        rooms = _rooms(scores, max(len(parts(a)) for a in range(1, levels + 1)), block <= 2**18)
         for first in range(0, len(scores), height):
             rows = slice(first, min(first + height, len(scores)))
-            def here(a, sums, q): return combine(a, sums, q + first if torch.is_tensor(q) else slice(q.start + first, q.stop + first))
-            for a in range(levels, 0, -1):
-                _level(scores[rows], shared[rows], counts[rows], a, parts(a), here, block, total[rows], None if grad is None else grad[rows], rooms)
+            own, part = (scores[rows], shared[rows], counts[rows], index[rows]), None if grad is None else grad[rows]
+            for a in range(levels, 0, -1): _level(*own, a, parts(a), combine, block, total[rows], part, rooms)
         ctx.save_for_backward(grad)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        grad, = ctx.saved_tensors
-        return grad * g[:, None], None, None, None, None, None, None
+        return ctx.saved_tensors[0] * g[:, None], None, None, None, None, None, None
 
 # %% ../nbs/01_ranking.ipynb #193a5b30
-def rank_score(scores: Tensor, # similarity of each query and item, float [Q, N]
+def rank_score(scores: Tensor, # similarity of each query and item, floats [Q, N]; half precision is computed in float32
                shared: Tensor, # shared levels, integers [Q, N]: 0 unrelated, 1.. positive, -1 not in the retrieval set
                levels: int, # L, the largest shared level
                parts, # parts(a) -> list of Part: the sums that positives of level a need
                combine, # combine(a, sums, rows) -> (share [q, p], [d share / d sum or None for each part])
                block: int = None, # triples at once; default: what fits the device
                counts: Tensor = None, # `level_counts(shared, levels)` [Q, L+1], if they are known already
-               ) -> Tensor: # score of each query [Q], 0 without a positive, in the type of `scores`; differentiable (once) in `scores`
+               ) -> Tensor: # score of each query [Q], 0 without a positive, float32 or float64; differentiable (once) in `scores`
     "Sum, over the positives of each query, what their smoothed ranks are worth; memory O(Q N) whatever the number of positives."
-    if scores.shape != shared.shape: raise ValueError(f"scores are {tuple(scores.shape)} but shared levels {tuple(shared.shape)}.")
+    if not scores.is_floating_point(): raise ValueError(f"scores must be floats, got {scores.dtype}.")
+    if scores.ndim != 2 or scores.shape != shared.shape: raise ValueError(f"scores are {tuple(scores.shape)} but shared levels {tuple(shared.shape)}; both must be [Q, N].")
     if counts is None: counts = level_counts(shared, levels)
     block = _block_size(scores.device) if block is None else check_number("block", block, least=1, whole=True)
-    return _RankScore.apply(scores, shared, levels, parts, combine, block, counts)
+    return _RankScore.apply(_full(scores), shared, levels, parts, combine, block, counts)

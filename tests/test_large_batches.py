@@ -261,6 +261,20 @@ def test_autocast():
     assert {p.grad.dtype for p in net.parameters()} == {torch.float32} and len(got[1]) == 7
 
 
+def test_the_gradient_of_the_loss_is_not_rounded_in_autocast():
+    "The backward of a rectangular product would be cast too."
+    torch.manual_seed(0)
+    memory, loss, labels = EmbeddingMemory(20), make_loss("SupAPLoss"), torch.arange(16) // 4
+    memory.add(torch.randn(20, 8), torch.arange(20) // 5)
+    x = torch.randn(16, 8)
+    def first(): # the embeddings are float32, so only the loss could lose bits
+        y = x.clone().requires_grad_()
+        two_pass_backward(lambda c: c, lambda e, l: memory(loss, e, l), y, labels, 5)
+        return y.grad
+    want = first()
+    with torch.autocast("cpu", torch.bfloat16): torch.testing.assert_close(first(), want, rtol=1e-5, atol=1e-7)
+
+
 def test_grad_scaler():
     net, (x, labels) = network().float(), images()
     x, loss, scaler = x.float(), build("NormSoftmaxLoss", labels).float(), torch.amp.GradScaler("cpu", init_scale=1024.)
@@ -345,7 +359,7 @@ def test_the_own_row_is_left_out(name, batch):
     if name == "BlackBoxAPLoss": loss.margin = 0.  # its noise depends on the shape
     with torch.no_grad(): got, listed = memory(loss, emb, labels, batch), loss(emb, labels, **memory.references(emb, labels, batch=batch))
     torch.testing.assert_close(got, listed, rtol=1e-12, atol=1e-12)
-    if name in ("CalibrationLoss", "ROADMAPLoss"): return  # a mean over the pairs of all queries, not of each
+    if name in ("CalibrationLoss", "ROADMAPLoss", "ProxyAnchorLoss"): return  # a mean over the pairs (or proxies) of all queries, not of each
     old, old_labels = memory.get()
     for i in range(10):
         rest = torch.arange(10) != i
@@ -374,6 +388,15 @@ def test_own_row_kept_and_nothing_remembered_is_the_batch_alone(name):
         value = m(loss, emb, labels, own=True)
         assert value.item() == want.item()
         torch.testing.assert_close(torch.autograd.grad(value, emb)[0], torch.autograd.grad(want, emb, retain_graph=True)[0], rtol=1e-12, atol=1e-14)
+
+
+def test_a_memory_smaller_than_the_batch_is_not_met_twice():
+    "It holds the last rows of a batch that was added before it asks."
+    emb, labels = torch.randn(12, 8, dtype=torch.float64), torch.arange(12) // 3
+    memory, loss = EmbeddingMemory(5), make_loss("SupAPLoss")
+    memory.add(emb, labels)
+    assert memory(loss, emb, labels).item() == EmbeddingMemory(5)(loss, emb, labels).item()
+    with pytest.raises(ValueError, match="the batch is empty"): memory.references(emb[:0], labels[:0])
 
 
 def test_as_pytorch_metric_learnings_memory():

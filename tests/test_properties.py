@@ -257,7 +257,7 @@ def test_hap_loss_of_tied_levels_can_be_negative(rel, levels):
     "A coarse item at a tie counts 1 in the hierarchical rank, but only 1/2 in the rank; worth more than half of a fine one, it wins."
     fine = [[0] * levels] * (1 if rel == "pop" else 10)
     coarse = [[1] + [0] * (levels - 1)]
-    y, emb = torch.tensor(fine + coarse), torch.ones(len(fine) + 1, 2, dtype=torch.float64)
+    y = torch.tensor(fine + coarse)
     y = torch.cat([y, y[:1]]) if rel == "pop" else y
     emb = torch.ones(len(y), 2, dtype=torch.float64)
     value = HAPLoss(relevance=rel, reduction="none")(emb, y)
@@ -597,6 +597,20 @@ def test_a_part_without_levels_sums_nothing():
     one, two = (rank_score(s, levels, 1, lambda a: [Part(0, 0, Sigmoid()), *more], c) for more, c in (
         ([Part(1, 0, Sigmoid())], share), ([], lambda a, sums, rows: (1 / (1 + sums[0]), [-1 / (1 + sums[0])**2]))))
     same(one, two)
+
+
+@pytest.mark.parametrize("f", [Step(), Sigmoid(.1), Sup(), Leaky()], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_engine_sums_half_precision_in_float32(dtype, f):
+    g = torch.Generator().manual_seed(0)
+    s, shared = torch.rand(6, 40, generator=g).to(dtype), torch.randint(-1, 2, (6, 40), generator=g)
+    def share(a, sums, rows): return 1 / (1 + sums[0]), [-1 / (1 + sums[0])**2]
+    def run(x):
+        x = x.clone().requires_grad_()
+        value = rank_score(x, shared, 1, lambda a: [Part(0, 0, f)], share)
+        return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+    (value, grad), (want, truth) = run(s), run(s.float())
+    assert value.dtype == torch.float32 and torch.equal(value, want) and torch.equal(grad, truth.to(dtype))
 
 
 @settings(max_examples=150)
