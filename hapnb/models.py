@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'FEATURE_FORMAT', 'CHUNK', 'TrunkInfo', 'Trunk', 'read_weights', 'load_weights', 'file_hash', 'lite0_file',
-           'lite0_state', 'lite0_trunk', 'make_trunk', 'trunk_info', 'AvgPool', 'MaxPool', 'AvgMaxPool', 'GeMPool',
-           'make_pooling', 'Head', 'RetrievalNet', 'train_transform', 'test_transform', 'fold_batchnorm',
-           'weights_hash', 'cached_features']
+           'lite0_state', 'lite0_trunk', 'make_trunk', 'trunk_info', 'BNInception', 'bn_inception_trunk', 'AvgPool',
+           'MaxPool', 'AvgMaxPool', 'GeMPool', 'make_pooling', 'Head', 'RetrievalNet', 'ToBGR', 'train_transform',
+           'test_transform', 'fold_batchnorm', 'weights_hash', 'cached_features']
 
 # %% ../nbs/25_models.ipynb #d733ec7f
 import contextlib, hashlib, importlib.util, json, os, platform, re, shutil, sys, warnings
@@ -45,6 +45,7 @@ class TrunkInfo:
     crop_pct: float = 0.875 # part of the resized image that the test crop keeps
     image_size: int = 224 # side of its training images, pixels
     weights: str = "random" # where its weights came from
+    channels: str = "RGB" # order in which the network wants them, or "BGR"; mean and std above stay in RGB order
 
 # %% ../nbs/25_models.ipynb #ec73c0f1
 class Trunk(nn.Module):
@@ -90,9 +91,10 @@ def load_weights(net: nn.Module, # filled in place
     prefix = max(_PREFIXES, key=lambda p: sum(p + k in state for k in want))
     missing = [k for k in want if prefix + k not in state]
     if missing: raise ValueError(f"{where} does not fit: {len(missing)} of {len(want)} tensors are missing, first {missing[0]!r}; the file begins with {next(iter(state))!r}.")
-    wrong = [k for k, v in want.items() if state[prefix + k].shape != v.shape]
-    if wrong: raise ValueError(f"{where} does not fit: {wrong[0]!r} has shape {tuple(state[prefix + wrong[0]].shape)}, the trunk wants {tuple(want[wrong[0]].shape)}.")
-    net.load_state_dict({k: state[prefix + k] for k in want}, strict=False)
+    flat = {k: t[0] if t.shape == (1, *v.shape) else t for k, v in want.items() for t in (state[prefix + k],)}  # Caffe: [1, C] for [C]
+    wrong = [k for k, v in want.items() if flat[k].shape != v.shape]
+    if wrong: raise ValueError(f"{where} does not fit: {wrong[0]!r} has shape {tuple(flat[wrong[0]].shape)}, the trunk wants {tuple(want[wrong[0]].shape)}.")
+    net.load_state_dict(flat, strict=False)
     return net
 
 # %% ../nbs/25_models.ipynb #a326dd06
@@ -192,6 +194,75 @@ def trunk_info(trunk) -> TrunkInfo: # of a name, a Trunk, a network with a trunk
     if isinstance(trunk, TrunkInfo): return trunk
     if isinstance(trunk, str): return make_trunk(trunk, pretrained=False).info
     return getattr(trunk, "trunk", trunk).info
+
+# %% ../nbs/25_models.ipynb #dbd13e41
+_INCEPTION = {  # 1x1 | reduce, 3x3 | reduce, double 3x3 | pooling, its 1x1; 0: no such convolution
+    "3a": (64, 64, 64, 64, 96, "avg", 32), "3b": (64, 64, 96, 64, 96, "avg", 64), "3c": (0, 128, 160, 64, 96, "max", 0),
+    "4a": (224, 64, 96, 96, 128, "avg", 128), "4b": (192, 96, 128, 96, 128, "avg", 128), "4c": (160, 128, 160, 128, 160, "avg", 128),
+    "4d": (96, 128, 192, 160, 192, "avg", 128), "4e": (0, 128, 192, 192, 256, "max", 0),
+    "5a": (352, 192, 320, 160, 224, "avg", 128), "5b": (352, 192, 320, 192, 224, "max", 128)}
+
+# %% ../nbs/25_models.ipynb #a98ee3d7
+class BNInception(nn.Module):
+    "Inception with batch normalisation (Ioffe and Szegedy 2015): images `[B, 3, S, S]` to a map `[B, 1024, S/32, S/32]`."
+    def __init__(self, bn_momentum: float = 0.1): # share of a new batch in BatchNorm's running averages; 0.9 in the network that HIST trains
+        super().__init__()
+        self.bn_momentum, width = bn_momentum, 192
+        for name, *shape in (("conv1_7x7_s2", 3, 64, 7, 2), ("conv2_3x3_reduce", 64, 64, 1), ("conv2_3x3", 64, width, 3)): self._unit(name, *shape)
+        for block in _INCEPTION: width = self._block(block, width)
+        self.num_features = width
+
+# %% ../nbs/25_models.ipynb #3944e33c
+@patch
+def _unit(self: BNInception, name, c_in, c_out, size, stride=1):
+    setattr(self, name, nn.Conv2d(c_in, c_out, size, stride, size // 2))
+    setattr(self, f"{name}_bn", nn.BatchNorm2d(c_out, momentum=self.bn_momentum))
+
+@patch
+def _block(self: BNInception, block, c): # -> channels of its output
+    one, reduce, three, reduce2, double, _, pooled = _INCEPTION[block]
+    stride = 1 if one else 2
+    units = [("1x1", c, one, 1)] * bool(one) + [("3x3_reduce", c, reduce, 1), ("3x3", reduce, three, 3, stride), ("double_3x3_reduce", c, reduce2, 1),
+             ("double_3x3_1", reduce2, double, 3), ("double_3x3_2", double, double, 3, stride)] + [("pool_proj", c, pooled, 1)] * bool(pooled)
+    for name, *shape in units: self._unit(f"inception_{block}_{name}", *shape)
+    return one + three + double + (pooled or c)
+
+# %% ../nbs/25_models.ipynb #ab8dc3d2
+@patch
+def _chain(self: BNInception, x, *names):
+    for n in names: x = F.relu(getattr(self, f"{n}_bn")(getattr(self, n)(x)), inplace=True)
+    return x
+
+@patch
+def _branches(self: BNInception, x, block):
+    (one, *_, pooling, pooled), n = _INCEPTION[block], f"inception_{block}_"
+    chains = [["1x1"]] * bool(one) + [["3x3_reduce", "3x3"], ["double_3x3_reduce", "double_3x3_1", "double_3x3_2"]]
+    out = [self._chain(x, *(n + name for name in chain)) for chain in chains]
+    if not one: out.append(F.max_pool2d(x, 3, 2, ceil_mode=True))
+    else: out.append(self._chain((F.avg_pool2d if pooling == "avg" else F.max_pool2d)(x, 3, 1, 1), n + "pool_proj"))
+    if out[0].shape[2:] != out[-1].shape[2:]: raise ValueError(f"bn_inception cannot halve a map of {x.shape[2]} x {x.shape[3]} places; give it images whose sides are multiples of 32.")
+    return torch.cat(out, 1)
+
+# %% ../nbs/25_models.ipynb #c5c527bc
+@patch
+def forward(self: BNInception, x):
+    "Compute the last feature map."
+    x = F.max_pool2d(self._chain(x, "conv1_7x7_s2"), 3, 2, ceil_mode=True)
+    x = F.max_pool2d(self._chain(x, "conv2_3x3_reduce", "conv2_3x3"), 3, 2, ceil_mode=True)
+    for block in _INCEPTION: x = self._branches(x, block)
+    return x
+
+# %% ../nbs/25_models.ipynb #e7d5704a
+@TRUNKS.register("bn_inception")
+def bn_inception_trunk(pretrained: bool = False, bn_momentum: float = 0.1) -> Trunk:
+    "BN-Inception; its ImageNet weights are a file that `make_trunk(..., pretrained=FILE)` reads."
+    if pretrained:
+        raise FileNotFoundError("the ImageNet weights of bn_inception come with no package. Get bn_inception-52deb4733.pth, the Caffe weights that github.com/Cadene/pretrained-models.pytorch "
+                                "converted (the official code of HIST fetches that file from data.lip6.fr/cadene/pretrainedmodels), and give its path: "
+                                "pretrained='bn_inception-52deb4733.pth'. Or use pretrained=False, or another trunk.")
+    mean = tuple(v / 255 for v in (128, 117, 104))
+    net = BNInception(bn_momentum)
+    return Trunk(net, TrunkInfo("bn_inception", net.num_features, mean, (1 / 255,) * 3, channels="BGR"))
 
 # %% ../nbs/25_models.ipynb #e338902e
 class AvgPool(nn.Module):
@@ -307,7 +378,13 @@ def train(self: RetrievalNet, mode: bool = True):
     return self
 
 # %% ../nbs/25_models.ipynb #18fee378
-def _last_steps(info): return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(info.mean), list(info.std))]
+class ToBGR(nn.Module):
+    "Turn the channels around, `[..., 3, H, W]`: networks from Caffe want blue first."
+    def forward(self, x): return x.flip(-3)
+
+def _last_steps(info):
+    steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(info.mean), list(info.std))]
+    return steps + [ToBGR()] * (info.channels == "BGR")
 
 def train_transform(trunk, # a name, Trunk, network or TrunkInfo
                     size: int = None, # side of the result, pixels; default: the trunk's own
@@ -345,10 +422,11 @@ _BLOCKS = {"InvertedResidual": (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_p
 
 def fold_batchnorm(trunk: nn.Module, # in evaluation mode; unchanged
                    ) -> nn.Module: # a copy; the same function up to rounding
-    "Work BatchNorm into the convolutions before it, where the layer order is known (EfficientNet, ResNet families)."
+    "Work BatchNorm into the convolutions before it, where the layer order is known (EfficientNet, ResNet, BN-Inception)."
     out = deepcopy(trunk).eval()
     for m in out.modules():
-        for conv, bn in _BLOCKS.get(type(m).__name__, _PAIRS):
+        named = tuple((n, f"{n}_bn") for n in m._modules if f"{n}_bn" in m._modules)  # BN-Inception says what belongs together
+        for conv, bn in named or _BLOCKS.get(type(m).__name__, _PAIRS):
             c, b = getattr(m, conv, None), getattr(m, bn, None)
             if isinstance(c, nn.Conv2d) and isinstance(b, nn.BatchNorm2d) and c.out_channels == b.num_features: _fold(m, conv, bn)
         if type(m) is nn.Sequential and len(m) == 2 and isinstance(m[0], nn.Conv2d) and isinstance(m[1], nn.BatchNorm2d): _fold(m, "0", "1")
@@ -450,7 +528,7 @@ def _split_transform(transform):
     "Cut a transform into what is done to each PIL image and what can be done to a whole batch of bytes."
     steps = list(getattr(transform, "transforms", []))
     at = next((i for i, t in enumerate(steps) if isinstance(t, v2.ToImage)), None)
-    if at is None or not all(isinstance(t, (v2.ToDtype, v2.Normalize)) for t in steps[at + 1:]): return transform, None
+    if at is None or not all(isinstance(t, (v2.ToDtype, v2.Normalize, ToBGR)) for t in steps[at + 1:]): return transform, None
     first, last = v2.Compose(steps[:at] or [nn.Identity()]), v2.Compose(steps[at + 1:] or [nn.Identity()])
     return (lambda image: torch.from_numpy(np.array(first(image)).transpose(2, 0, 1))), last
 

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['Cell', 'VERDICTS', 'PROFILES', 'Grid', 'grid', 'Interval', 'interval', 'holm', 'paired_test', 'summarise', 'read_run',
            'RunError', 'run_grid', 'Table', 'make_table', 'repo_root', 'commit', 'hardware', 'made_by', 'save_figure',
-           'save_table', 'Claim', 'claim_better', 'save_claims', 'write_claims', 'profile_settings', 'figures_dir',
-           'from_root', 'Study', 'begin', 'WrongUse', 'StudyFailed', 'declared_parameters', 'check_parameters',
-           'unfinished_cell', 'run_study', 'study_state', 'StudyFile', 'find_studies', 'pick_studies']
+           'save_table', 'Claim', 'claim_better', 'equivalence', 'claim_equivalent', 'published', 'save_claims',
+           'write_claims', 'profile_settings', 'figures_dir', 'from_root', 'Study', 'begin', 'machine', 'time_pairs',
+           'compare_times', 'peak_memory', 'peak_resident', 'WrongUse', 'StudyFailed', 'declared_parameters',
+           'check_parameters', 'unfinished_cell', 'run_study', 'study_state', 'StudyFile', 'find_studies',
+           'pick_studies']
 
 # %% ../nbs/60_study.ipynb #1d3964c1
-import ast, base64, contextlib, dataclasses, hashlib, importlib, io, itertools, json, multiprocessing, os, platform
+import ast, base64, contextlib, ctypes, dataclasses, functools, gc, hashlib, importlib, io, itertools, json, multiprocessing, os, platform
 import re, shutil, subprocess, sys, tempfile, threading, time, traceback, warnings
 from collections import namedtuple
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -703,6 +705,83 @@ def claim_better(paper, claim, measured,
     if t.n > 1 and t.high < min(margin, 0.): value += "; the opposite"
     return Claim(paper, claim, measured, value, VERDICTS[2] if t.n < 2 else VERDICTS[0] if t.low > margin else VERDICTS[1])
 
+# %% ../nbs/60_study.ipynb #79fd13b0
+def equivalence(rows: pd.DataFrame, # one row a run, with a column "seed"; NaN = a failed run
+                metric: str, by: str, # what is compared, and the column that tells settings apart
+                reference, # the setting that the others are compared with
+                others=None, # settings; default: all but the reference
+                margin: float = 0.01, # how far is still the same: a share, 0.01 is one percent point
+                level: float = 0.95, # of the intervals; two one-sided tests at (1 - level) / 2
+                ) -> pd.DataFrame: # one row a setting, the reference first: group, difference, low, high, outside_low, outside_high, n, runs, failed, state
+    "Compare settings with a reference, paired over seeds: is each inside the margin, partly or entirely outside, or failed?"
+    groups, runs = _by_seed(rows, metric, by), rows.groupby(by, sort=False)[metric].agg(["size", "count"])
+    others = [g for g in runs.index if g != reference] if others is None else list(others)
+    for name in [reference, *others]:
+        if name not in runs.index: raise ValueError(f"no setting {name!r} in column {by!r}.{nearest(str(name), map(str, runs.index))} Known: {', '.join(map(str, runs.index))}.")
+    if not others or margin <= 0: raise ValueError(f"equivalence needs settings besides the reference and a margin above 0, got {len(others)} and {margin}.")
+    strict = 1 - (1 - level) / len(others)  # for "entirely outside": the chance is there once a setting
+    out = []
+    for name in [reference, *others]:
+        d = (groups.get(name, pd.Series(dtype=float)) - groups.get(reference, pd.Series(dtype=float))).dropna().sort_index().to_numpy()
+        (mean, half, n), wide = interval(d, level), interval(d, strict).half
+        size, good = runs.loc[name]
+        out.append(dict(group=name, difference=mean, low=mean - half, high=mean + half, outside_low=mean - wide, outside_high=mean + wide, n=n, runs=int(size), failed=int(size - good)))
+    out = pd.DataFrame(out)
+    out["state"] = [_state(r, margin, r.group == reference) for r in out.itertuples()]
+    return out
+
+# %% ../nbs/60_study.ipynb #32876957
+def _state(r, margin, is_reference):
+    "What one row of `equivalence` says."
+    if r.failed: return "failed"
+    if is_reference: return "reference"
+    if r.n < 2: return "not tested"
+    if r.outside_low >= margin or r.outside_high <= -margin: return "entirely outside"
+    return "inside" if -margin < r.low and r.high < margin else "partly outside"
+
+# %% ../nbs/60_study.ipynb #0aa1430b
+def claim_equivalent(paper, claim, measured,
+                     rows, metric, by, reference, others=None, margin: float = 0.01, level: float = 0.95, # as in `equivalence`
+                     scale: float = 100., unit: str = "points") -> Claim:
+    "Judge the claim that settings perform alike: supported if the intervals of all paired differences lie inside the margin, at 95 % (stricter than two one-sided tests at 5 %; see `equivalence`), and no run failed."
+    e = equivalence(rows, metric, by, reference, others, margin, level)
+    rest, start = e.iloc[1:], e.iloc[0]
+    say = lambda g: f"{by} {g:g}" if isinstance(g, (int, float, np.number)) else str(g)
+    edge = f"±{margin * scale:g} {unit} of {say(reference)}"
+    if start.n == 0: return Claim(paper, claim, measured, f"{say(reference)}, the reference, has no finished run")
+    if (e["runs"] < 2).any() or (rest["state"] == "not tested").any():
+        return Claim(paper, claim, measured, f"{len(rest)} settings against {say(reference)}: one seed, no interval")
+    number = lambda x: f"{x * scale:+.2f}"
+    with_interval = lambda r: f"{number(r.difference)} {unit}, {level:.0%} interval {number(r.low)} to {number(r.high)}"
+    if rest["state"].eq("inside").all() and start.state == "reference":
+        far = rest.loc[rest["difference"].abs().idxmax()]
+        return Claim(paper, claim, measured, f"{len(rest)} of {len(rest)} settings inside {edge}; farthest: {say(far.group)}, {with_interval(far)} ({_seeds_of(rest)} seeds)", VERDICTS[0])
+    bad = e[~e["state"].isin(("inside", "reference"))]
+    text = [f"{say(r.group)}: {r.failed} of {r.runs} runs failed" if r.failed else
+            f"{say(r.group)}: {with_interval(r)}, beyond by {(max(abs(r.low), abs(r.high)) - margin) * scale:.2f}" + (", entirely outside" if r.state == "entirely outside" else "") for r in bad.itertuples()]
+    undecided = "" if bad["state"].isin(("failed", "entirely outside")).any() else "; undecided: no setting is shown to lie outside"
+    return Claim(paper, claim, measured, f"{(rest['state'] != 'inside').sum()} of {len(rest)} settings not inside {edge} ({_seeds_of(rest)} seeds): " + "; ".join(text) + undecided, VERDICTS[1])
+
+def _seeds_of(e): return " to ".join(str(n) for n in sorted({e["n"].min(), e["n"].max()}))
+
+# %% ../nbs/60_study.ipynb #1664f1df
+def published(paper=None, dataset=None, backbone=None, method=None, metric=None, # a value, or a list of values; None = all
+              ) -> pd.DataFrame: # paper, dataset, backbone, method, metric, value (in the unit printed: mostly percent), source
+    "Give published results (facts with their sources, none measured here); `ValueError` with the nearest name for an unknown value. A combination that nobody printed gives no rows."
+    found = _published_rows().copy()
+    for column, wanted in dict(paper=paper, dataset=dataset, backbone=backbone, method=method, metric=metric).items():
+        if wanted is None: continue
+        wanted, known = [wanted] if isinstance(wanted, str) else list(wanted), _published_rows()[column].unique()
+        for w in wanted:
+            if w not in known: raise ValueError(f"nothing published under {column} {w!r}.{nearest(w, known)} Known: {', '.join(known)}.")
+        found = found[found[column].isin(wanted)]
+    return found.reset_index(drop=True)
+
+@functools.lru_cache(maxsize=1)
+def _published_rows():
+    import hapnb
+    return pd.read_csv(Path(hapnb.__file__).parent / "assets/published.csv")
+
 # %% ../nbs/60_study.ipynb #a4cdd5c8
 def save_claims(claims, out) -> Path: # the study's claims.json
     "Write a study's claims beside its tables."
@@ -864,6 +943,118 @@ def figure_once(self: Study,
         plt.close(fig)
     for f in formats: write_atomic(self.out / f"{name}.{f}", kept[f][0].read_bytes())
     return Image(kept["png"][0].read_bytes())
+
+# %% ../nbs/60_study.ipynb #f837b1b3
+def machine(device: str = "cpu") -> str:
+    "Name what a timing depends on: processor, threads, PyTorch, system."
+    import torch
+    return f"{hardware(device)}, {torch.get_num_threads()} threads, torch {_version('torch').split('+')[0]}, {platform.system()}"
+
+def _seconds(f, device):
+    "How long one call takes, with the work that it leaves to a GPU."
+    import torch
+    sync = torch.cuda.synchronize if str(device).startswith("cuda") else lambda: None
+    sync()
+    began = time.perf_counter()
+    f()
+    sync()
+    return time.perf_counter() - began
+
+# %% ../nbs/60_study.ipynb #b5ba5f7d
+def time_pairs(functions: dict, # name -> function without arguments
+               repeats: int = 7, # rounds
+               warmup: int = 1, # calls of each that do not count, before the first round
+               seed: int = 0, # of the order within the rounds
+               budget: float = float("inf"), # seconds a function may use before it drops out ...
+               least: int = 3, # ... after this many rounds
+               device: str = "cpu", # a GPU is waited for
+               ) -> pd.DataFrame: # one row a call: name, round, place within the round, seconds
+    "Time functions in turns: in each round everyone runs once, in a random order."
+    if not functions or repeats < 1: raise ValueError(f"nothing to time: {len(functions)} functions, {repeats} repeats.")
+    random, used, rows = np.random.default_rng(seed), dict.fromkeys(functions, 0.), []
+    for f in list(functions.values()) * warmup: f()
+    collecting = gc.isenabled()
+    gc.disable()  # Python's collector would strike at random
+    try:
+        for r in range(repeats):
+            gc.collect()
+            here = [n for n in functions if r < least or used[n] < budget]
+            for place, i in enumerate(random.permutation(len(here)).tolist()):
+                seconds = _seconds(functions[here[i]], device)
+                used[here[i]] += seconds
+                rows.append(dict(name=here[i], round=r, place=place, seconds=seconds))
+    finally:
+        if collecting: gc.enable()
+    return pd.DataFrame(rows)
+
+# %% ../nbs/60_study.ipynb #16d93e2b
+def compare_times(times: pd.DataFrame, # of `time_pairs`
+                  baseline: str = None, # the function to compare with
+                  ) -> pd.DataFrame: # index name: median, low, high (seconds), n; with a baseline also ratio, ratio_low, ratio_high
+    "Condense timings to medians with the smallest and largest value; ratios are taken within each round."
+    names = list(dict.fromkeys(times["name"]))
+    if baseline is not None and baseline not in names: raise ValueError(f"no baseline {baseline!r}.{nearest(baseline, names)} Known: {', '.join(names)}.")
+    wide = times.pivot(index="round", columns="name", values="seconds")[names]
+    parts = {"": wide} if baseline is None else {"": wide, "ratio": wide.div(wide[baseline], axis=0)}
+    out = pd.concat([pd.DataFrame({k or "median": w.median(), f"{k}_low".strip("_"): w.min(), f"{k}_high".strip("_"): w.max()}) for k, w in parts.items()], axis=1)
+    return out.assign(n=wide.count())
+
+# %% ../nbs/60_study.ipynb #9a71a988
+def peak_memory(f, # function without arguments
+                device: str = "cpu") -> int: # bytes
+    "Find the most that PyTorch held at once during `f()`, beyond what it held before."
+    import torch
+    if str(device).startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        f()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _environment(KINETO_LOG_LEVEL="99"), torch.autograd.profiler.profile(profile_memory=True) as p: f()  # it chatters otherwise
+    events = sorted((e.start_ns(), e.nbytes()) for e in p.kineto_results.events() if e.name() == "[memory]")
+    return int(np.cumsum([0] + [size for _, size in events]).max())
+
+# %% ../nbs/60_study.ipynb #1b143be9
+def _resident(what):
+    "A line of this process's memory status, in bytes."
+    return 1024 * int(re.search(rf"^{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1])
+
+def peak_resident(f) -> int: # bytes; None where the system does not tell (it does on Linux)
+    "Call `f()` and find by how much the resident memory of this process rose in the meantime."
+    gc.collect()
+    try:
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)  # give back what was freed, or `f` would use it unseen
+        Path("/proc/self/clear_refs").write_text("5")  # set the peak back
+        before = _resident("VmRSS")
+    except (OSError, TypeError): before = None  # not Linux, or not allowed
+    f()
+    return None if before is None else _resident("VmHWM") - before
+
+# %% ../nbs/60_study.ipynb #5db8053f
+def _plain_number(v):
+    "A value as text: three digits, no false precision."
+    if v is None or v is pd.NA or v != v: return "-"
+    if isinstance(v, (bool, np.bool_)): return "yes" if v else "no"
+    if isinstance(v, (int, np.integer)): return f"{v:,}"
+    if not isinstance(v, (float, np.floating)): return str(v)
+    return f"{v:,.0f}" if abs(v) >= 100 or v == 0 else f"{v:.3g}"
+
+@patch
+def measured(self: Study,
+             frame: pd.DataFrame, # columns of text and numbers
+             name: str = "main", # of the files
+             caption: str = "",
+             notes=(), # lines below the table
+             device: str = "cpu"): # something that a notebook shows as a table
+    "Save plain measurements as `name.md` and `name.csv`, with the machine that made them."
+    from IPython.display import Markdown
+    made = f"Made by: profile {self.profile}; commit {commit()}; {machine(device)}."
+    line = lambda cells: "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
+    rule = ["---:" if pd.api.types.is_numeric_dtype(frame[c]) and frame[c].dtype != bool else "---" for c in frame]
+    body = [line(map(_plain_number, r)) for r in frame.itertuples(index=False, name=None)]
+    text = "\n".join([*([caption, ""] if caption else []), line(frame.columns), line(rule), *body, "", *[f"{n}  " for n in [*notes, made]], ""])
+    write_atomic(self.out / f"{name}.md", text)
+    write_atomic(self.out / f"{name}.csv", frame.assign(made_by=made).to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    return Markdown(text)
 
 # %% ../nbs/60_study.ipynb #476410ac
 class WrongUse(ValueError): "A mistake in the request: an unknown study, parameter or value."
@@ -1032,6 +1223,7 @@ class StudyFile:
     title: str
     summary: str
     minutes: dict # profile -> minutes on two cores
+    on_demand: bool = False # runs only when it is named
 
 def find_studies(root=None) -> list: # of `StudyFile`, by name
     "List the study notebooks of the project."
@@ -1048,11 +1240,11 @@ def _study_file(path):
     summary = next((l.lstrip("> ") for l in lines if l.startswith(">")), "")
     times = next((l for l in lines if "expected time" in l.lower()), "")
     minutes = {k: float(v) for k, v in re.findall(r"(\w+) (?:about )?(\d+(?:\.\d+)?) min", times) if k in PROFILES}
-    return StudyFile(path.stem, path, title, summary, minutes)
+    return StudyFile(path.stem, path, title, summary, minutes, any(l.lower().startswith("on demand") for l in lines))
 
 # %% ../nbs/60_study.ipynb #e86f58ec
 def pick_studies(names=(), root=None) -> list: # of `StudyFile`
-    "Find studies by name (`10_benchmark`), number (`10`) or word (`benchmark`); none means all. `WrongUse` with the nearest name."
+    "Find studies by name (`10_benchmark`), number (`10`) or word (`benchmark`); none means all but those on demand. `WrongUse` with the nearest name."
     studies, out = find_studies(root), []
     known = [n for s in studies for n in (s.name, s.name.partition("_")[2])]
     for name in names:
@@ -1060,4 +1252,4 @@ def pick_studies(names=(), root=None) -> list: # of `StudyFile`
         hits = [s for s in studies if name in (s.name, *s.name.split("_", 1))]
         if not hits: raise WrongUse(f"unknown study {name!r}.{nearest(name, known)} Known: {', '.join(s.name for s in studies) or 'none'}.")
         out += [s for s in hits if s not in out]
-    return out or studies
+    return out if names else [s for s in studies if not s.on_demand]

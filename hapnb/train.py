@@ -721,7 +721,9 @@ def _check_registered(cfg, train):
     "Misspelt names and arguments of a loss should fail in the first second, not after the features."
     from hapnb import losses, models, samplers  # they fill the registries
     LOSSES.get(cfg.loss), SAMPLERS.get(cfg.sampler)
-    with _seeded(0): make_loss_for(cfg, _columns(train, cfg.levels), cfg.embed_dim or 2)  # thrown away
+    with _seeded(0): loss = make_loss_for(cfg, _columns(train, cfg.levels), cfg.embed_dim or 2)  # thrown away
+    for name in cfg.groups:
+        if name.startswith("loss."): _piece(loss, name)
 
 # %% ../nbs/30_train.ipynb #146d0aad
 def _frozen_parts(cfg, train, labels, sampler, device):
@@ -884,6 +886,23 @@ def dataset(self: Result):
     raise ValueError(f"run {self.key} was evaluated on {seen['images']} images of {seen['name']}/{seen['split']}, which are not what its config loads now: "
                      "the data changed, or the run was given `data`. Load that data by hand.")
 
+# %% ../nbs/30_train.ipynb #2ddf1049
+@patch
+def trainer(self: Result,
+            device = "cpu",
+            workers: int = 0, # processes that load images
+            ) -> tuple: # (`Trainer` with the trained net and loss, source of training batches)
+    "Build net and loss with their trained weights, and the batches they were trained on; `ValueError` if they do not fit the data."
+    found, batches = build_trainer(self.config, load_splits(self.config)[0], make_accelerator(device, self.config.precision), workers)
+    kept = self.weights()
+    parts = {"loss": found.loss, **{p: getattr(found.net, p) for p in ("head", "trunk") if hasattr(found.net, p)}}
+    for part, module in parts.items():
+        own = {k.removeprefix(part + "."): v for k, v in kept.items() if k.startswith(part + ".")}
+        try: module.load_state_dict(own)
+        except RuntimeError as e:
+            raise ValueError(f"run {self.key}: the weights of its {part} do not fit what its config builds now: the data changed, or the run was given `data` ({e}).") from e
+    return found, batches
+
 # %% ../nbs/30_train.ipynb #a0d558c4
 @patch
 def _repr_markdown_(self: Result):
@@ -917,6 +936,7 @@ def run(cfg: RunConfig, # what to do
         save_every: float = 30., # seconds between checkpoints
         workers: int = None, # processes that load images; default: one a core, at most 8
         data: tuple = None, # (training part, evaluation part) instead of the named dataset; their fingerprints enter the key
+        on_epoch = None, # called (in the first process) with each row of the history; what it raises ends the run for now
         ) -> Result:
     "Train, evaluate and keep a run; read a finished one back, go on with an interrupted one."
     train, test = data or load_splits(cfg)
@@ -929,18 +949,19 @@ def run(cfg: RunConfig, # what to do
     devices = [torch.cuda.current_device()] if accelerator.device.type == "cuda" else []
     with _lock(path, progress) if main else contextlib.nullcontext(), torch.random.fork_rng(devices=devices):
         accelerator.wait_for_everyone()  # the others follow when the first process has the lock
-        if not is_finished(path): _make_run(cfg, path, train, test, accelerator, progress and main, save_every, workers)
+        if not is_finished(path): _make_run(cfg, path, train, test, accelerator, progress and main, save_every, workers, on_epoch)
         accelerator.wait_for_everyone()
     return Result(path)
 
 # %% ../nbs/30_train.ipynb #7177f36d
-def _make_run(cfg, path, train, test, accelerator, progress, save_every, workers):
+def _make_run(cfg, path, train, test, accelerator, progress, save_every, workers, on_epoch=None):
     "The body of `run`: build, resume, fit, evaluate, write."
     workers = min(os.cpu_count() or 1, 8) if workers is None else workers
     trainer, batches = build_trainer(cfg, train, accelerator, workers)
     if not _resume(trainer, path, progress): trainer, batches = build_trainer(cfg, train, accelerator, workers)
     judge = _Judge(cfg, test, accelerator, workers)
-    clock = _Clock(trainer, path, cfg, judge, save_every, progress)
+    clock = _Clock(trainer, path, cfg, judge, save_every, progress, on_epoch)
+    for row in trainer.history: clock.report(row)  # of the epochs before an interruption
     try: trainer.fit(batches, clock.after_step, clock.after_epoch)
     except Diverged as e:
         if accelerator.is_main_process and trainer.history: _history(path, trainer)
@@ -984,21 +1005,34 @@ class _Judge:
 # %% ../nbs/30_train.ipynb #3a4af1cd
 class _Clock:
     "What happens between steps and epochs: checkpoints, evaluations, a word on progress."
-    def __init__(self, trainer, path, cfg, judge, save_every, progress):
+    def __init__(self, trainer, path, cfg, judge, save_every, progress, on_epoch=None):
         self.trainer, self.path, self.cfg, self.judge, self.save_every, self.progress = trainer, path, cfg, judge, save_every, progress
+        self.on_epoch = on_epoch
         self.began = self.saved = self.told = time.monotonic()
         self.main = trainer.accelerator.is_main_process
 
     def after_step(self, trainer):
-        if self.main and time.monotonic() - self.saved >= self.save_every:
-            save_state(self.path / "state.pt", trainer.state_dict())
-            self.saved = time.monotonic()
+        if self.main and time.monotonic() - self.saved >= self.save_every: self.save()
+
+    def save(self):
+        save_state(self.path / "state.pt", self.trainer.state_dict())
+        self.saved = time.monotonic()
 
     def after_epoch(self, trainer, row):
         if self.cfg.eval_every and trainer.epoch % self.cfg.eval_every == 0:
             z = self.judge.embed(trainer.net)
             if self.main: row.update(self.judge.metrics(z))
         self.tell(row)
+        self.report(row)
+
+    def report(self, row):
+        "Hand a copy of a row to the caller; keep the state if the caller does not want to go on."
+        if not (self.main and self.on_epoch): return
+        try: self.on_epoch(dict(row))
+        except BaseException:
+            self.save()
+            _history(self.path, self.trainer)
+            raise
 
     def tell(self, row):
         now, last = time.monotonic(), self.trainer.epoch == self.cfg.epochs

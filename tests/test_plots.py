@@ -142,3 +142,66 @@ def test_figures_are_closed_and_saved_alike(space, tmp_path):
 ])
 def test_clear_errors(space, call, message):
     with pytest.raises(ValueError, match=message): call(*space)
+
+
+# failed runs and surfaces
+
+def crosses(ax): return [l for l in ax.lines if l.get_marker() == "x"]
+
+
+def test_a_failed_setting_is_crossed_and_the_others_are_kept():
+    broken = [{**r, "AP": np.nan} if r["batch_size"] == 16 and (r["loss"] == "b" or r["seed"] == 2) else r for r in rows()]
+    ax = plots.curve(broken, "batch_size", "AP", log2=True).axes[0]
+    assert [list(l.get_xdata()) for l in crosses(ax)] == [[16], [16]]
+    assert [t.get_text() for t in ax.texts] == ["1 of 3 failed", "failed"]
+    a, b = [l.get_ydata() for l in ax.lines if l.get_marker() != "x"]
+    assert list(a) == pytest.approx([20.5, 21]) and np.isnan(b[0]) and b[1] == pytest.approx(31)
+    lowest = ax.transData.transform((16, 20.5))[1]
+    assert all(ax.transAxes.transform((0, l.get_ydata()[0]))[1] < lowest for l in crosses(ax)), "a cross hides a value"
+
+
+def test_nothing_is_crossed_without_failures():
+    ax = plots.curve(rows(), "batch_size", "AP").axes[0]
+    assert crosses(ax) == [] and len(ax.texts) == 0
+
+
+def square(bad=()):
+    return [dict(tau=t, weight=w, seed=s, AP=np.nan if (t, w, s) in bad else .1 * t + .01 * w + .001 * s) for t in (1, 2) for w in (0, 3) for s in range(3)]
+
+
+def test_surface_writes_mean_and_interval_into_each_cell():
+    ax = plots.surface(square(), "tau", "weight", "AP", xlabel="tau (no unit)").axes[0]
+    mean, half = plots.interval([10., 10.1, 10.2])
+    text = {t.get_position(): t.get_text() for t in ax.texts}
+    assert text[0, 0] == f"{mean:.1f}\n± {half:.1f}" and text[1, 1].startswith("23.1") and len(text) == 4
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "2"] and [t.get_text() for t in ax.get_yticklabels()] == ["0", "3"]
+    assert np.asarray(ax.collections[0].get_array()).ravel() == pytest.approx([10.1, 20.1, 13.1, 23.1])
+
+
+def test_surface_says_what_failed_and_what_was_not_run():
+    bad = {(1, 0, s) for s in range(3)} | {(2, 3, 1)}
+    ax = plots.surface([r for r in square(bad) if (r["tau"], r["weight"]) != (2, 0)], "tau", "weight", "AP").axes[0]
+    text = {t.get_position(): t.get_text() for t in ax.texts}
+    assert text[0, 0] == "failed" and text[1, 0] == "not run" and text[1, 1].endswith("1 of 3 failed")
+    assert sorted(round(l.get_xdata()[0]) for l in crosses(ax)) == [0, 1]
+
+
+def test_published_surface_has_a_scale_of_its_own():
+    given = pd.DataFrame([dict(tau=t, weight=3, AP=60. + t) for t in (4, 8, 16)])
+    fig = plots.surface(square(), "tau", "weight", "AP", given, label="AP (%)")
+    ours, theirs = fig.axes[:2]
+    assert [a.get_title() for a in (ours, theirs)] == ["measured here", "published"]
+    assert [t.get_text() for t in theirs.texts] == ["64.0", "68.0", "76.0"]
+    assert theirs.collections[0].norm.vmin == 64 and ours.collections[0].norm.vmax < 24
+    assert [a.get_ylabel() for a in fig.axes[2:]] == ["AP (%)"] * 2
+
+
+def test_surface_of_one_run_and_of_equal_values():
+    one = [dict(tau=t, weight=0, seed=0, AP=.5) for t in (1, 2)]
+    ax = plots.surface(one, "tau", "weight", "AP").axes[0]
+    assert [t.get_text() for t in ax.texts] == ["50.0", "50.0"]
+
+
+def test_surface_refuses_mixed_rows():
+    with pytest.raises(ValueError, match="tau 1, weight 0 and seed 0: something else varies"): plots.surface(square() * 2, "tau", "weight", "AP")
+    with pytest.raises(ValueError, match="no column 'lambda'"): plots.surface(square(), "tau", "lambda", "AP")

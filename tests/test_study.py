@@ -348,3 +348,195 @@ def test_a_table_survives_methods_without_common_seeds():
     rows = pd.DataFrame([dict(method=m, seed=s, score=v) for m, s, v in [("a", 0, .9), ("a", 1, .8), ("b", 2, .1), ("b", 3, .2), ("c", 0, .5), ("c", 1, .6)]])
     cells = make_table(rows, "method", "score").cells
     assert cells[("a",), "score"].mark == "best" and cells[("b",), "score"].n == 2 and cells[("b",), "score"].mark == ""
+
+
+# measuring
+
+def fake_clock(monkeypatch, costs):
+    "Make `time.perf_counter` advance by what the called function costs; returns the functions and the order of the calls."
+    clock, calls = [0.], []
+    def work(name):
+        calls.append(name)
+        clock[0] += costs[name]
+    monkeypatch.setattr(study.time, "perf_counter", lambda: clock[0])
+    return {n: (lambda n=n: work(n)) for n in costs}, calls
+
+
+def test_time_pairs_runs_rounds_in_random_but_repeatable_order(monkeypatch):
+    functions, calls = fake_clock(monkeypatch, dict(a=.5, b=.25, c=2.))
+    t = study.time_pairs(functions, repeats=6, warmup=2, seed=1)
+    assert calls[:6] == list("abcabc") and len(t) == 18, "warm-up calls are made and not counted"
+    orders = ["".join(p.sort_values("place")["name"]) for _, p in t.groupby("round")]
+    assert calls[6:] == list("".join(orders)) and {"".join(sorted(o)) for o in orders} == {"abc"} and len(set(orders)) > 1
+    assert t.set_index("name")["seconds"].groupby(level=0).unique().map(list).to_dict() == dict(a=[.5], b=[.25], c=[2.])
+    again = study.time_pairs(fake_clock(monkeypatch, dict(a=.5, b=.25, c=2.))[0], repeats=6, warmup=2, seed=1)
+    pd.testing.assert_frame_equal(t, again)
+    with pytest.raises(ValueError, match="nothing to time"): study.time_pairs({})
+    with pytest.raises(ValueError, match="nothing to time"): study.time_pairs(functions, repeats=0)
+
+
+def test_time_pairs_drops_who_has_used_the_budget_and_restores_the_collector(monkeypatch):
+    import gc
+    functions, _ = fake_clock(monkeypatch, dict(quick=.1, slow=4.))
+    assert study.time_pairs(functions, repeats=8, budget=9., least=2)["name"].value_counts().to_dict() == dict(quick=8, slow=3)
+    assert study.time_pairs(functions, repeats=8, budget=1., least=5)["name"].value_counts().to_dict() == dict(quick=8, slow=5)
+    def fails(): raise RuntimeError("out of memory")
+    with pytest.raises(RuntimeError, match="out of memory"): study.time_pairs(dict(fails=fails), warmup=0)
+    assert gc.isenabled()
+
+
+def test_compare_times_takes_ratios_within_rounds():
+    rows = [("a", 0, 1.), ("b", 0, 10.), ("a", 1, 4.), ("b", 1, 20.), ("a", 2, 2.), ("a", 3, 3.), ("b", 3, 3.)]
+    t = study.compare_times(pd.DataFrame(rows, columns=["name", "round", "seconds"]), "a")
+    assert t.loc["b"].to_dict() == dict(median=10., low=3., high=20., ratio=5., ratio_low=1., ratio_high=10., n=3)
+    assert t.loc["a", ["ratio", "ratio_low", "ratio_high"]].tolist() == [1., 1., 1.] and t.loc["a", "n"] == 4
+    plain = study.compare_times(pd.DataFrame(rows, columns=["name", "round", "seconds"]))
+    assert list(plain) == ["median", "low", "high", "n"] and list(plain.index) == ["a", "b"]
+    with pytest.raises(ValueError, match="Did you mean 'alpha'"): study.compare_times(pd.DataFrame([("alpha", 0, 1.)], columns=["name", "round", "seconds"]), "alhpa")
+
+
+@pytest.mark.parametrize("n", [1000, 300_000])
+def test_peak_memory_is_exact(n):
+    import torch
+    held = torch.ones(n)  # what was there before does not count
+    def f():
+        a = held * 2
+        b = a + a  # two at once
+        del a
+        c = b.sum()
+        return b[:10].clone(), c
+    assert 8 * n <= study.peak_memory(f) < 8 * n + 200
+    leaf = torch.ones(n, requires_grad=True)
+    def backward(): torch.autograd.grad(leaf.square().sum(), leaf)  # the square, then the gradient: filled (as a view) and multiplied by 2
+    assert 4 * n <= study.peak_memory(backward) <= 12 * n + 200
+    assert study.peak_memory(lambda: None) == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells")
+def test_peak_resident_sees_the_peak_and_forgets_the_past():
+    big = np.ones(40_000_000)  # 320 MB that are gone before
+    del big
+    def f():
+        x = np.ones(20_000_000)
+        del x
+    for _ in range(2): assert 155e6 < study.peak_resident(f) < 180e6
+    assert study.peak_resident(lambda: None) < 5e6
+
+
+def test_peak_resident_elsewhere(monkeypatch):
+    def refuse(self, *args): raise PermissionError(self)
+    monkeypatch.setattr(Path, "write_text", refuse)
+    calls = []
+    assert study.peak_resident(lambda: calls.append(1)) is None and calls == [1]
+
+
+def test_measured_frames_are_saved_with_the_machine(tmp_path):
+    s = begin("90_x", profile="smoke", store=str(tmp_path), dataset="toy")
+    frame = pd.DataFrame({"method": ["cube"], "ms": [123456.7], "ratio": [np.nan], "bytes": [1234567], "met": [False]})
+    text = s.measured(frame, "times", "A caption.", ["A note."]).data
+    assert "| cube | 123,457 | - | 1,234,567 | no |" in text and "A note.  \n" in text and study.machine() in text and text.startswith("A caption.\n\n| method |")
+    assert (s.out / "times.md").read_text() == text
+    back = pd.read_csv(s.out / "times.csv")
+    assert back["ms"][0] == 123457 and study.machine() in back["made_by"][0] and "profile smoke" in back["made_by"][0]
+    assert all(w in study.machine() for w in ("cores", "threads", "torch 2."))
+
+
+def test_studies_on_demand_run_only_when_named(tmp_path):
+    write_study(tmp_path / "nbs/studies/10_benchmark.ipynb")
+    nb = json.loads(write_study(tmp_path / "nbs/studies/90_speed.ipynb").read_text())
+    nb["cells"][0]["source"] = ["# Speed\n", "\n", "> How fast.\n", "\n", "On demand: name it.\n", "Expected time on 2 cores: quick 4 min."]
+    (tmp_path / "nbs/studies/90_speed.ipynb").write_text(json.dumps(nb))
+    assert [(s.name, s.on_demand) for s in find_studies(tmp_path)] == [("10_benchmark", False), ("90_speed", True)]
+    assert [s.name for s in pick_studies((), tmp_path)] == ["10_benchmark"]
+    assert [s.name for s in pick_studies(["speed", "10"], tmp_path)] == ["90_speed", "10_benchmark"]
+
+
+# equivalence and published results
+
+def settings(groups): return pd.DataFrame([dict(layers=k, seed=s, score=v / 100) for k, vs in groups.items() for s, v in enumerate(vs)])
+def alike(rows, **args): return study.claim_equivalent("P", "any depth", "score", rows, "score", "layers", 2, **args)
+
+
+@given(st.integers(2, 6), st.integers(0, 1000))
+def test_equivalence_is_two_one_sided_tests(n, seed):
+    r = np.random.default_rng(seed)
+    a, b, margin = r.normal(0, .01, n), r.normal(.003, .01, n), .01
+    e = study.equivalence(settings({2: 100 * a, 3: 100 * b}), "score", "layers", 2, margin=margin).iloc[1]
+    p = [stats.ttest_1samp(b - a, -margin, alternative="greater").pvalue, stats.ttest_1samp(b - a, margin, alternative="less").pvalue]
+    assert (e.state == "inside") == (max(p) < .025)
+    assert (e.state == "entirely outside") == (stats.ttest_1samp(b - a, margin, alternative="greater").pvalue <= .025 or stats.ttest_1samp(b - a, -margin, alternative="less").pvalue <= .025)
+
+
+def test_equivalence_of_hand_made_settings():
+    c = alike(settings({1: [50.1, 51.2, 52.3], 2: [50, 51, 52], 3: [49.9, 51.0, 52.1]}))
+    assert (c.verdict, c.value) == ("supported", "2 of 2 settings inside ±1 points of layers 2; farthest: layers 1, +0.20 points, 95% interval -0.05 to +0.45 (3 seeds)")
+    c = alike(settings({1: [50.1, 51.2, 52.3], 2: [50, 51, 52], 5: [47, 48.1, 48.9]}))
+    assert c.verdict == "not supported" and c.value.startswith("1 of 2 settings not inside ±1 points of layers 2 (3 seeds): layers 5: -3.00 points, 95% interval -3.25 to -2.75, beyond by 2.25, entirely outside")
+    assert "layers 1" not in c.value and "undecided" not in c.value
+    c = alike(settings({2: [50, 51, 52], 3: [50.5, 51.9, 52.1]}))
+    assert c.verdict == "not supported" and c.value.endswith("undecided: no setting is shown to lie outside")
+    assert alike(settings({2: [50, 51, 52], 3: [50.5, 51.9, 52.1]}), margin=.02).verdict == "supported"
+
+
+def test_a_missing_difference_is_not_an_equivalence():
+    rows = settings({2: [50, 53], 3: [52, 51]})
+    assert paired_test(rows, "score", "layers", 2).verdict[0] == "not distinguishable" and alike(rows).verdict == "not supported"
+
+
+def test_entirely_outside_needs_more_with_more_settings():
+    one = {2: [50, 51, 52, 53], 9: [51.4, 52.6, 53.3, 54.7]}
+    many = one | {k: one[2] for k in range(3, 9)}
+    state = lambda g: study.equivalence(settings(g), "score", "layers", 2).set_index("group").state[9]
+    assert (state(one), state(many)) == ("entirely outside", "partly outside")
+
+
+def test_failed_runs_count_against():
+    good = {2: [50, 51, 52], 3: [50.1, 51, 52]}
+    c = alike(settings(good | {4: [50, np.nan, 52]}))
+    assert c.verdict == "not supported" and "layers 4: 1 of 3 runs failed" in c.value
+    assert "layers 4: 3 of 3 runs failed" in alike(settings(good | {4: [np.nan] * 3})).value
+    c = alike(settings({2: [50, np.nan, 52], 3: [50, 51, 52]}))
+    assert c.verdict == "not supported" and "layers 2: 1 of 3 runs failed" in c.value and "(2 seeds)" in c.value
+    c = alike(settings({2: [np.nan] * 3, 3: [50, 51, 52]}))
+    assert (c.verdict, c.value) == ("not tested here", "layers 2, the reference, has no finished run")
+
+
+def test_equivalence_of_one_seed_and_wrong_names():
+    assert alike(settings({2: [50], 3: [50]})).verdict == "not tested here"
+    assert alike(settings({2: [50, 51], 3: [50]})).verdict == "not tested here"
+    rows = settings({2: [50, 51], 3: [50, 51], 10: [0, 1]})
+    assert alike(rows, others=[3]).verdict == "supported" and alike(rows).verdict == "not supported"
+    for bad in (dict(others=[11]), dict(others=[]), dict(margin=0)):
+        with pytest.raises(ValueError): alike(rows, **bad)
+    with pytest.raises(ValueError, match="no setting 4 in column 'layers'"): study.equivalence(rows, "score", "layers", 4)
+    with pytest.raises(ValueError, match="something else varies"): alike(pd.concat([rows, rows]))
+
+
+def test_published_rows_are_facts_with_sources():
+    p = study.published()
+    assert len(p) == 344 and list(p.columns) == ["paper", "dataset", "backbone", "method", "metric", "value", "source"]
+    assert p.notna().all().all() and p["value"].between(0, 100).all() and p["source"].str.len().min() > 10
+    assert not p.duplicated(["paper", "dataset", "backbone", "method", "metric"]).any()
+    assert not p.map(lambda v: isinstance(v, str) and v != v.strip()).any().any()
+
+
+@pytest.mark.parametrize("wanted, value", [
+    (dict(dataset="CUB-200-2011", backbone="ResNet-50", method="HIST TUNE (Bayesian search)", metric="R@1"), 72.3),
+    (dict(dataset="SOP", backbone="BN-Inception", method="HIST RE (reproduced)", metric="NMI"), 89.9),
+    (dict(dataset="CARS196", method="HIST, distance Euclidean", metric="R@1"), 87.2),
+    (dict(method="HIST embedding 512 hidden 512"), 90.22),
+    (dict(method="HIST tau 8 lambda_s 1.5"), 78.63),
+    (dict(dataset="SOP", method="HAPPIER_F"), 81.8),
+    (dict(dataset="CARS196", backbone="ResNet-50", method="Proxy-Anchor 512-d", metric="R@1"), 87.7),
+    (dict(dataset="IMDB (unseen dist.)", metric="NMI"), .953)])
+def test_published_values(wanted, value): assert study.published(**wanted)["value"].tolist() == [value]
+
+
+def test_published_filters():
+    p = study.published(dataset=["SOP", "CARS196"], metric="R@1")
+    assert set(p["dataset"]) == {"SOP", "CARS196"} and set(p["metric"]) == {"R@1"} and list(p.index) == list(range(len(p)))
+    assert study.published(dataset="SOP", method="HIST tau 8 lambda_s 1.5").empty
+    with pytest.raises(ValueError, match="Did you mean 'ResNet-50'"): study.published(backbone="ResNet50")
+    p = study.published()
+    p["value"] = 0.  # nobody can spoil the table of the others
+    assert study.published()["value"].gt(0).all()

@@ -13,6 +13,9 @@ from hapnb.train import Diverged, Result, RunConfig, Trainer, run
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = RunConfig(dataset="toy", trunk="toy", image_size=32, embed_dim=16, batch_size=24, epochs=4, lr=0.01, ks=(1, 2))
+PIECES = TOY.replace(loss="HISTLoss", loss_args={"hidden": 8, "tau": 8.0}, sampler="random", sampler_args={}, batch_size=32, norm="after", init="kaiming",
+                     normalise=False, epochs=5, warmup_epochs=1, weight_decay=1e-4, schedule="step", schedule_args={"size": 2, "gamma": 0.5},
+                     groups={"loss.distributions": {"lr": 0.1}, "loss.hgnn": {"lr": 1e-3}})  # HIST: a loss of two pieces
 FILES = ("metrics.json", "weights.safetensors", "embeddings.safetensors")
 
 
@@ -363,6 +366,82 @@ def test_groups_learn_at_their_own_rates():
     assert torch.equal(old, t.net.trunk.weight)
     assert h.lr_head.tolist() == pytest.approx([0.01 * (1 + math.cos(math.pi * k / 3)) / 2 for k in (0, 0, 1, 2)])
     assert h.lr_loss.tolist() == pytest.approx([0.1 + 9.9 * (1 + math.cos(math.pi * k / 3)) / 2 for k in (0, 0, 1, 2)])
+
+
+def test_pieces_inherit_from_their_part_and_own_each_parameter_once():
+    part = nn.ModuleDict(dict(a=nn.ModuleDict(dict(x=nn.Linear(2, 2), y=nn.Linear(2, 2))), b=nn.Linear(2, 2)))
+    part.b.weight.requires_grad_(False)
+    groups = {"loss.a.x": {"min_lr": 0.5}, "loss.a": {"lr": 3.0}, "loss": {"lr": 2.0, "weight_decay": 0.1}}
+    found = {g["name"]: g for g in T.param_groups(dict(head=nn.Linear(2, 2), loss=part), 1.0, groups=groups)}
+    assert {n: (g["lr"], g["weight_decay"], g["min_lr"]) for n, g in found.items()} == {
+        "head": (1.0, 0.0, None), "loss": (2.0, 0.1, None), "loss.a": (3.0, 0.1, None), "loss.a.x": (3.0, 0.1, 0.5)}
+    assert [p is q for p, q in zip(found["loss.a.x"]["params"], part.a.x.parameters())] == [True, True]
+    assert [len(found[n]["params"]) for n in ("loss", "loss.a", "loss.a.x")] == [1, 2, 2]
+    same = {g["name"]: g["lr"] for g in T.param_groups(dict(loss=part), 1.0, groups=dict(reversed(groups.items())))}
+    assert same == {n: found[n]["lr"] for n in same} and len(same) == 3  # the order in which they are named does not matter
+
+
+@pytest.mark.parametrize("groups, message", [
+    ({"loss.hgn": {"lr": 1.0}}, "loss has no piece 'hgn'.*Did you mean 'hgnn'"), ({"loss.": {}}, "loss has no piece ''"), ({"loss.hgnn.norms": {}, "loss.x": {}}, "no piece 'x'"),
+    ({"lose.hgnn": {}}, "unknown part 'lose.hgnn'"), ({"loss.hgnn": {"lrs": 1}}, "unknown setting 'lrs'.*'lr'"), ({"loss.hgnn": {"lr": "1e-3"}}, "must be a number"),
+    ({"head.norm": {}}, "head has no piece 'norm'.*Known: proj"), ({"trunk.net": {}}, "trunk has no piece 'net'.*Known: none"), ({"loss.distributions.means": {}}, "no piece 'distributions.means'")])
+def test_bad_pieces(tmp_path, groups, message):
+    with pytest.raises(ValueError, match=message): toy_run(PIECES.replace(groups=groups), tmp_path)
+    assert not list(tmp_path.rglob("metrics.json"))
+
+
+def test_a_misspelt_piece_fails_before_the_features(tmp_path, monkeypatch):
+    monkeypatch.setattr(T, "features_of", lambda *a, **k: pytest.fail("features were computed first"))
+    with pytest.raises(ValueError, match="hgnn"): toy_run(PIECES.replace(groups={"loss.hgn": {}}), tmp_path)
+
+
+@pytest.mark.parametrize("freeze", ["trunk", "bn"])
+def test_pieces_of_hist_learn_at_their_own_rates(tmp_path, freeze):
+    result = toy_run(PIECES.replace(freeze=freeze), tmp_path)
+    h = pd.read_csv(result.path / "history.csv")
+    fall = [1, 1, 1, 0.5, 0.5]  # an epoch of warm-up, then halved every two epochs
+    assert h["lr_loss.distributions"].tolist() == pytest.approx([0.1 * f for f in fall])
+    assert h["lr_loss.hgnn"].tolist() == pytest.approx([1e-3 * f for f in fall])
+    assert h.lr_head.tolist() == pytest.approx([0.01 * f for f in fall])
+    assert "lr_loss" not in h and ("lr_trunk" in h) == (freeze == "bn")
+    assert h.loss.iloc[-1] < h.loss.iloc[0] and {"distribution", "hypergraph"} <= set(h)
+
+
+def test_a_rate_of_a_piece_reaches_only_that_piece(tmp_path):
+    "With a rate of zero a piece stays where it started, and the others do not."
+    cfg = PIECES.replace(weight_decay=0.0, epochs=2)
+    start = {k: v.clone() for k, v in T.build_trainer(cfg, T.load_splits(cfg)[0], T.make_accelerator("cpu"))[0].loss.named_parameters()}
+    for piece in ("distributions", "hgnn"):
+        other = {"distributions": "hgnn", "hgnn": "distributions"}[piece]
+        found = toy_run(cfg.replace(groups={f"loss.{piece}": {"lr": 0.0}, f"loss.{other}": {"lr": 0.1}}), tmp_path).weights()
+        still = {k for k, v in start.items() if torch.equal(found[f"loss.{k}"], v)}
+        assert still == {k for k in start if k.startswith(piece + ".")}
+
+
+def test_pieces_are_in_the_key(tmp_path):
+    data = T.load_splits(PIECES)
+    swap = {"loss.hgnn": {"lr": 1e-3}, "loss.distributions": {"lr": 0.1}}
+    other = {"loss.hgnn": {"lr": 2e-3}, "loss.distributions": {"lr": 0.1}}
+    assert PIECES.key(data) == PIECES.replace(groups=swap).key(data) == RunConfig.from_dict(json.loads(json.dumps(PIECES.to_dict()))).key(data)
+    assert len({PIECES.replace(groups=g).key(data) for g in (swap, other, {"loss": {"lr": 0.1}}, {"loss.hgnn": {"lr": 1e-3}})}) == 4
+
+
+def test_pieces_resume_to_the_last_bit(tmp_path, monkeypatch):
+    cfg = PIECES.replace(freeze="bn", augment={"flip": 0.5})
+    whole = toy_run(cfg, tmp_path / "whole")
+    step, left = Trainer.step, [13]
+    def dies(self, *args):
+        left[0] -= 1
+        if left[0] < 0: raise KeyboardInterrupt
+        step(self, *args)
+    monkeypatch.setattr(Trainer, "step", dies)
+    with pytest.raises(KeyboardInterrupt): toy_run(cfg, tmp_path / "cut", save_every=0)
+    assert T.load_state(next((tmp_path / "cut").rglob("state.pt")))["epoch"] > cfg.warmup_epochs
+    monkeypatch.setattr(Trainer, "step", step)
+    again = toy_run(cfg, tmp_path / "cut")
+    assert contents(again) == contents(whole)
+    columns = [c for c in pd.read_csv(whole.path / "history.csv") if c != "seconds"]
+    assert pd.read_csv(again.path / "history.csv")[columns].equals(pd.read_csv(whole.path / "history.csv")[columns])
 
 
 def test_a_step_is_the_plain_step():
