@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RankLoss', 'SmoothAPLoss', 'SupAPLoss', 'HAPLoss', 'SmoothHAPLoss', 'SupRecallLoss', 'SmoothRecallLoss',
            'SupNDCGLoss', 'SmoothNDCGLoss', 'SumLoss', 'ROADMAPLoss', 'HAPPIERLoss', 'make_loss', 'CalibrationLoss',
-           'PairLoss', 'ProxyLoss', 'NormSoftmaxLoss', 'AMSoftmaxLoss', 'CrossEntropyLoss', 'CSLLoss', 'FastAPLoss',
-           'SoftBinAPLoss', 'BlackBoxAPLoss', 'HISTLoss']
+           'PairLoss', 'ProxyLoss', 'NormSoftmaxLoss', 'AMSoftmaxLoss', 'CrossEntropyLoss', 'ProxyAnchorLoss',
+           'CSLLoss', 'FastAPLoss', 'SoftBinAPLoss', 'BlackBoxAPLoss', 'HISTLoss']
 
 # %% ../nbs/10_losses.ipynb #ef706de5
 import inspect, math
@@ -361,5 +361,5 @@ def make_loss(name: str, # a registered name, such as "HAPPIERLoss"
     except TypeError as e: raise ValueError(f"{name}: {e}.") from e
 
 # %% ../nbs/10_losses.ipynb #0b0a93c0
-_all_ = ["CalibrationLoss", "PairLoss", "ProxyLoss", "NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss",
+_all_ = ["CalibrationLoss", "PairLoss", "ProxyLoss", "NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "ProxyAnchorLoss", "CSLLoss",
          "FastAPLoss", "SoftBinAPLoss", "BlackBoxAPLoss", "HISTLoss"]

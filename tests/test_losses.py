@@ -12,7 +12,7 @@ from brute import (calibration, dots, hap, hrank_step, mean, ndcg_worth, of_rank
                    sup_ap, sup_step, to_embeddings, weighted)
 from hapnb.core import LOSSES, Relevance
 from hapnb.losses import (AMSoftmaxLoss, CalibrationLoss, CrossEntropyLoss, CSLLoss, HAPLoss, HAPPIERLoss, NormSoftmaxLoss, PairLoss,
-                          ROADMAPLoss, SmoothAPLoss, SmoothHAPLoss, SmoothNDCGLoss, SmoothRecallLoss, SupAPLoss, SupNDCGLoss, SupRecallLoss,
+                          ProxyAnchorLoss, ROADMAPLoss, SmoothAPLoss, SmoothHAPLoss, SmoothNDCGLoss, SmoothRecallLoss, SupAPLoss, SupNDCGLoss, SupRecallLoss,
                           make_loss)
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -218,6 +218,13 @@ def proxy_by_hand(name, loss, emb, labels):
         lin = [[(unit(z) * w).sum() + b for w, b in zip(weight, loss.bias)] for z in emb]
         if name == "CrossEntropy": return softmax_by_hand(lin, y)
         return softmax_by_hand([[30 * (v - .3 * (c == t)) for c, v in enumerate(row)] for row, t in zip(lin, y)], y)
+    if name.startswith("ProxyAnchor"):
+        pulled, pushed = [], []
+        for c in range(len(weight)):
+            own, others = [s[i][c] for i, t in enumerate(y) if t == c], [s[i][c] for i, t in enumerate(y) if t >= 0 and t != c]
+            if own: pulled.append((1 + sum((-loss.scale * (v - loss.margin)).exp() for v in own)).log())
+            if others: pushed.append((1 + sum((loss.scale * (v + loss.margin)).exp() for v in others)).log())
+        return sum(pulled) / len(pulled) + sum(pushed) / len(weight)
     table, total, known = loss.proxy_labels.tolist(), 0., [i for i, t in enumerate(y) if t >= 0]
     for i in known:
         for l, m in enumerate((.25, .45)):
@@ -230,6 +237,7 @@ PROXY = {
     "NormSoftmax": lambda C, D, table, **k: NormSoftmaxLoss(C, D, **k), "AMSoftmax": lambda C, D, table, **k: AMSoftmaxLoss(C, D, **k),
     "AMSoftmax, plain": lambda C, D, table, **k: AMSoftmaxLoss(C, D, plain=True, **k),
     "CrossEntropy": lambda C, D, table, **k: CrossEntropyLoss(C, D, **k), "CSL": lambda C, D, table, **k: CSLLoss(table, D, **k),
+    "ProxyAnchor": lambda C, D, table, **k: ProxyAnchorLoss(C, D, **k), "ProxyAnchor, other constants": lambda C, D, table, **k: ProxyAnchorLoss(C, D, .3, 8., **k),
 }
 
 
@@ -279,6 +287,42 @@ def test_labels_without_proxy_are_named(name):
     with pytest.raises(ValueError, match="dimensions"): PROXY[name](5, 6, table)(emb, table[:1].expand(9, 2))
 
 
+@pytest.mark.parametrize("level", [0, 1])
+def test_proxy_anchor_shares_add_up(level):
+    "Each image's value, unknown images included: non-negative, 0 for the unknown, and with the mean's value and gradients."
+    emb, labels, _ = proxy_problem(4)
+    labels = torch.where((torch.arange(9) % 4 == 1)[:, None], -1, labels)
+    loss = ProxyAnchorLoss(5, 4, level=level).double()
+    emb.requires_grad_()
+    leaves = [emb, loss.weight]
+    mean = loss(emb, labels)
+    want = torch.autograd.grad(mean, leaves)
+    loss.reduction = "none"
+    each = loss(emb, labels)
+    known = labels[:, level] >= 0
+    assert (each >= 0).all() and not each[~known].any() and each[known].mean().item() == pytest.approx(mean.item(), rel=1e-12)
+    for a, b in zip(torch.autograd.grad(each[known].mean(), leaves), want): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+    assert loss.terms["positive"] + loss.terms["negative"] == pytest.approx(mean.item(), rel=1e-12)  # of the values for "none", too
+
+
+@pytest.mark.parametrize("margin, scale, n, C", [(.1, 32., 40, 6), (.1, 32., 8, 30), (0., 4., 20, 5), (.5, 64., 1, 3)])
+def test_proxy_anchor_agrees_with_pytorch_metric_learning(margin, scale, n, C):
+    "Value and gradients, in float64, with more classes than images and the other way round."
+    pml = pytest.importorskip("pytorch_metric_learning.losses")
+    g = torch.Generator().manual_seed(n)
+    emb, labels = torch.randn(n, 7, generator=g, dtype=torch.float64, requires_grad=True), torch.randint(0, C, (n,), generator=g)
+    theirs, ours = pml.ProxyAnchorLoss(C, 7, margin, scale).double(), ProxyAnchorLoss(C, 7, margin, scale).double()
+    ours.weight.data = theirs.proxies.data.clone()
+    a, b = ours(emb, labels), theirs(emb, labels)
+    assert a.item() == pytest.approx(b.item(), rel=1e-9)
+    for x, y in zip(torch.autograd.grad(a, [emb, ours.weight]), torch.autograd.grad(b, [emb, theirs.proxies])): torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-11)
+
+
+def test_anchors_start_as_published():
+    torch.manual_seed(0)
+    assert ProxyAnchorLoss(800, 64).weight.std().item() == pytest.approx((2 / 800) ** .5, rel=.02)
+
+
 @pytest.mark.parametrize("lam", [0., .1, .5, 1.])
 def test_happier(lam):
     rng = np.random.RandomState(5)
@@ -301,8 +345,8 @@ def test_happier(lam):
 # --- every loss, everywhere: built by name with the depth, classes and dimensions of a batch
 
 NAMES = ["SmoothAPLoss", "SupAPLoss", "HAPLoss", "CalibrationLoss", "ROADMAPLoss", "HAPPIERLoss", "PairLoss", "NormSoftmaxLoss",
-         "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss", "SmoothHAPLoss", "SupRecallLoss", "SmoothRecallLoss", "SupNDCGLoss", "SmoothNDCGLoss", "HISTLoss"]
-PROXIES = {"HAPPIERLoss", "NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss", "HISTLoss"}
+         "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss", "SmoothHAPLoss", "SupRecallLoss", "SmoothRecallLoss", "SupNDCGLoss", "SmoothNDCGLoss", "HISTLoss", "ProxyAnchorLoss"]
+PROXIES = {"HAPPIERLoss", "NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss", "HISTLoss", "ProxyAnchorLoss"}
 LENGTHS = [n for n in NAMES if n != "HISTLoss"]  # these take `similarity`; HIST measures directions and gives its network the embeddings as they come
 TREE = torch.stack([torch.arange(6), torch.arange(6) // 2], 1)
 
@@ -396,7 +440,7 @@ def test_numbers_must_be_finite(name, bad):
         with pytest.raises(ValueError, match={"weight": "weight of calibration"}.get(k, k) + " must be .*got"): by_name(name, **{k: value})
 
 
-@pytest.mark.parametrize("name", ["NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "HAPPIERLoss"])
+@pytest.mark.parametrize("name", ["NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "HAPPIERLoss", "ProxyAnchorLoss"])
 @pytest.mark.parametrize("bad", [0, -1, 2.5, math.nan, "6"], ids=str)
 def test_sizes_must_be_whole(name, bad):
     for k in ("num_classes", "embedding_size"):
@@ -467,7 +511,7 @@ def test_same_set_by_identity_not_by_shape(name):
     (emb, y), (ref, ry) = batch(dtype=torch.float64), batch(12, 1, torch.float64)
     loss = by_name(name).double()
     assert loss(emb, y, ref_emb=emb, ref_labels=y).item() == loss(emb, y).item()
-    if name not in ("NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss", "HISTLoss"): assert loss(emb, y, ref_emb=ref, ref_labels=ry).item() != loss(emb, y).item()
+    if name not in ("NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss", "HISTLoss", "ProxyAnchorLoss"): assert loss(emb, y, ref_emb=ref, ref_labels=ry).item() != loss(emb, y).item()
 
 
 @pytest.mark.parametrize("name", NAMES)
