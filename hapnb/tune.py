@@ -583,12 +583,12 @@ def best(self: Search) -> RunConfig:
 # %% ../nbs/62_tune.ipynb #225fbd65
 @patch(as_prop=True)
 def at_edge(self: Search) -> dict:
-    "Best settings within 2 % of an end of their range: path -> end. A better value may lie beyond."
+    "Best settings in the first or last tenth of their range: path -> end. A better value may lie beyond."
     out = {}
     for k, a in self.space.items():
         if a.is_choice: continue
         u = _position(a, self.best_params[k])
-        if min(u, 1 - u) < .02: out[k] = a.low if u < .5 else a.high
+        if min(u, 1 - u) < .1: out[k] = a.low if u < .5 else a.high
     return out
 
 def _position(a, label):

@@ -143,6 +143,13 @@ def test_best(finished):
     assert isinstance(finished.best_params["sampler_args.m"], int)
 
 
+def test_at_edge(finished):
+    for k, low, high in (("lr", 1e-4, 1.0), ("loss_args.tau", 0.005, 0.2)):
+        u = math.log(finished.best_params[k] / low) / math.log(high / low)
+        assert finished.at_edge.get(k) == (low if u < 0.1 else high if u > 0.9 else None)
+    assert Search(finished.path, 1).at_edge == {}  # the base's settings lie well inside
+
+
 def test_second_call_reads_back(finished, monkeypatch):
     monkeypatch.setattr(U, "run", refuse)
     began = time.perf_counter()
