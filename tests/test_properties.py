@@ -23,7 +23,7 @@ from hapnb.metrics import evaluate
 from hapnb.ranking import Leaky, Part, Sigmoid, Step, Sup, rank_score
 from test_losses import BAD, NAMES
 
-ALL = LOSSES.names()
+ALL = [n for n in LOSSES.names() if LOSSES.get(n).__module__.startswith("hapnb.")]  # other test files register losses of their own
 every = pytest.mark.parametrize("name", ALL)
 
 
@@ -316,9 +316,12 @@ def test_well_separated_classes_give_nearly_zero(name):
     assert -1e-12 <= value <= (.35 if "Recall" in name else .16 if name == "SmoothNDCGLoss" else 2e-3)
 
 
+TIE = 1e-13
+
+
 class HalfStep(Step):
-    "The step with 1/2 at zero: a tie is half above."
-    def sums(self, sj, sk, room=None): return ((sj > sk).to(sj.dtype) + .5 * (sj == sk)).sum(-1), None
+    "The step with 1/2 at zero: a tie is half above. Copies may differ in the last bit of their scores; they are ties too."
+    def sums(self, sj, sk, room=None): return ((sj - sk > TIE).to(sj.dtype) + .5 * ((sj - sk).abs() <= TIE)).sum(-1), None
 
 
 STRICT = [dict(), dict(offset=None), dict(delta=None, offset=1.), dict(start=1., offset=None), dict(start=.5, offset=1., rho=0.),
@@ -336,9 +339,9 @@ def test_strict_constants_bound_the_step_loss_from_above(cls, d, sup):
     loss, half, true = (cls(**sup, similarity=d.similarity, reduction="none") for _ in range(3))
     half.f, true.f = HalfStep(), Step()
     bound, half, true = (run(x, d)[0] for x in (loss, half, true))
-    assert (bound >= half - 1e-12).all()
+    assert (bound >= half - 1e-9).all()
     s, l = d.scores(), d.shared()
-    tied = ((s[:, :, None] == s[:, None, :]) & (l[:, :, None] > l[:, None, :])).flatten(1).any(1)
+    tied = (((s[:, :, None] - s[:, None, :]).abs() <= TIE) & (l[:, :, None] > l[:, None, :])).flatten(1).any(1)
     assert (bound >= true - 1e-12)[~tied].all()
 
 
