@@ -32,7 +32,7 @@ _KEPT = threading.local()
 
 def _rooms(like, n, keep):
     "One room for each part; `keep`: those of the last call in this thread, because touching fresh pages takes longer than small blocks do."
-    if not keep or like.device.type != "cpu" or not readable(like): return [_Room(like) for _ in range(n)]
+    if not keep or like.device.type != "cpu" or not readable(like) or torch.is_inference_mode_enabled(): return [_Room(like) for _ in range(n)]
     kept = _KEPT.__dict__.setdefault(like.dtype, [])
     kept += [_Room(like.new_empty(0)) for _ in range(n - len(kept))]
     return kept

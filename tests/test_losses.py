@@ -686,3 +686,17 @@ def test_hierarchical_loss_of_one_level_is_supap(p):
     ref = {} if p.square else dict(ref_emb=torch.tensor(p.r), ref_labels=torch.tensor(one.rl))
     values = [loss(torch.tensor(p.q), torch.tensor(one.ql), **ref).item() for loss in (SupAPLoss(**args), HAPLoss(**args))]
     assert values[0] == pytest.approx(values[1], rel=1e-9, abs=1e-12) == a
+
+
+def test_training_after_inference_mode():
+    "Memory that the engine keeps between calls must not come from inference mode, where tensors cannot be written to later."
+    import threading
+    def work(out):  # a thread of its own has kept nothing yet
+        x = torch.randn(24, 8, requires_grad=True)
+        with torch.inference_mode(): HAPLoss()(x, torch.arange(24) // 4)
+        HAPLoss()(x, torch.arange(24) // 4).backward()
+        out.append(x.grad.abs().sum())
+    found = []
+    thread = threading.Thread(target=work, args=(found,))
+    thread.start(), thread.join()
+    assert found and found[0] > 0
