@@ -1,5 +1,5 @@
 "Datasets: splits, loaders, bad input, the bundled images and their recipe."
-import hashlib, io, json, os, shutil, tarfile
+import hashlib, importlib.util, io, json, os, shutil, sys, tarfile
 
 import numpy as np
 import pandas as pd
@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hapnb import emoji
-from hapnb.data import BytesStore, RetrievalDataset, decode, encode, load, name_hash, split_classes
+from hapnb import data, emoji
+from hapnb.data import BytesStore, RetrievalDataset, check_gaps, decode, encode, load, name_hash, split_classes
 from hapnb.core import check_labels
 
 
@@ -342,3 +342,191 @@ def test_encode_is_lossless():
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="1 images, 2 rows of labels"):
         RetrievalDataset(BytesStore([b""], ["x"]), torch.zeros(2, 1).long(), [["a"]], ("c",))
+
+
+# ---- decoding at a smaller scale
+
+def photo(size, kind="JPEG", **kw):
+    out = io.BytesIO()
+    x = np.linspace(0, 255, size[0] * size[1] * 3).reshape(size[1], size[0], 3).astype(np.uint8)
+    Image.fromarray(x).save(out, kind, **kw)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("size", [(1000, 600), (601, 1203), (257, 256), (64, 64), (4001, 3000)])
+@pytest.mark.parametrize("at_least", [1, 64, 224, 256, 600])
+def test_a_jpeg_never_comes_out_too_small(size, at_least):
+    full, small = decode(photo(size)), decode(photo(size), at_least)
+    assert min(small.size) >= min(at_least, min(size)) and small.width <= size[0]
+    if min(size) >= 2 * at_least: assert small.width < size[0]  # at least halved
+    if min(size) < 2 * at_least: assert small.size == size
+    want = np.asarray(full.resize(small.size, Image.BOX), dtype=float)
+    assert abs(np.asarray(small, dtype=float) - want).mean() < 4  # the same picture
+
+
+def test_at_least_leaves_other_formats_alone_and_turns_photos():
+    assert decode(photo((400, 300), "PNG"), 20).size == (400, 300)
+    im = Image.new("RGB", (800, 400), "red")
+    exif, out = im.getexif(), io.BytesIO()
+    exif[0x0112] = 6
+    im.save(out, "JPEG", exif=exif)
+    assert decode(out.getvalue(), 100).size == (100, 200)
+    grey = io.BytesIO(); Image.new("L", (800, 400), 9).save(grey, "JPEG")
+    assert decode(grey.getvalue(), 100).getpixel((0, 0)) == (9, 9, 9)
+
+
+def test_dataset_shrinks_items_but_not_images():
+    ds = RetrievalDataset(BytesStore([photo((800, 400))] * 2, "ab"), torch.tensor([[0], [1]]), [["a", "b"]], ("c",))
+    assert ds[0][0].size == (800, 400) and ds.image(0, 100).size == (200, 100)
+    ds.at_least = 100
+    assert ds[0][0].size == ds.subset([1])[0][0].size == (200, 100) and ds.image(0).size == (800, 400)
+
+
+def test_a_store_of_pil_images():
+    class Store(BytesStore):
+        def read(self, i): return Image.new("RGB", (5, 4), "red")
+    ds = RetrievalDataset(Store([b"", b""], "ab"), torch.tensor([[0], [1]]), [["a", "b"]], ("c",))
+    assert ds.image(1).size == (5, 4) and ds.check() is ds
+
+
+# ---- protocol, gaps
+
+def test_protocol_is_kept_and_does_not_change_the_data():
+    make = lambda **kw: RetrievalDataset(BytesStore([b"1"] * 3, "abc"), torch.tensor([[0], [0], [1]]), [["a", "b"]], ("c",), fingerprint="f", **kw)
+    plain, ds = make(), make(protocol={"kind": "query-gallery"})
+    assert plain.protocol == {} and ds.subset([0, 2], relabel=True).protocol == {"kind": "query-gallery"}
+    assert ds.fingerprint == plain.fingerprint and ds.subset([0]).fingerprint == plain.subset([0]).fingerprint
+
+
+def test_gaps():
+    labels = torch.tensor([[5, -1, -1], [5, -1, -1], [-1, 2, -1], [-1, 2, -1], [-1, -1, 0], [6, 2, 0]])
+    args = (BytesStore([b""] * 6, "abcdef"), labels, [list("abcdefg"), list("xyz"), ["r"]], ("fine", "middle", "coarse"))
+    with pytest.raises(ValueError, match="not a tree"): RetrievalDataset(*args)
+    ds = RetrievalDataset(*args, gaps=True)
+    part = ds.subset([1, 2, 5], relabel=True)
+    assert part.labels.tolist() == [[0, -1, -1], [-1, 0, -1], [1, 0, 0]] and part.class_names == [["f", "g"], ["z"], ["r"]] and part.gaps
+    assert ds.counts().classes.tolist() == [2, 1, 1] and ds.counts().most.tolist() == [2, 3, 2]
+    with pytest.raises(ValueError, match="levels 0 and 1 are not a tree"): check_gaps([[0, 1, -1], [0, 2, -1]])
+    with pytest.raises(ValueError): check_gaps([[0], [-2]])
+    with pytest.raises(ValueError): check_gaps([[0, 1], [-2, 1]])
+    assert check_gaps([0, -1]).shape == (2, 1)
+
+
+# ---- published datasets: what they share
+
+def test_every_name_can_be_found():
+    for name in data.LATER:
+        if importlib.util.find_spec(data.LATER[name]) is None: continue
+        assert callable(data.find_loader(name))
+        if name != "emoji": assert data.source_of(name).name == name
+    with pytest.raises(ValueError, match="no source is known for 'sopp'. Did you mean 'sop'"): data.source_of("sopp")
+
+
+def test_find_root(tmp_path):
+    (tmp_path / "given" / "inside").mkdir(parents=True)
+    (tmp_path / "given" / "inside" / "b.txt").write_text("x")
+    data.add_source(data.Source("found", "Found", "p", "https://example.org", "1 MB", "unknown", "l", ("a.txt | b.txt",), folders=("inside",)))
+    try:
+        assert data.find_root(tmp_path / "given", ("a.txt | b.txt",), "found") == tmp_path / "given" / "inside" == data.find_root(tmp_path / "given/inside", ("b.txt",), "found")
+        with pytest.raises(FileNotFoundError, match=r"c.txt is missing; .*inside holds b.txt. Get it from https://example.org \(1 MB\)"): data.find_root(tmp_path / "given", ("b.txt", "c.txt"), "found")
+        with pytest.raises(FileNotFoundError, match="is a file"): data.find_root(tmp_path / "given/inside/b.txt", ("b.txt",), "found")
+    finally: del data.SOURCES["found"]
+
+
+def test_check_counts(parts):
+    n, c = len(parts["test"]), tuple(map(len, parts["test"].class_names))
+    assert data.check_counts(parts["test"], {"test": dict(images=n, classes=c), "train": dict(images=1)}) is parts["test"]
+    assert data.check_counts(parts["test"], {"test": dict(images=None, classes=(None, c[1]))}) is parts["test"]
+    with pytest.raises(ValueError, match=rf"emoji/test has {n:,} images, expected 7; {c[1]} classes at level 1, expected 9"): data.check_counts(parts["test"], {"test": dict(images=7, classes=(None, 9))})
+
+
+def test_read_commas(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes('\ufeffpath, fine_id , note\r\n a.jpg, 007,"x, y"\r\nb.jpg,NA,\r\n'.encode())
+    assert data.read_commas(path, ["fine_id", "path", "note"]).values.tolist() == [["007", "a.jpg", "x, y"], ["NA", "b.jpg", ""]]
+    path.write_text("a,b\n1,2\n3\n")
+    with pytest.raises(ValueError, match=r"t\.csv: .*Expected 2 columns, got 1.*Fetch the file again"): data.read_commas(path, ["a"])
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="no column 'bb'. Did you mean 'b'"): data.read_commas(path, ["bb"])
+    assert data.read_commas(path, ["x", "y"], header=False).x.tolist() == ["a", "1"]
+    path.write_text("")
+    with pytest.raises(ValueError, match="has no rows"): data.read_commas(path, ["a"])
+
+
+# ---- Hugging Face
+
+def hf_images():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)) for _ in range(24)]
+
+
+@pytest.fixture
+def hf():
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    features = datasets.Features(dict(image=datasets.Image(), species=datasets.ClassLabel(names=[f"s{i}" for i in range(8)]), kind=datasets.Value("string")))
+    return datasets.Dataset.from_dict(dict(image=hf_images(), species=[i // 3 for i in range(24)], kind=["bird"] * 12 + ["fish"] * 12), features=features)
+
+
+def test_huggingface(hf):
+    ds = {s: data.from_huggingface(hf, ["species", "kind"], split=s) for s in ("train", "test", "all")}
+    assert ds["all"].level_names == ("species", "kind") and ds["all"].class_names == [[f"s{i}" for i in range(8)], ["bird", "fish"]]
+    assert not classes(ds["train"]) & classes(ds["test"]) and len(ds["train"]) + len(ds["test"]) == 24
+    for i in (0, 7, 11):
+        j = int(ds["test"].index[i])
+        assert np.array_equal(np.asarray(ds["test"].image(i)), np.asarray(hf_images()[j])) and ds["test"].class_names[0][ds["test"].labels[i, 0]] == f"s{j // 3}"
+    ds["all"].check()
+    assert data.from_huggingface(hf, "species", split="test").level_names == ("species",)
+    assert data.from_huggingface(hf.with_format("torch"), ["species", "kind"]).fingerprint == ds["test"].fingerprint
+    assert len(torch.utils.data.DataLoader(ds["test"], 4, collate_fn=list)) == 3
+
+
+def test_huggingface_fingerprint(hf):
+    print_of = lambda d: data.from_huggingface(d, ["species", "kind"], split="all").fingerprint
+    assert print_of(hf) == print_of(hf.select(range(24))) != print_of(hf.shuffle(seed=1))
+    shuffled = data.from_huggingface(hf.shuffle(seed=1), ["species", "kind"], split="all")
+    assert sorted(np.asarray(shuffled.image(i)).tobytes() for i in range(24)) == sorted(np.asarray(im).tobytes() for im in hf_images())
+    other = hf.map(lambda r: {"species": 7 - r["species"], "kind": "fish" if r["kind"] == "bird" else "bird"})
+    assert print_of(other) != print_of(hf)
+
+
+def test_huggingface_parts(hf, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    dd = datasets.DatasetDict(train=hf.select(range(18)), test=hf.select(range(18, 24)))
+    test = data.from_huggingface(dd, ["species", "kind"])
+    assert classes(test) == {"s6", "s7"} and np.array_equal(np.asarray(test.image(5)), np.asarray(hf_images()[23]))
+    assert len(data.from_huggingface(dd, "species", split="val", val=3)) == 6
+    both = data.from_huggingface(dd, ["species", "kind"], keep_split=False)
+    assert len(both) == 12 and np.array_equal(np.asarray(both.image(11)), np.asarray(hf_images()[int(both.index[11])]))
+    with pytest.raises(ValueError, match="part 'extra' .*keep_split=False"): data.from_huggingface(datasets.DatasetDict(train=hf, extra=hf), "species")
+    dd.save_to_disk(tmp_path / "saved"); hf.save_to_disk(tmp_path / "one")
+    assert load("huggingface", "test", tmp_path / "saved", levels=["species", "kind"]).fingerprint == test.fingerprint
+    assert len(load("huggingface", "test", tmp_path / "one", levels="species")) == 12
+
+
+@pytest.mark.parametrize("kind", ["paths", "bytes"])
+def test_huggingface_other_images(hf, tmp_path, kind):
+    datasets = pytest.importorskip("datasets")
+    for i, im in enumerate(hf_images()): im.save(tmp_path / f"{i}.png")
+    cells = [str(tmp_path / f"{i}.png") if kind == "paths" else (tmp_path / f"{i}.png").read_bytes() for i in range(24)]
+    ds = data.from_huggingface(datasets.Dataset.from_dict(dict(photo=cells, label=[i // 3 for i in range(24)])), "label", "photo", "all")
+    assert np.array_equal(np.asarray(ds.image(9)), np.asarray(hf_images()[9])) and ds.class_names == [[str(i) for i in range(8)]]
+    if kind == "paths":
+        os.remove(cells[4])
+        with pytest.raises(OSError, match=r"cannot read image 4 .*row 4: No such file"): ds.image(4)
+
+
+def test_huggingface_errors(hf, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    with pytest.raises(ValueError, match="no column 'specie'. Did you mean 'species'"): data.from_huggingface(hf, ["specie"])
+    with pytest.raises(ValueError, match="no column 'img' with images.*image"): data.from_huggingface(hf, "species", "img")
+    gap = datasets.Dataset.from_dict(dict(image=["a", "b"], kind=["x", None]))
+    with pytest.raises(ValueError, match=r"row 1 .*no value in column 'kind'; 1 rows"): data.from_huggingface(gap, "kind")
+    unknown = hf.map(lambda r: {"species": -1 if r["species"] == 2 else r["species"]})
+    with pytest.raises(ValueError, match=r"row 6 .*has label -1 in column 'species', which means unknown; 3 rows"): data.from_huggingface(unknown, "species")
+    with pytest.raises(FileNotFoundError, match="written by `save_to_disk`"): load("huggingface", "test", tmp_path, levels=["species"])
+    with pytest.raises(ValueError, match="data_dir is missing"): load("huggingface", levels=["species"])
+
+
+def test_without_the_package(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="pip install datasets"): load("huggingface", "test", tmp_path, levels=["label"])
