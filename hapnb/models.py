@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['POOLINGS', 'FEATURE_FORMAT', 'CHUNK', 'TrunkInfo', 'Trunk', 'read_weights', 'load_weights', 'file_hash', 'lite0_file',
            'lite0_state', 'lite0_trunk', 'make_trunk', 'trunk_info', 'BNInception', 'bn_inception_trunk', 'AvgPool',
-           'MaxPool', 'AvgMaxPool', 'GeMPool', 'make_pooling', 'Head', 'RetrievalNet', 'ToBGR', 'train_transform',
-           'test_transform', 'fold_batchnorm', 'weights_hash', 'cached_features']
+           'MaxPool', 'AvgMaxPool', 'GeMPool', 'make_pooling', 'UnitLength', 'Head', 'trunk_stages', 'RetrievalNet',
+           'ToBGR', 'train_transform', 'test_transform', 'fold_batchnorm', 'weights_hash', 'cached_features']
 
 # %% ../nbs/25_models.ipynb #d733ec7f
-import contextlib, hashlib, importlib.util, json, os, platform, re, shutil, sys, warnings
+import argparse, contextlib, hashlib, importlib, importlib.util, json, os, platform, re, shutil, sys, warnings
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -69,6 +69,7 @@ def read_weights(path, # .safetensors, or .pth / .pt of tensors
     "Read tensors from a file without unpickling; errors name the file."
     path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f"no file of weights at {path}.")
+    torch.serialization.add_safe_globals([argparse.Namespace])  # a bare container of settings
     try: state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch and safetensors raise many types for a broken file
         raise ValueError(f"{path} cannot be read as {'safetensors' if path.suffix == '.safetensors' else 'tensors (torch.load, weights_only=True)'}: "
@@ -80,7 +81,7 @@ def read_weights(path, # .safetensors, or .pth / .pt of tensors
     return {k: v for k, v in state.items() if torch.is_tensor(v)}
 
 # %% ../nbs/25_models.ipynb #3ada1d35
-_PREFIXES = ("", "module.", "net.", "trunk.", "trunk.net.", "module.trunk.net.", "backbone.", "model.", "encoder.")
+_PREFIXES = ("", "module.", "net.", "trunk.", "trunk.net.", "module.trunk.net.", "backbone.", "model.", "encoder.", "module.backbone.")
 
 def load_weights(net: nn.Module, # filled in place
                  state: dict, # name -> tensor
@@ -89,9 +90,11 @@ def load_weights(net: nn.Module, # filled in place
     "Fill `net`; `ValueError` says which of its tensors are missing or have another shape."
     want = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     prefix = max(_PREFIXES, key=lambda p: sum(p + k in state for k in want))
-    missing = [k for k in want if prefix + k not in state]
+    own = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+    if "pos_embed" in want: own = importlib.import_module("hapnb.trunks").fit_tokens(net, own)  # transformers: other tokens, other image size
+    missing = [k for k in want if k not in own]
     if missing: raise ValueError(f"{where} does not fit: {len(missing)} of {len(want)} tensors are missing, first {missing[0]!r}; the file begins with {next(iter(state))!r}.")
-    flat = {k: t[0] if t.shape == (1, *v.shape) else t for k, v in want.items() for t in (state[prefix + k],)}  # Caffe: [1, C] for [C]
+    flat = {k: t[0] if t.shape == (1, *v.shape) else t for k, v in want.items() for t in (own[k],)}  # Caffe: [1, C] for [C]
     wrong = [k for k, v in want.items() if flat[k].shape != v.shape]
     if wrong: raise ValueError(f"{where} does not fit: {wrong[0]!r} has shape {tuple(flat[wrong[0]].shape)}, the trunk wants {tuple(want[wrong[0]].shape)}.")
     net.load_state_dict(flat, strict=False)
@@ -160,7 +163,7 @@ def _resnet(name, pretrained):
         load_weights(net, _fetch(name, lambda: weights.get_state_dict(progress=False, check_hash=True, weights_only=True)), name)
     return Trunk(net, TrunkInfo(name, full.fc.in_features, weights="torchvision IMAGENET1K_V1" if pretrained else "random"))
 
-for _name in ("resnet34", "resnet50"):
+for _name in ("resnet34", "resnet50", "resnet101"):
     TRUNKS.register(_name)(lambda pretrained=True, _name=_name: _resnet(_name, pretrained))
 
 # %% ../nbs/25_models.ipynb #fad6fc65
@@ -181,6 +184,7 @@ def make_trunk(name: str = "tf_efficientnet_lite0", # a registered trunk, or any
                ) -> Trunk:
     "Build a trunk; `ValueError` names the nearest known one, `RuntimeError` explains a failed download."
     path = pretrained if isinstance(pretrained, (str, Path)) else None
+    if name not in TRUNKS: importlib.import_module("hapnb.trunks")  # the later notebook registers its own
     build = TRUNKS.get(name) if name in TRUNKS else lambda pretrained, **a: _timm_trunk(name, pretrained, **a)
     trunk = build(pretrained=bool(pretrained) and path is None, **args)
     if path is not None:
@@ -306,22 +310,32 @@ def make_pooling(pooling) -> nn.Module: # from a name, or a module as it is
     if pooling not in POOLINGS: raise ValueError(f"unknown pooling {pooling!r}.{nearest(pooling, POOLINGS)} Known: {', '.join(POOLINGS)}.")
     return POOLINGS[pooling]()
 
+# %% ../nbs/25_models.ipynb #087fb30b
+def _unit(x): return F.normalize(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=-1)
+
+class UnitLength(nn.Module):
+    "Divide each row by its length, in float32 or better."
+    def forward(self, x): return _unit(x)
+
+_BEFORE = {"layernorm": lambda n: nn.LayerNorm(n, elementwise_affine=False), "l2": lambda n: UnitLength()}
+
 # %% ../nbs/25_models.ipynb #3f6cf004
 class Head(nn.Module):
     "Pool, normalise, project: a map `[B, C, H, W]` or features `[B, C]` to embeddings `[B, D]` of unit length."
     def __init__(self, in_features: int, # C
                  embed_dim: int = 512, # D; None = no projection
-                 norm: str = "layernorm", # LayerNorm without weights before the projection; "after" it (HIST); or None
+                 norm: str = "layernorm", # LayerNorm without weights before the projection; "l2" = unit length before it; "after" = LayerNorm after it (HIST); or None
                  pooling="avg", # a name or a module
                  normalise: bool = True, # False: not of unit length while training (HIST)
-                 init: str = "default", # of the projection: torch's, or "kaiming" (HIST)
+                 init: str = "default", # of the projection: torch's, "kaiming" (HIST), or "whitening" (torch's until `whiten_` is called)
                  ):
         super().__init__()
-        for v, known in ((norm, ("layernorm", "after", None)), (init, ("default", "kaiming"))):
+        for v, known in ((norm, ("layernorm", "l2", "after", None)), (init, ("default", "kaiming", "whitening"))):
             if v not in known: raise ValueError(f"unknown value {v!r} for a head; known: {', '.join(map(repr, known))}.")
+        if init == "whitening" and not embed_dim: raise ValueError("whitening is a start of the projection: give embed_dim.")
         self.out_features, self.normalise = embed_dim or in_features, normalise
         self.pool = make_pooling(pooling)
-        self.norm = nn.LayerNorm(in_features, elementwise_affine=False) if norm == "layernorm" else nn.Identity()
+        self.norm = _BEFORE[norm](in_features) if norm in _BEFORE else nn.Identity()
         self.proj = nn.Linear(in_features, embed_dim) if embed_dim else nn.Identity()
         self.after = nn.LayerNorm(self.out_features, elementwise_affine=False) if norm == "after" else nn.Identity()
         if init == "kaiming" and embed_dim:
@@ -333,13 +347,55 @@ class Head(nn.Module):
 def from_pooled(self: Head, pooled: Tensor): # [B, C]
     "Embed features that are pooled already (cached ones)."
     z = self.after(self.proj(self.norm(pooled)))
-    if not self.normalise and self.training: return z
-    return F.normalize(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z, dim=-1)
+    return z if not self.normalise and self.training else _unit(z)
 
 @patch
 def forward(self: Head, features):
     "Turn a trunk's features into embeddings."
     return self.from_pooled(self.pool(features))
+
+# %% ../nbs/25_models.ipynb #e7931a7d
+@patch
+@torch.no_grad()
+def whiten_(self: Head, pooled: Tensor, # [N, C] of training images, as they come from the pooling
+            ) -> Head: # itself
+    "Set the projection to PCA whitening of these features (computed in float64); it can learn afterwards."
+    if not isinstance(self.proj, nn.Linear): raise ValueError("a head without projection (embed_dim=None) cannot be whitened.")
+    (D, C), x = self.proj.weight.shape, self.norm(pooled.detach().double().cpu())
+    if x.ndim != 2 or x.shape[1] != C or len(x) < 2: raise ValueError(f"whitening needs features [N, {C}] of at least 2 images, got {tuple(pooled.shape)}.")
+    if D > C: raise ValueError(f"whitening cannot make {D} numbers of {C}; embed_dim must be at most {C}.")
+    if not bool(x.isfinite().all()): raise ValueError(f"features of row {int((~x.isfinite()).any(1).nonzero()[0, 0])} are not finite.")
+    weight, bias = _whitening(x, D)
+    self.proj.weight.copy_(weight)
+    self.proj.bias.copy_(bias)
+    return self
+
+# %% ../nbs/25_models.ipynb #50497ae7
+def _whitening(x, D):
+    "Weight [D, C] and bias [D] of PCA whitening of `x [N, C]`."
+    mean = x.mean(0)
+    values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+    values, U = values.flip(0)[:D], vectors.flip(1)[:, :D].T  # largest first; a direction is a row
+    U = U * U.gather(1, U.abs().argmax(1, keepdim=True)).sign()
+    alive = values > values[0].clamp(min=torch.finfo(x.dtype).tiny) * 1e-10
+    alive &= torch.arange(D) < len(x) - 1
+    if not alive.any(): raise ValueError(f"the features of all {len(x)} images are equal; there is nothing to whiten.")
+    if not alive.all(): warnings.warn(f"{len(x)} images vary in {int(alive.sum())} directions only; the other {int((~alive).sum())} rows of the projection start at zero. "
+                                      "Whiten with more images, or choose a smaller embed_dim.", RuntimeWarning)
+    weight = torch.where(alive[:, None], U / values.clamp(min=torch.finfo(x.dtype).tiny).sqrt()[:, None], 0.)
+    return weight, -weight @ mean
+
+# %% ../nbs/25_models.ipynb #b90c3c60
+_STEM = re.compile(r"(patch_embed|\w+_token|pos_embed|pos_drop|patch_drop|norm_pre|conv_stem|stem\w*|conv[1-3](_\w+)?|bn1|act1|relu|maxpool[12]?)(\.|$)")
+_STAGE = re.compile(r"(?:blocks|layers|stages)\.(\d+)|layer(\d+)|inception_?(\d)")
+
+def trunk_stages(trunk: nn.Module) -> dict: # name of a module or parameter -> 0 (stem), 1, 2, ...
+    "Number a trunk's stem and blocks; what comes after the last block is left out. Empty where no blocks are found."
+    net = getattr(trunk, "net", trunk)
+    names = [n for n, _ in (*net.named_modules(), *net.named_parameters())]
+    number = {n: int(next(g for g in m.groups() if g)) for n in names if (m := _STAGE.match(n))}
+    order = sorted(set(number.values()))
+    return {n: 0 for n in names if order and _STEM.match(n)} | {n: order.index(i) + 1 for n, i in number.items()}
 
 # %% ../nbs/25_models.ipynb #b5e6c9a1
 class RetrievalNet(nn.Module):
@@ -350,7 +406,8 @@ class RetrievalNet(nn.Module):
                  freeze: str = "none", # "none", "bn" or "trunk"
                  normalise: bool = True, # False: embeddings not of unit length while training
                  bn_affine: bool = True, # with freeze="bn": let scale and shift learn
-                 init: str = "default", # of the projection: torch's, or "kaiming"
+                 init: str = "default", # of the projection: torch's, "kaiming" or "whitening"
+                 freeze_blocks: int = 0, # blocks (stages of a ResNet) that stand still, with the stem before them
                  **trunk_args):
         super().__init__()
         if freeze not in ("none", "bn", "trunk"): raise ValueError(f"unknown freeze {freeze!r}.{nearest(freeze, ('none', 'bn', 'trunk'))} Known: none, bn, trunk.")
@@ -358,6 +415,7 @@ class RetrievalNet(nn.Module):
         self.head = Head(trunk_info(self.trunk).features, embed_dim, norm, pooling, normalise, init)
         self.freeze, self.embed_dim = freeze, self.head.out_features
         fixed = self.trunk.parameters() if freeze == "trunk" else [p for m in self._norms() for p in m.parameters()] if freeze == "bn" and not bn_affine else []
+        self._freeze_first(freeze_blocks)
         for p in fixed: p.requires_grad_(False)
         self.train(self.training)
 
@@ -375,7 +433,25 @@ def train(self: RetrievalNet, mode: bool = True):
     "Switch to training, but leave frozen parts in evaluation mode."
     nn.Module.train(self, mode)
     for m in {"none": [], "bn": self._norms(), "trunk": [self.trunk]}[self.freeze]: m.eval()
+    for m in self._first("modules"): m.eval()
     return self
+
+# %% ../nbs/25_models.ipynb #d4427f71
+@patch
+def _first(self: RetrievalNet, kind): # "modules" or "parameters" of the blocks that stand still
+    if not self.freeze_blocks: return []
+    stages, named = trunk_stages(self.trunk), getattr(getattr(self.trunk, "net", self.trunk), f"named_{kind}")
+    return [x for n, x in named() if stages.get(n, self.freeze_blocks + 1) <= self.freeze_blocks]
+
+@patch
+def _freeze_first(self: RetrievalNet, n):
+    "Check `freeze_blocks` and stop the gradients of those blocks."
+    last = max(trunk_stages(self.trunk).values(), default=0)
+    if type(n) is not int or not 0 <= n <= last:
+        known = f"has {last} blocks" if last else "has no blocks whose names are known; use freeze='trunk' or 'bn'"
+        raise ValueError(f"freeze_blocks={n!r} does not fit: the trunk {trunk_info(self.trunk).name} {known}.")
+    self.freeze_blocks = n
+    for p in self._first("parameters"): p.requires_grad_(False)
 
 # %% ../nbs/25_models.ipynb #18fee378
 class ToBGR(nn.Module):
@@ -386,17 +462,25 @@ def _last_steps(info):
     steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(info.mean), list(info.std))]
     return steps + [ToBGR()] * (info.channels == "BGR")
 
+def _mode(name):
+    known = [m.value for m in v2.InterpolationMode]
+    if name not in known: raise ValueError(f"unknown interpolation {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
+    return v2.InterpolationMode(name)
+
 def train_transform(trunk, # a name, Trunk, network or TrunkInfo
                     size: int = None, # side of the result, pixels; default: the trunk's own
                     scale: tuple = (0.16, 1.0), # share of the image's area in a crop
                     ratio: tuple = (0.75, 1.33), # width to height of a crop
                     flip: float = 0.5, # probability of a horizontal flip; 0 for images that must not be mirrored
                     resize: int = None, # resize the shorter side to this first (HAPPIER on SOP: 256)
+                    square: bool = False, # True: resize both sides, changing proportions
+                    interpolation: str = None, # "bilinear", "bicubic", ...; default: the trunk's own
                     ) -> v2.Compose: # PIL RGB -> float tensor [3, size, size]
     "Random crops and flips, as in the papers."
     info = trunk_info(trunk)
-    mode = v2.InterpolationMode(info.interpolation)
-    first = [v2.Resize(resize, mode)] if resize else []
+    if square and not resize: raise ValueError("square=True says how to resize; give resize too.")
+    mode = _mode(interpolation or info.interpolation)
+    first = [v2.Resize((resize, resize) if square else resize, mode)] if resize else []
     mirror = [v2.RandomHorizontalFlip(flip)] if flip else []
     return v2.Compose(first + [v2.RandomResizedCrop(size or info.image_size, scale, ratio, mode)] + mirror + _last_steps(info))
 
@@ -405,24 +489,28 @@ def test_transform(trunk, # a name, Trunk, network or TrunkInfo
                    size: int = None, # side of the result, pixels; default: the trunk's own
                    crop_pct: float = None, # part of the resized side that the centre crop keeps; default: the trunk's own
                    square: bool = False, # True: resize to a square first, changing proportions (HAPPIER on SOP)
+                   resize: int = None, # instead of crop_pct: resize the shorter side to this, pixels
+                   interpolation: str = None, # "bilinear", "bicubic", ...; default: the trunk's own
                    ) -> v2.Compose: # PIL RGB -> float tensor [3, size, size]
     "Resize and cut out the centre; nothing random."
     info = trunk_info(trunk)
+    if resize and crop_pct: raise ValueError("give resize (pixels) or crop_pct (part that is kept), not both.")
     size, crop_pct = size or info.image_size, crop_pct or info.crop_pct
     if not 0 < crop_pct <= 1: raise ValueError(f"crop_pct must be above 0 and at most 1, got {crop_pct}.")
-    side = round(size / crop_pct)
-    return v2.Compose([v2.Resize((side, side) if square else side, v2.InterpolationMode(info.interpolation)), v2.CenterCrop(size)] + _last_steps(info))
+    side = resize or round(size / crop_pct)
+    if side < size: raise ValueError(f"resize={resize} is less than the crop of {size} pixels.")
+    return v2.Compose([v2.Resize((side, side) if square else side, _mode(interpolation or info.interpolation)), v2.CenterCrop(size)] + _last_steps(info))
 
 test_transform.__test__ = False  # its name looks like a test to pytest
 
 # %% ../nbs/25_models.ipynb #a6bf0d92
 _PAIRS = (("conv_stem", "bn1"), ("conv_head", "bn2"), ("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 _BLOCKS = {"InvertedResidual": (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")),
-           "DepthwiseSeparableConv": (("conv_dw", "bn1"), ("conv_pw", "bn2"))}
+           "DepthwiseSeparableConv": (("conv_dw", "bn1"), ("conv_pw", "bn2")), "BasicConv2d": (("conv", "bn"),)}
 
 def fold_batchnorm(trunk: nn.Module, # in evaluation mode; unchanged
                    ) -> nn.Module: # a copy; the same function up to rounding
-    "Work BatchNorm into the convolutions before it, where the layer order is known (EfficientNet, ResNet, BN-Inception)."
+    "Work BatchNorm into the convolutions before it, where the layer order is known (EfficientNet, ResNet, GoogLeNet, BN-Inception)."
     out = deepcopy(trunk).eval()
     for m in out.modules():
         named = tuple((n, f"{n}_bn") for n in m._modules if f"{n}_bn" in m._modules)  # BN-Inception says what belongs together

@@ -1,4 +1,5 @@
 """Trunks, poolings, heads, frozen parts and the feature cache. No network is used."""
+import argparse
 import errno
 import json
 import os
@@ -19,8 +20,8 @@ from torch import nn
 import hapnb.core
 from hapnb import models
 from hapnb.core import TRUNKS
-from hapnb.models import (GeMPool, Head, RetrievalNet, Trunk, TrunkInfo, cached_features, fold_batchnorm, lite0_state,
-                          make_pooling, make_trunk, read_weights, train_transform, trunk_info, weights_hash)
+from hapnb.models import (GeMPool, Head, RetrievalNet, Trunk, TrunkInfo, cached_features, fold_batchnorm, lite0_state, load_weights,
+                          make_pooling, make_trunk, read_weights, train_transform, trunk_info, trunk_stages, weights_hash)
 
 prepare = models.test_transform
 LITE0 = "tf_efficientnet_lite0"
@@ -374,7 +375,7 @@ def test_a_batch_of_bytes_is_prepared_like_single_images():
 
 # ---- folding
 
-@pytest.mark.parametrize("name", [LITE0, "resnet34", "timm/resnet26", "timm/mobilenetv3_small_050", "bn_inception"])
+@pytest.mark.parametrize("name", [LITE0, "resnet34", "timm/resnet26", "timm/mobilenetv3_small_050", "bn_inception", "googlenet"])
 def test_folding_keeps_the_function(name):
     torch.manual_seed(0)
     trunk = make_trunk(name, pretrained=name == LITE0).eval()
@@ -582,3 +583,405 @@ def test_shapes_on_a_fake_gpu(make):
         for mode in (True, False):
             z = net.train(mode)(x)
             assert z.shape == (2, 4) and z.device.type == "cuda"
+
+
+# ---- GoogLeNet and transformers
+
+def on_meta(name, **args):
+    with torch.device("meta"): return make_trunk(name, pretrained=False, **args)
+
+
+def parameters(net): return sum(p.numel() for p in net.parameters())
+
+
+# features, parameters with classifier as torchvision, DeiT and timm publish them (None: has none), classes
+TRANSFORMERS = {"deit_small": (384, 22_050_664), "deit_base": (768, 86_567_656), "vit_small": (384, 22_050_664), "vit_base": (768, 86_567_656),
+                "vit_small_dino": (384, 22_050_664), "vit_base_dino": (768, 86_567_656)}
+
+
+@pytest.mark.parametrize("name", ["googlenet", "resnet34", "resnet50", "resnet101"])
+def test_torchvision_trunks_have_all_parameters_but_the_classifier(name):
+    import torchvision
+    trunk = on_meta(name)
+    published = torchvision.models.get_model_weights(name).IMAGENET1K_V1.meta["num_params"]
+    assert parameters(trunk) == published - 1000 * (trunk.info.features + 1)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_have_all_parameters_but_the_classifier(name):
+    trunk, (features_, published) = on_meta(name), TRANSFORMERS[name]
+    assert trunk.info.name == name and trunk.info.features == features_ and parameters(trunk) == published - 1000 * (features_ + 1)
+    assert trunk.info.mean == ((0.5,) * 3 if name in ("vit_small", "vit_base") else (0.485, 0.456, 0.406)) and trunk.info.image_size == 224
+    assert len(trunk.net.blocks) == 12 and not hasattr(trunk.net, "dist_token")
+
+
+@pytest.mark.parametrize("name, size, map_", [("googlenet", 224, (1024, 7, 7)), ("googlenet", 100, (1024, 3, 3)), ("resnet101", 64, (2048, 2, 2)), ("deit_small", 224, (384,)),
+                                              ("deit_small", 96, (384,)), ("vit_small_dino", (64, 96), (384,)), ("vit_base", 32, (768,))])
+def test_the_further_trunks_give_maps_and_vectors(name, size, map_):
+    trunk = make_trunk(name, pretrained=False).eval()
+    with torch.inference_mode():
+        x = trunk(torch.randn(2, 3, *(size if isinstance(size, tuple) else (size, size))))
+        assert x.shape == (2, *map_) and not torch.equal(x[0], x[1]) and make_pooling("gem")(x).shape == (2, map_[0])
+
+
+def test_a_later_notebook_is_found_by_name(monkeypatch):
+    monkeypatch.setattr(TRUNKS, "_items", {k: v for k, v in TRUNKS._items.items() if k not in TRANSFORMERS and k != "googlenet"})
+    monkeypatch.delitem(sys.modules, "hapnb.trunks", raising=False)
+    with pytest.raises(ValueError, match="Did you mean 'deit_small'"): make_trunk("deit_smal", pretrained=False)
+    assert {"googlenet", *TRANSFORMERS} <= set(TRUNKS.names())
+
+
+@pytest.mark.parametrize("name, where", [("googlenet", "torchvision.models._api.load_state_dict_from_url"), ("resnet101", "torchvision.models._api.load_state_dict_from_url"),
+                                         ("deit_small", "timm"), ("vit_small_dino", "timm")])
+def test_the_further_trunks_without_a_network(name, where, monkeypatch):
+    import timm
+    real = timm.create_model
+    def offline(*a, pretrained=True, **kw):
+        if pretrained: raise OSError("no route to host")
+        return real(*a, pretrained=False, **kw)
+    monkeypatch.setattr("timm.create_model" if where == "timm" else where, offline)
+    with pytest.raises(RuntimeError, match=f"ImageNet weights of '{name[:8]}.*could not be downloaded.*no route to host.*pretrained=False"): make_trunk(name)
+    assert make_trunk(name, pretrained=False).info.weights == "random"
+
+
+def test_googlenet_is_torchvisions(tmp_path):
+    """The same answers as torchvision's class, with its own preparation of images and a file with its side classifiers."""
+    import torchvision
+    whole = torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False, transform_input=True).eval()
+    for m in whole.modules():
+        if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.5, 2)
+    torch.save(whole.state_dict(), tmp_path / "googlenet.pth")
+    trunk = make_trunk("googlenet", tmp_path / "googlenet.pth").eval()
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8))
+    usual = prepare("resnet34", 96, 1)(photo)[None]
+    with torch.inference_mode(): a, b = whole.fc(trunk(prepare(trunk, 96, 1)(photo)[None]).mean((2, 3))), whole(usual)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert b.std() > 1e-2  # not all the same
+
+
+# ---- files of transformers
+
+SMALL = dict(img_size=64, embed_dim=24, depth=3, num_heads=2)  # a DeiT-S that fits in a test
+
+
+def deit(seed, **args):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        trunk = make_trunk("deit_small", pretrained=False, **{**SMALL, **args}).eval()
+        for p in trunk.parameters(): nn.init.normal_(p, 0, 0.3)
+    return trunk
+
+
+def distilled(state):
+    "A file of distilled DeiT made of a plain one: another token, and its position between the class's and the patches'."
+    pos = state["pos_embed"]
+    return state | {"dist_token": torch.randn(1, 1, pos.shape[2]), "pos_embed": torch.cat([pos[:, :1], torch.full_like(pos[:, :1], 9), pos[:, 1:]], 1),
+                    "head.weight": torch.zeros(5, pos.shape[2]), "head_dist.weight": torch.zeros(5, pos.shape[2]), "head_dist.bias": torch.zeros(5)}
+
+
+def test_distilled_weights_in_a_plain_deit(tmp_path):
+    source, x = deit(0), torch.randn(2, 3, 64, 64)
+    torch.save({"model": distilled(source.net.state_dict()), "epoch": 299, "args": argparse.Namespace(lr=5e-4, distillation_type="hard")}, tmp_path / "deit.pth")
+    trunk = make_trunk("deit_small", tmp_path / "deit.pth", **SMALL).eval()
+    assert trunk.info.weights == "file deit.pth"
+    with torch.inference_mode(): assert torch.equal(trunk(x), source(x)) and not torch.allclose(deit(1)(x), source(x), atol=0.1)
+
+
+def test_the_downloaded_deit_is_the_distilled_one(monkeypatch):
+    import timm
+    real, asked = timm.create_model, []
+    def create(name, pretrained=False, **kw):
+        if pretrained: asked.append(name)
+        net = real(name, pretrained=False, **kw)
+        if pretrained:
+            with torch.no_grad(): net.pos_embed.copy_(torch.arange(198.)[None, :, None].expand(1, 198, 384))
+        return net
+    monkeypatch.setattr(timm, "create_model", create)
+    trunk = make_trunk("deit_small")
+    assert asked == ["deit_small_distilled_patch16_224.fb_in1k"] and "without its distillation token" in trunk.info.weights
+    assert trunk.net.pos_embed[0, :, 5].tolist() == [0, *range(2, 198)]
+
+
+def test_a_distilled_network_keeps_its_token():
+    """Loaded into a distilled DeiT, nothing is dropped."""
+    net = make_trunk("timm/deit_tiny_distilled_patch16_224", pretrained=False, img_size=64, depth=1).net
+    state = {k: v + 1 for k, v in net.state_dict().items()}
+    load_weights(net, state, "a distilled file")
+    assert all(torch.equal(net.state_dict()[k], v) for k, v in state.items()) and net.pos_embed.shape[1] == 2 + 16
+
+
+@pytest.mark.parametrize("wrap", ["plain", "teacher", "module", "timm", "whole"])
+def test_files_of_dino_and_others(tmp_path, wrap):
+    source = deit(0)
+    plain = {k: v.contiguous() for k, v in source.net.state_dict().items()}
+    other = {k: v + 1 for k, v in plain.items()}
+    head = {"head.mlp.0.weight": torch.zeros(3, 24)}
+    under = lambda p, s: {p + k: v for k, v in s.items()}
+    path = tmp_path / ("w.safetensors" if wrap in ("timm", "whole") else "w.pth")
+    if wrap == "plain": torch.save(plain, path)
+    if wrap == "teacher": torch.save({"student": under("module.backbone.", other), "teacher": under("backbone.", plain) | head, "epoch": 100, "args": argparse.Namespace(arch="vit_small")}, path)
+    if wrap == "module": torch.save(under("module.backbone.", plain) | under("module.", head), path)
+    if wrap == "timm": save_file(plain, path)
+    if wrap == "whole": save_file({k: v.contiguous() for k, v in RetrievalNet(source, embed_dim=4).state_dict().items()}, path)
+    trunk = make_trunk("vit_small_dino", path, **SMALL)
+    assert all(torch.equal(v, plain[k]) for k, v in trunk.net.state_dict().items())
+
+
+def test_settings_may_lie_beside_the_weights_but_no_code(tmp_path):
+    torch.save({"model": {"x": torch.ones(1)}, "args": argparse.Namespace(lr=1)}, tmp_path / "a.pth")
+    assert read_weights(tmp_path / "a.pth") == {"x": torch.ones(1)}
+    torch.save({"model": {"x": torch.ones(1)}, "args": argparse.Namespace(net=nn.Linear(2, 2))}, tmp_path / "b.pth")
+    with pytest.raises(ValueError, match="b.pth cannot be read.*weights_only=True"): read_weights(tmp_path / "b.pth")
+
+
+def test_damaged_files_of_transformers(tmp_path):
+    state = {k: v.contiguous() for k, v in deit(0).net.state_dict().items()}
+    def fails(state, words, name="w.safetensors"):
+        save_file(state, tmp_path / name)
+        with pytest.raises(ValueError, match=words): make_trunk("deit_small", tmp_path / name, **SMALL)
+    fails({k: v for k, v in state.items() if k != "blocks.2.attn.qkv.weight"}, "1 of .* tensors are missing, first 'blocks.2.attn.qkv.weight'")
+    fails({k: v for k, v in state.items() if k != "pos_embed"}, "missing, first 'pos_embed'")
+    fails(state | {"pos_embed": torch.zeros(1, 14, 24)}, r"'pos_embed' has shape \(1, 14, 24\), the trunk wants \(1, 17, 24\)")  # 13 patches are no square
+    fails(state | {"pos_embed": torch.zeros(17, 24)}, r"'pos_embed' has shape \(17, 24\)")
+    fails(distilled(state) | {"cls_token": torch.zeros(1, 1, 8)}, r"'cls_token' has shape \(1, 1, 8\)")
+    save_file(state, tmp_path / "cut.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-999])
+    with pytest.raises(ValueError, match="cut.safetensors cannot be read"): make_trunk("deit_small", tmp_path / "cut.safetensors", **SMALL)
+    torch.save({"model": state}, tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-999])
+    with pytest.raises(ValueError, match="cut.pth cannot be read.*Is it whole"): make_trunk("deit_small", tmp_path / "cut.pth", **SMALL)
+
+
+@pytest.mark.parametrize("size", [(96, 96), (64, 112), (64, 64)])
+def test_positions_for_other_images(tmp_path, size):
+    """Resized when the file is loaded, or on the way: the same function."""
+    source = deit(0)
+    save_file({k: v.contiguous() for k, v in source.net.state_dict().items()}, tmp_path / "w.safetensors")
+    trunk = make_trunk("deit_small", tmp_path / "w.safetensors", **SMALL | dict(img_size=size, dynamic_img_size=False)).eval()
+    assert trunk.net.pos_embed.shape[1] == 1 + size[0] * size[1] // 256
+    x = torch.randn(2, 3, *size)
+    with torch.inference_mode(): torch.testing.assert_close(trunk(x), source(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(AssertionError): trunk(torch.randn(1, 3, 32, 32))  # dynamic_img_size=False is timm's own, strict way
+
+
+def test_drop_path_is_only_in_training():
+    trunk, x = deit(0, drop_path_rate=0.5), torch.randn(8, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(trunk.eval()(x), trunk(x)) and torch.equal(trunk(x), deit(0)(x))
+        assert not torch.equal(trunk.train()(x), trunk(x))
+
+
+# ---- the first blocks stand still
+
+@pytest.mark.parametrize("name, args, n, last", [("deit_small", SMALL, 2, 3), ("timm/resnet10t", {}, 3, 4), ("resnet34", {}, 1, 4), ("googlenet", {}, 2, 3), ("bn_inception", {}, 1, 3),
+                                                 (LITE0, {}, 4, 7), ("convnext_atto", {}, 2, 4)])
+def test_frozen_blocks(name, args, n, last):
+    """No gradient below, and above it the gradients of a network that learns everywhere."""
+    torch.manual_seed(0)
+    norm = dict(freeze="none" if name in ("deit_small", "convnext_atto") else "bn")
+    a = RetrievalNet(make_trunk(name, False, **args), embed_dim=6, freeze_blocks=n, **norm).train()
+    for m in a.trunk.modules():
+        if isinstance(m, nn.BatchNorm2d): m.weight.data.uniform_(0.5, 1.5)  # timm starts some at zero
+    b = RetrievalNet(make_trunk(name, False, **args), embed_dim=6, **norm).train()
+    b.load_state_dict(a.state_dict())
+    stages, x = trunk_stages(a.trunk), torch.randn(2, 3, 64, 64)
+    assert max(stages.values()) == last and min(stages.values()) == 0
+    for net in (a, b): net(x)[:, 0].sum().backward()
+    still = {k for k, p in a.trunk.net.named_parameters() if stages.get(k, 99) <= n}
+    grads = dict(b.named_parameters())
+    for k, p in a.named_parameters():
+        if k.removeprefix("trunk.net.") in still: assert p.grad is None and not p.requires_grad and grads[k].grad is not None, k
+        elif grads[k].grad is None: assert p.grad is None and "head.norm" in k  # ConvNeXt's last norm comes after its pooling, which is ours
+        else: assert torch.equal(p.grad, grads[k].grad), k
+    assert 0 < len(still) < len(list(a.trunk.parameters()))
+    first = next(k for k, _ in a.trunk.net.named_parameters() if "token" not in k and "pos" not in k)
+    assert first in still  # the stem is part of it
+
+
+def test_tokens_and_positions_stand_still_too():
+    net = RetrievalNet(deit(0), embed_dim=None, norm=None, freeze_blocks=1)
+    still = {k.split(".")[0] for k, p in net.trunk.net.named_parameters() if not p.requires_grad}
+    assert still == {"cls_token", "pos_embed", "patch_embed", "blocks"}
+    assert {k.split(".")[1] for k, p in net.trunk.net.named_parameters() if p.requires_grad and "blocks" in k} == {"1", "2"}
+    assert net.trunk.net.norm.weight.requires_grad
+
+
+def test_dropout_rests_in_frozen_blocks():
+    trunk = deit(0, depth=4, drop_path_rate=0.6, proj_drop_rate=0.3, attn_drop_rate=0.3, pos_drop_rate=0.3)
+    net, seen = RetrievalNet(trunk, embed_dim=None, norm=None, freeze_blocks=2), {}
+    for i in (1, 2): net.trunk.net.blocks[i].register_forward_hook(lambda m, a, out, i=i: seen.setdefault(i, []).append(out.detach()))
+    x = torch.randn(4, 3, 64, 64)
+    for _ in range(2):
+        net.eval()
+        net.train()
+        net(x)
+    assert torch.equal(*seen[1]) and not torch.equal(*seen[2])
+    assert net.training and net.trunk.training and not any(m.training for b in net.trunk.net.blocks[:2] for m in b.modules()) and net.trunk.net.blocks[2].training
+
+
+def test_running_averages_rest_in_frozen_stages():
+    net = RetrievalNet("timm/resnet10t", pretrained=False, embed_dim=4, freeze_blocks=2).train()
+    before = {k: v.clone() for k, v in net.trunk.net.state_dict().items() if "running" in k}
+    net(torch.randn(4, 3, 64, 64))
+    moved = {k.split(".")[0] for k, v in net.trunk.net.state_dict().items() if k in before and not torch.equal(v, before[k])}
+    assert moved == {"layer3", "layer4"}
+
+
+def test_freeze_blocks_input():
+    for bad in (-1, 4, True, 1.0, "2"):
+        with pytest.raises(ValueError, match="freeze_blocks=.* does not fit: the trunk deit_small has 3 blocks"): RetrievalNet(deit(0), freeze_blocks=bad)
+    with pytest.raises(ValueError, match="the trunk tiny has no blocks whose names are known"): RetrievalNet(tiny_trunk(), embed_dim=4, freeze_blocks=1)
+    whole = RetrievalNet(deit(0), embed_dim=4, freeze="trunk", freeze_blocks=1)
+    assert {k.split(".")[0] for k, p in whole.named_parameters() if p.requires_grad} == {"head"} and not whole.train().trunk.training
+    everything = RetrievalNet(deit(0), embed_dim=4, freeze_blocks=3)
+    assert {k for k, p in everything.trunk.net.named_parameters() if p.requires_grad} == {"norm.weight", "norm.bias"}
+
+
+# ---- whitening
+
+def correlated(n, c, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, c, generator=g, dtype=torch.float64) @ torch.randn(c, c, generator=g, dtype=torch.float64) + torch.randn(c, generator=g, dtype=torch.float64) * 3
+
+
+@pytest.mark.parametrize("norm", [None, "l2", "layernorm"])
+def test_whitening_gives_identity_covariance(norm):
+    x = correlated(300, 12)
+    head = Head(12, 7, norm=norm, init="whitening").double()
+    z = head.whiten_(x).proj(head.norm(x)).detach()
+    torch.testing.assert_close(z.mean(0), torch.zeros(7, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(torch.cov(z.T, correction=0), torch.eye(7, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert torch.allclose(head.from_pooled(x).norm(dim=1), torch.ones(300, dtype=torch.float64)) and head.training
+
+
+def test_whitening_is_that_of_scikit_learn():
+    from sklearn.decomposition import PCA
+    x = correlated(200, 9)
+    head = Head(9, 5, norm=None, init="whitening").double().whiten_(x)
+    theirs = PCA(5, whiten=True, svd_solver="full").fit(x.numpy())
+    z = torch.tensor(theirs.transform(x.numpy())) * (200 / 199) ** .5  # scikit-learn divides by N - 1
+    torch.testing.assert_close(head.proj(x).detach().abs(), z.abs(), rtol=1e-9, atol=1e-9)
+    assert (head.proj.weight.detach().gather(1, head.proj.weight.abs().argmax(1, keepdim=True)) > 0).all()  # the sign is fixed
+
+
+def test_unit_length_stands_before_the_projection():
+    head, x = Head(6, 4, norm="l2"), torch.randn(5, 6, 3, 3)
+    torch.testing.assert_close(head(x), head(x * 7))
+    torch.testing.assert_close(head(x), nn.functional.normalize(head.proj(nn.functional.normalize(x.mean((2, 3))))))
+    assert not torch.allclose(Head(6, 4, norm=None)(x), head(x), atol=1e-3) and Head(6, 4, norm="l2").norm(x.mean((2, 3)).half()).dtype == torch.float32
+
+
+def test_whitening_with_few_images():
+    x = correlated(5, 12)
+    head = Head(12, 8, norm=None, init="whitening").double()
+    with pytest.warns(RuntimeWarning, match="5 images vary in 4 directions only; the other 4 rows"): head.whiten_(x)
+    z = head.proj(x).detach()
+    torch.testing.assert_close(torch.cov(z.T, correction=0), torch.diag(torch.tensor([1.] * 4 + [0.] * 4, dtype=torch.float64)), rtol=0, atol=1e-8)
+    flat = correlated(50, 4) @ torch.randn(4, 12, dtype=torch.float64)  # 50 images, 4 directions
+    with pytest.warns(RuntimeWarning, match="50 images vary in 4 directions"): head.whiten_(flat)
+    assert head.proj.weight.isfinite().all()
+
+
+def test_whitening_input_errors():
+    head = Head(6, 4, norm=None, init="whitening")
+    for bad, words in ((torch.randn(5, 7), r"needs features \[N, 6\]"), (torch.randn(1, 6), "at least 2 images"), (torch.ones(9, 6), "all 9 images are equal")):
+        with pytest.raises(ValueError, match=words): head.whiten_(bad)
+    x = torch.randn(9, 6)
+    x[3, 2] = float("nan")
+    with pytest.raises(ValueError, match="row 3 are not finite"): head.whiten_(x)
+    with pytest.raises(ValueError, match="without projection"): Head(6, None).whiten_(torch.randn(9, 6))
+    with pytest.raises(ValueError, match="known: 'default', 'kaiming', 'whitening'"): Head(6, 4, init="pca")
+
+
+def test_a_whitened_head_learns_and_can_be_kept(tmp_path):
+    torch.manual_seed(0)
+    net = RetrievalNet(tiny_trunk(), pooling="gem", norm="l2", embed_dim=5, init="whitening")
+    images = torch.randn(40, 3, 32, 32)
+    with torch.no_grad(): pooled = net.head.pool(net.trunk(images))
+    net.head.whiten_(pooled)
+    z = net.eval()(images)
+    assert abs(float(z.detach().mean())) < 0.1 and float(torch.linalg.eigvalsh(torch.cov(z.detach().T))[0]) > 0.05  # no direction is lost
+    net.train()(images)[:, 0].sum().backward()
+    assert net.head.proj.weight.grad.abs().max() > 0 and net.head.pool.p.grad is not None
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    again = RetrievalNet(tiny_trunk(1), pooling="gem", norm="l2", embed_dim=5)
+    from safetensors.torch import load_file
+    again.load_state_dict(load_file(tmp_path / "w.safetensors"))
+    assert torch.equal(again.eval()(images), net.eval()(images))
+
+
+# ---- sizes of the recipes
+
+def steps(t): return [str(s) for s in t.transforms[:2]]
+
+
+def test_recipe_sizes():
+    bilinear = "interpolation=InterpolationMode.BILINEAR, antialias=True"
+    assert steps(prepare("resnet34", 256, resize=288)) == [f"Resize(size=[288], {bilinear})", "CenterCrop(size=(256, 256))"]
+    assert steps(prepare("resnet34", 256, resize=288, square=True))[0] == f"Resize(size=[288, 288], {bilinear})"
+    info = trunk_info(on_meta("deit_small"))
+    assert "size=[249]" in steps(prepare(info))[0] and "BICUBIC" in steps(prepare(info))[0]
+    assert steps(prepare(info, resize=256, interpolation="bilinear")) == [f"Resize(size=[256], {bilinear})", "CenterCrop(size=(224, 224))"]
+    assert "size=[256]" in steps(train_transform("resnet34", 224, resize=256))[0] and "size=[256, 256]" in steps(train_transform("resnet34", 224, resize=256, square=True))[0]
+    assert steps(train_transform(info, interpolation="bilinear")) == [s.replace("BICUBIC", "BILINEAR") for s in steps(train_transform(info))]
+    for resize in (288, 256):
+        assert repr(prepare("resnet34", 256, resize=resize)) == repr(prepare("resnet34", 256, crop_pct=256 / resize))
+    image = Image.new("RGB", (400, 300), (9, 99, 199))
+    assert prepare("resnet34", 256, resize=288, square=True)(image).shape == train_transform("resnet34", 256, resize=288)(image).shape == (3, 256, 256)
+
+
+def test_size_errors():
+    with pytest.raises(ValueError, match="resize=224 is less than the crop of 256"): prepare("resnet34", 256, resize=224)
+    with pytest.raises(ValueError, match="not both"): prepare("resnet34", 256, crop_pct=0.9, resize=288)
+    with pytest.raises(ValueError, match="give resize too"): train_transform("resnet34", 256, square=True)
+    for f in (prepare, train_transform):
+        with pytest.raises(ValueError, match="unknown interpolation 'bicubik'. Did you mean 'bicubic'"): f("resnet34", interpolation="bicubik")
+
+
+# ---- features, precision and a GPU that is not there, for the further trunks
+
+@pytest.mark.parametrize("name, args", [("googlenet", {}), ("deit_small", SMALL)])
+def test_features_of_the_further_trunks(tmp_path, name, args):
+    torch.manual_seed(0)
+    trunk = make_trunk(name, pretrained=False, **args).eval()
+    for m in trunk.modules():
+        if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.5, 2)
+    x = cached_features(trunk, Fake(5), image_size=64, cache_dir=tmp_path, progress=False)
+    t = prepare(trunk, 64)
+    with torch.inference_mode(): y = make_pooling("avg")(trunk(torch.stack([t(Fake().image(i)) for i in range(5)])))
+    torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3 * float(y.abs().max()))
+    assert torch.equal(cached_features(trunk, Fake(5), image_size=64, cache_dir=tmp_path, progress=False), x) and len(list(tmp_path.glob("*.json"))) == 1
+    if name == "googlenet": assert not any(isinstance(m, nn.BatchNorm2d) for m in models._quick(trunk).modules())
+
+
+@pytest.mark.parametrize("name, args", [("googlenet", {}), ("deit_small", SMALL), ("timm/resnet10t", {})])
+def test_losses_in_bfloat16(name, args):
+    from hapnb.losses import CalibrationLoss, SmoothAPLoss
+    torch.manual_seed(0)
+    trunk = make_trunk(name, False, **args)
+    net, x, y = RetrievalNet(trunk, pooling="gem", embed_dim=16, freeze="bn").train(), torch.randn(12, 3, 64, 64), torch.arange(12) // 3
+    full = net(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16): half = net(x)
+    assert half.dtype == torch.float32
+    for loss in (CalibrationLoss(), SmoothAPLoss(tau=0.1)): assert abs(loss(half, y).item() - loss(full, y).item()) < 1e-2
+    half[:, 0].sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name, size, head", [("resnet101", 64, dict(pooling="gem", norm="l2", init="whitening", freeze="bn")), ("googlenet", 64, dict(pooling="avg+max")), ("bn_inception", 64, {}),
+                                              ("deit_small", 96, {}), ("deit_base", 224, {}), ("vit_small", 224, {}), ("vit_base", 224, {}), ("vit_small_dino", 96, {}), ("vit_base_dino", 224, {})])
+def test_the_further_trunks_on_a_fake_gpu(name, size, head):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    transformer = name in TRANSFORMERS
+    with torch.device("meta"): net = RetrievalNet(name, pretrained=False, embed_dim=4, freeze_blocks=11 if transformer else 1, **head, **dict(drop_path_rate=0.1) if transformer else {})
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            net = net.to_empty(device="cuda")
+            x = torch.randn(2, 3, size, size, device="cuda")
+        except (RuntimeError, AssertionError) as e:
+            if "CUDA" not in str(e) and "cuda" not in str(e): raise
+            pytest.skip(f"this torch cannot make fake CUDA tensors: {e}")
+        assert {p.device.type for p in net.parameters()} == {"cuda"}
+        for mode in (True, False):
+            z = net.train(mode)(x)
+            assert z.shape == (2, 4) and z.device.type == "cuda" and z.dtype == torch.float32
