@@ -9,14 +9,14 @@ __all__ = ['RankLoss', 'SmoothAPLoss', 'SupAPLoss', 'HAPLoss', 'SmoothHAPLoss', 
            'CSLLoss', 'FastAPLoss', 'SoftBinAPLoss', 'BlackBoxAPLoss', 'HISTLoss']
 
 # %% ../nbs/10_losses.ipynb #ef706de5
-import inspect, math
+import importlib, inspect, math
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import Batch, EmbeddingLoss, LOSSES, Relevance, as_relevance, check_number, level_counts, nearest
+from .core import Batch, EmbeddingLoss, LOSSES, Registry, Relevance, as_relevance, check_number, level_counts, nearest
 from .hypergraph import *
 from .pairs import *
 from .ranking import Leaky, Part, Sigmoid, Step, Sup, rank_score
@@ -344,7 +344,15 @@ class HAPPIERLoss(SumLoss):
         super().__init__({"rank": (1 - lam, rank), "cluster": (lam, cluster)}, similarity, reduction)
 
 # %% ../nbs/10_losses.ipynb #bc9b203a
-def make_loss(name: str, # a registered name, such as "HAPPIERLoss"
+class _Losses(Registry):
+    "The table of losses; `pml/NAME` is looked up in pytorch-metric-learning."
+    def get(self, name):
+        if not str(name).startswith("pml/"): return super().get(name)
+        return importlib.import_module("hapnb.external").pml_maker(name)  # only now: it is optional, and comes after this notebook
+
+LOSSES.__class__ = _Losses
+
+def make_loss(name: str, # a registered name, such as "HAPPIERLoss", or "pml/NAME" for a loss of pytorch-metric-learning
               num_classes: int = None, # given to losses that take it
               embedding_size: int = None, # given to losses that take it
               proxy_labels: Tensor = None, # integers [C, L]; given to losses that take it
@@ -352,6 +360,7 @@ def make_loss(name: str, # a registered name, such as "HAPPIERLoss"
               ) -> EmbeddingLoss:
     "Make a loss from its name; unknown names and arguments are `ValueError`s with the nearest known one."
     cls = LOSSES.get(name)
+    if str(name).startswith("pml/"): return cls(num_classes=num_classes, embedding_size=embedding_size, **args)
     known = [p for p in inspect.signature(cls.__init__).parameters if p != "self"]
     given = dict(num_classes=num_classes, embedding_size=embedding_size, proxy_labels=proxy_labels)
     args = {**{k: v for k, v in given.items() if v is not None and k in known}, **args}

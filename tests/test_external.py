@@ -1,0 +1,319 @@
+"""hapnb.external: every loss and miner of pytorch-metric-learning that works trains for a step, follows our contract, and says what it cannot do."""
+import copy, importlib, math, pickle, sys, warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("pytorch_metric_learning")
+
+from hapnb import external
+from hapnb.core import LOSSES
+from hapnb.external import PMLLoss, pml_loss, pml_losses, pml_miner, pml_miners
+from hapnb.losses import SmoothAPLoss, make_loss
+from test_metrics import Far, TwoDevices
+
+pytestmark = pytest.mark.filterwarnings("ignore:pml/SmoothAPLoss", "ignore:Values of Tp or Tn")
+TABLE, MINERS = pml_losses(), pml_miners()
+NAMES, MINER_NAMES = list(TABLE.index[TABLE.works]), list(MINERS.index[MINERS.works])
+EXTRA = dict(RankedListLoss=dict(margin=.4, Tn=5))
+FINE = torch.arange(24) // 4
+TREE = torch.stack([FINE, FINE // 2, FINE // 6], 1)
+
+
+def batch(n=24, seed=0, dtype=torch.float32):
+    return torch.randn(n, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def made(name, **args):
+    torch.manual_seed(0)
+    return make_loss(f"pml/{name}", num_classes=6, embedding_size=8, proxy_labels=TREE[::4], **EXTRA.get(name, {}), **args)
+
+
+def value(loss, *args, **kw):
+    torch.manual_seed(1)  # some draw triplets
+    return float(loss(*args, **kw).detach())
+
+
+def theirs(name, **args):
+    torch.manual_seed(0)
+    cls, sizes = external._lookup("losses", name), dict(num_classes=6, embedding_size=8, descriptors_dim=8)
+    return cls(**{k: v for k, v in sizes.items() if k in external._parameters(cls)}, **EXTRA.get(name, {}), **args)
+
+
+def test_the_table_is_not_empty():
+    assert len(NAMES) >= 30 and {"TripletMarginLoss", "ArcFaceLoss", "MultiSimilarityLoss"} <= set(NAMES)
+    assert TABLE.works.dtype == TABLE.references.dtype == TABLE.miners.dtype == bool
+    assert (TABLE.why[~TABLE.works] != "").all() and (TABLE.why[TABLE.works] == "").all() and (MINERS.why[~MINERS.works] != "").all()
+    assert not {"SelfSupervisedLoss", "CrossBatchMemory", "MultipleLosses", "BaseMetricLossFunction", "VICRegLoss"} & set(NAMES)
+
+
+def test_trying_leaves_the_random_generator_alone():
+    external._trial.cache_clear()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    pml_losses(), pml_miners()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_step(name):
+    loss, x = made(name), batch().requires_grad_()
+    opt = torch.optim.SGD([x, *loss.parameters()], lr=1e-4)
+    before, old = [p.detach().clone() for p in loss.parameters()], x.detach().clone()
+    v = loss(x, TREE)
+    v.backward()
+    opt.step()
+    assert v.shape == () and math.isfinite(v.item()) and loss.terms == {"loss": v.item()} and not torch.equal(x, old)
+    learned = [n.removeprefix("loss.") for (n, p), b in zip(loss.named_parameters(), before) if not torch.equal(p, b)]
+    assert ", ".join(learned) == TABLE.learns[name] and len(learned) == len(before)
+    loss(x, TREE).backward()  # a second step
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_value_as_theirs(name):
+    for level in range(3): assert value(made(name, level=level), batch(), TREE) == pytest.approx(value(theirs(name), batch(), TREE[:, level].contiguous()), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unknown_rows_do_not_matter(name):
+    y, keep = TREE.clone(), torch.ones(24, dtype=torch.bool)
+    rows = [4, 5, 6, 7] if name == "SmoothAPLoss" else [0, 9]  # theirs wants equally many of each class
+    y[rows], keep[rows] = -1, False
+    assert value(made(name), batch(), y) == pytest.approx(value(made(name), batch()[keep], y[keep]), rel=1e-6)
+    x = batch().requires_grad_()
+    nothing = made(name)(x, torch.full((24, 3), -1))
+    nothing.backward()
+    assert nothing.item() == 0 and not x.grad.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_references_or_an_error(name):
+    ref, y = batch(30, 1), TREE[torch.arange(30) % 24]
+    if not TABLE.references[name]:
+        with pytest.raises(ValueError, match="compares a batch with itself only"): made(name)(batch(), TREE, ref_emb=ref, ref_labels=y)
+    else:
+        found = value(made(name), batch(), TREE, ref_emb=ref, ref_labels=y)
+        assert found == pytest.approx(value(theirs(name), batch(), FINE, None, ref, y[:, 0].contiguous()), rel=1e-6)
+        y[3], keep = -1, torch.arange(30) != 3
+        assert value(made(name), batch(), TREE, ref_emb=ref, ref_labels=y) == pytest.approx(value(made(name), batch(), TREE, ref_emb=ref[keep], ref_labels=y[keep]), rel=1e-6)
+    x = batch()
+    assert value(made(name), x, TREE, ref_emb=x, ref_labels=TREE) == value(made(name), x, TREE)  # the batch itself
+
+
+@pytest.mark.parametrize("name, miner", [(n, m) for n in NAMES for m in MINER_NAMES if m in ("TripletMarginMiner", "MultiSimilarityMiner") or n in ("TripletMarginLoss", "ContrastiveLoss")])
+def test_pairs_of_miners(name, miner):
+    torch.manual_seed(0)
+    pairs = pml_miner(miner)(batch(), TREE)
+    if not TABLE.miners[name]:
+        with pytest.raises(ValueError, match="indices_tuple is not supported"): made(name)(batch(), TREE, pairs)
+    else: assert value(made(name), batch(), TREE, pairs) == pytest.approx(value(theirs(name), batch(), FINE, pairs), rel=1e-6)
+
+
+def test_pairs_that_touch_unknown_rows_are_dropped():
+    y = FINE.clone()
+    y[0] = -1
+    loss, (a, p, n) = made("TripletMarginLoss", margin=1.), torch.tensor([[0, 4, 4, 5, 8], [1, 5, 0, 6, 9], [8, 9, 8, 0, 1]])
+    good = torch.tensor([1, 4])
+    assert value(loss, batch(), y, (a, p, n)) == pytest.approx(value(loss, batch(), FINE, (a[good], p[good], n[good])))
+    assert value(loss, batch(), y, (a, p, a, n)) == pytest.approx(value(loss, batch(), y, (a[[1, 3, 4]], p[[1, 3, 4]], a[[1, 2, 4]], n[[1, 2, 4]])))
+
+
+# miners
+
+@pytest.mark.parametrize("name", MINER_NAMES)
+def test_miners_find_rows_of_what_was_given(name):
+    if name == "EmbeddingsAlreadyPackagedAsTriplets": return  # reads no labels
+    y, ref, ry = TREE.clone(), batch(30, 1), TREE[torch.arange(30) % 24].clone()
+    y[[2, 5]], ry[[0, 7]] = -1, -1
+    torch.manual_seed(0)
+    for args, other in (((batch(), y), y), ((batch(), y, ref, ry), ry)):
+        found = pml_miner(name, level=1)(*args)
+        anchors = found[::2] if len(found) == 4 else (found[0], found[0])
+        assert (y[anchors[0], 1] == other[found[1], 1]).all() and (y[anchors[0], 1] >= 0).all()
+        assert (y[anchors[1], 1] != other[found[-1], 1]).all() and (other[found[-1], 1] >= 0).all()
+        assert len(found[1]) + len(found[-1])
+        if len(args) == 2: assert (anchors[0] != found[1]).all()
+        assert not any(t.requires_grad for t in found)
+
+
+def test_packed_triplets():
+    miner = pml_miner("EmbeddingsAlreadyPackagedAsTriplets")
+    assert [t.tolist() for t in miner(batch(6), FINE[:6])] == [[0, 3], [1, 4], [2, 5]]
+    with pytest.raises(ValueError, match="looks into the batch only"): miner(batch(6), FINE[:6], batch(9), FINE[:9])
+    with pytest.raises(ValueError, match="row 1 is of unknown class"): miner(batch(6), torch.tensor([0, -1, 1, 0, 0, 1]))
+
+
+@pytest.mark.parametrize("name", MINER_NAMES)
+def test_miner_of_half_precision(name):
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16): a = pml_miner(name)(batch(dtype=torch.bfloat16), TREE)
+    torch.manual_seed(0)
+    assert all(torch.equal(i, j) for i, j in zip(a, pml_miner(name)(batch(dtype=torch.bfloat16).float(), TREE)))
+
+
+# where they will be used
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_within_a_hundredth(name):
+    loss, x = made(name), F.normalize(batch(), dim=1)
+    x16 = x.bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16): v = loss(x16, TREE)
+    v.backward()
+    assert v.dtype == torch.float32 and x16.grad.isfinite().all() and {p.dtype for p in loss.parameters()} <= {torch.float32}
+    assert v.item() == pytest.approx(value(made(name), x16.float(), TREE), rel=1e-6)
+    if name != "SmoothAPLoss": assert v.item() == pytest.approx(value(made(name), x, TREE), rel=1e-2, abs=1e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_double(name):
+    loss, x = made(name).double(), batch(dtype=torch.float64)
+    v = loss(x, TREE)
+    assert v.dtype == (torch.float32 if name == "SmoothAPLoss" else torch.float64) and all(p.dtype == torch.float64 for p in loss.parameters())
+    assert v.item() == pytest.approx(value(made(name), x.float(), TREE), rel=1e-3, abs=1e-5)
+    assert made(name).double()(x.float(), TREE).isfinite()  # mixed: the wider type wins
+
+
+def on_fake_cuda(name):
+    "The loss with its parameters and buffers on a GPU that is not there, the device of its value, or the name of the error that says that values are needed."
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+    loss = made(name)
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        for m in loss.modules():
+            for table, wrap in ((m._parameters, torch.nn.Parameter), (m._buffers, lambda t: t)):
+                for k, t in [i for i in table.items() if i[1] is not None]: table[k] = wrap(torch.empty(t.shape, dtype=t.dtype, device="cuda"))
+        try: value = loss(torch.randn(24, 8, device="cuda"), torch.zeros(24, dtype=torch.long, device="cuda"))
+        except (DataDependentOutputException, GuardOnDataDependentSymNode) as e: return type(e).__name__
+        except RuntimeError as e:
+            if ".numpy()" in str(e): return "NumPy"  # reads its labels there
+            raise
+    return value.device.type, tuple(value.shape)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fake_cuda(name):
+    "Devices work out on a GPU that is not there, for those losses that do not branch on values."
+    found = on_fake_cuda(name)
+    if isinstance(found, str): pytest.skip(f"branches on values: {found}")
+    assert found == ("cuda", ())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_stays_on_its_device(name):
+    "With values, on two devices that are told apart: everything runs where the embeddings are."
+    if name == "HistogramLoss": pytest.skip("lists its indices with .tolist(), which this kind of tensor does not have")
+    loss = made(name)
+    expected = value(loss, batch(), TREE)
+    loss = made(name)
+    with torch.no_grad(), TwoDevices():
+        for m in loss.modules():
+            for table, wrap in ((m._parameters, lambda t: torch.nn.Parameter(t, requires_grad=False)), (m._buffers, lambda t: t)):
+                for k, t in [i for i in table.items() if i[1] is not None]: table[k] = wrap(Far(t.detach()))
+        torch.manual_seed(1)
+        v = loss(Far(batch()), TREE)
+    assert isinstance(v, Far) and float(v.here) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copied_saved_and_printed(name):
+    loss = made(name)
+    loss(batch().requires_grad_(), TREE)
+    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert value(twin, batch(), TREE) == value(copy.deepcopy(loss), batch(), TREE) and repr(twin) == repr(loss)
+    fresh = made(name)
+    fresh.load_state_dict(loss.state_dict())
+    assert value(fresh, batch(), TREE) == value(loss, batch(), TREE) and "level=0" in repr(loss)
+
+
+def test_a_loss_that_keeps_a_histogram_resumes():
+    a, b = made("DynamicSoftMarginLoss"), made("DynamicSoftMarginLoss")
+    for i in range(3): a(batch(seed=i).requires_grad_(), TREE).backward()
+    assert list(a.state_dict()) == ["loss.hist_"] and value(a, batch(), TREE) != value(b, batch(), TREE)
+    a, b = copy.deepcopy(a), made("DynamicSoftMarginLoss")
+    b.load_state_dict(a.state_dict())
+    assert value(a, batch(), TREE) == value(b, batch(), TREE)
+
+
+def test_sizes_go_where_they_are_wanted():
+    assert made("ArcFaceLoss").loss.W.shape == (8, 6) and made("P2SGradLoss").loss.weight.shape == (8, 6) and made("CosFaceLoss", margin=.2).loss.margin == .2
+    assert not list(made("TripletMarginLoss").parameters())
+    beta = dict(made("MarginLoss", learn_beta=True).named_parameters())
+    assert list(beta) == ["loss.beta"] and beta["loss.beta"].shape == (6,)
+    loss = made("MarginLoss", learn_beta=True)
+    loss(batch(), TREE).backward()
+    assert loss.loss.beta.grad.any()
+    assert pml_loss("MarginLoss", learn_beta=True, nu=.1)(batch(), TREE).shape == ()  # one beta for all
+
+
+def test_parts_by_name():
+    loss = made("TripletMarginLoss", distance={"name": "LpDistance", "p": 1}, reducer="MeanReducer", embedding_regularizer="LpRegularizer")
+    assert type(loss.loss.distance).__name__ == "LpDistance" and loss.loss.distance.p == 1 and math.isfinite(value(loss, batch(), TREE))
+    assert type(pml_miner("TripletMarginMiner", distance="CosineSimilarity").miner.distance).__name__ == "CosineSimilarity"
+
+
+def test_table_of_losses_knows_them():
+    assert isinstance(LOSSES.get("pml/ArcFaceLoss")(num_classes=2, embedding_size=3), PMLLoss)
+    assert type(make_loss("pml/CircleLoss", level=1).loss).__name__ == "CircleLoss" and LOSSES.get("SmoothAPLoss") is SmoothAPLoss
+    assert pickle.loads(pickle.dumps(LOSSES.get("pml/CircleLoss")))().name == "CircleLoss"
+
+
+def test_smooth_ap_warns_by_measuring(monkeypatch):
+    off = external._smooth_ap_error(external._lookup("losses", "SmoothAPLoss"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        pml_loss("SmoothAPLoss"), pml_loss("CircleLoss")
+    assert [str(w.message).split(" of pytorch")[0] for w in said] == ["pml/SmoothAPLoss"] * (off > 1e-3)
+    if external._version() == "2.9.0": assert off > .01 and f"off by {off:.3f}" in str(said[0].message)
+    monkeypatch.setattr(external, "_smooth_ap_error", lambda cls: 0.)  # a mended version
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pml_loss("SmoothAPLoss")
+
+
+@pytest.mark.parametrize("made, message", [
+    (lambda: make_loss("pml/TripletMargin"), "unknown loss 'TripletMargin' of pytorch-metric-learning. Did you mean 'TripletMarginLoss'"),
+    (lambda: LOSSES.get("pml/nothing"), "unknown loss 'nothing'"),
+    (lambda: pml_miner("TripletMargin"), "Did you mean 'TripletMarginMiner'"),
+    (lambda: make_loss("pml/TripletMarginLoss", mrgin=1), "has no argument 'mrgin'. Did you mean 'margin'"),
+    (lambda: pml_miner("TripletMarginMiner", mrgin=1), "Did you mean 'margin'"),
+    (lambda: make_loss("pml/ArcFaceLoss"), "pml/ArcFaceLoss needs num_classes, embedding_size"),
+    (lambda: make_loss("pml/CosFaceLoss", num_classes=3), "pml/CosFaceLoss needs embedding_size"),
+    (lambda: pml_loss("RankedListLoss", Tn=1), "needs margin"),
+    (lambda: pml_loss("GenericPairLoss"), "needs mat_based_loss"),
+    (lambda: pml_loss("BaseMetricLossFunction"), "this is a base for others"),
+    (lambda: pml_loss("SelfSupervisedLoss"), "made of other losses"),
+    (lambda: pml_loss("CrossBatchMemory", embedding_size=8), "EmbeddingMemory"),
+    (lambda: pml_loss("MultipleLosses", losses=[]), "made of other losses"),
+    (lambda: pml_loss("VICRegLoss"), "labels are not supported"),
+    (lambda: pml_loss("ManifoldLoss", embedding_size=8), "labels are not supported"),
+    (lambda: pml_loss("CircleLoss", distance="LpDistance"), "CircleLoss requires the distance metric to be CosineSimilarity"),
+    (lambda: pml_loss("TripletMarginLoss", distance="Cosine"), "unknown distance 'Cosine'.*Did you mean 'CosineSimilarity'"),
+    (lambda: pml_loss("TripletMarginLoss", distance={"p": 1}), "has no 'name'"),
+    (lambda: pml_loss("TripletMarginLoss", reducer={"name": "ThresholdReducer", "lw": 1}), "has no argument 'lw'. Did you mean 'low'"),
+    (lambda: pml_loss("PNPLoss", variant="X"), "variant=X but must be one of"),
+    (lambda: pml_loss("CircleLoss", level=-1), "level must be a whole number"),
+    (lambda: pml_miner("BaseMiner")(batch(), FINE), "this is a base for others"),
+    (lambda: pml_loss("CircleLoss", level=3)(batch(), TREE), "pml/CircleLoss asks for level 3, but the labels have 3 level"),
+    (lambda: pml_loss("CircleLoss")(batch(), FINE[:5]), "24 embeddings but 5 labels"),
+    (lambda: pml_loss("CircleLoss")(batch(), FINE, ref_emb=batch(3)), "ref_emb and ref_labels belong together"),
+    (lambda: pml_loss("CircleLoss")(batch(), FINE, ref_emb=batch(3), ref_labels=FINE[:2]), "3 ref_emb but 2 labels"),
+    (lambda: pml_loss("CircleLoss")(batch(), FINE, ref_emb=torch.ones(2, 5), ref_labels=FINE[:2]), "8 dimensions, ref_emb 5"),
+    (lambda: pml_loss("CircleLoss")(batch() / 0, FINE), "NaN or infinite values in row"),
+    (lambda: pml_loss("CircleLoss")(batch(), FINE, "pairs"), "indices_tuple must be 3 tensors"),
+    (lambda: pml_loss("CircleLoss")(batch(0), FINE[:0]), "the batch is empty"),
+    (lambda: pml_loss("ArcFaceLoss", 3, 8)(batch(), FINE), "made for 3 classes, but a label at level 0 is 3"),
+    (lambda: pml_loss("ArcFaceLoss", 6, 5)(batch(), FINE), "made for embeddings of 5 dimensions, got 8"),
+    (lambda: pml_loss("TripletMarginLoss", reducer="DoNothingReducer")(batch(), FINE), "choose another reducer"),
+])
+def test_bad_input(made, message):
+    with pytest.raises(ValueError, match=message): made()
+
+
+def test_without_the_package(monkeypatch):
+    for name in [m for m in sys.modules if m.startswith("pytorch_metric_learning")]: monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pytorch_metric_learning", None)
+    for call in (lambda: make_loss("pml/CircleLoss"), lambda: LOSSES.get("pml/CircleLoss"), lambda: pml_miner("HDCMiner"), pml_losses, pml_miners):
+        with pytest.raises(ImportError, match="pip install pytorch-metric-learning"): call()
+    assert make_loss("SmoothAPLoss") is not None
