@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PARTS', 'OPTIMIZERS', 'PRECISIONS', 'SCHEMA', 'param_groups', 'make_optimizer', 'schedule_factor', 'check_schedule',
            'schedule_lr', 'Diverged', 'Trainer', 'derive_seed', 'spread', 'make_accelerator', 'gather_rows',
-           'FeatureBatches', 'ImageBatches', 'save_state', 'load_state', 'FrozenDict', 'freeze_value', 'thaw',
-           'RunConfig', 'load_toy', 'toy_trunk', 'load_splits', 'FeatureNet', 'build_trunk', 'build_net',
-           'cache_folder', 'make_loss_for', 'build_trainer', 'embed', 'features_of', 'prepare', 'environment',
-           'is_finished', 'Result', 'run', 'profile_run']
+           'check_memory', 'FeatureBatches', 'ImageBatches', 'needed_side', 'save_state', 'load_state', 'FrozenDict',
+           'freeze_value', 'thaw', 'RunConfig', 'load_toy', 'toy_trunk', 'load_splits', 'FeatureNet', 'build_trunk',
+           'build_net', 'cache_folder', 'make_loss_for', 'build_trainer', 'embed', 'features_of', 'prepare',
+           'environment', 'is_finished', 'Result', 'run', 'profile_run']
 
 # %% ../nbs/30_train.ipynb #ce1e90bd
 import contextlib, dataclasses, functools, hashlib, io, json, math, os, pickle, platform, random, socket, subprocess, time, types, typing, warnings
@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
 
-from .core import (DATASETS, TRUNKS, SAMPLERS, LOSSES, as_relevance, check_labels, nearest, pick_device, shared_levels,
-                        write_atomic)
-from .large_batches import two_pass_backward
+from .core import (DATASETS, TRUNKS, SAMPLERS, LOSSES, EmbeddingLoss, as_relevance, check_labels, check_number, nearest, pick_device,
+                        shared_levels, write_atomic)
+from .large_batches import EmbeddingMemory, memory_part, two_pass_backward
 
 # %% ../nbs/30_train.ipynb #6fb804d3
 PARTS = ("trunk", "head", "loss")
@@ -123,11 +123,14 @@ class Trainer:
                  accelerator = None, # of `make_accelerator`; default: the CPU
                  seed: int = 0, # of everything random inside net and loss
                  micro_batch: int = None, # rows (of a process) whose activations are held at once; default: all, in one pass
+                 memory: dict = None, # of embeddings, as in `check_memory`: {"size": rows, "start_epoch", "weight", "unique"}
+                 miner = None, # miner(embeddings, labels, ref_emb=None, ref_labels=None) -> indices_tuple of the loss
                  ):
         self.accelerator = accelerator or make_accelerator("cpu")
         self.net, self.loss = net.to(self.device), loss.to(self.device)
         self.epochs, self.warmup_epochs, self.clip_norm, self.seed = epochs, warmup_epochs, clip_norm, seed
-        self.micro_batch = micro_batch
+        self.micro_batch = None if micro_batch is None else check_number("micro_batch", micro_batch, least=1, whole=True)
+        self._make_memory(memory, miner)
         self.schedule, self.schedule_args = schedule, check_schedule(schedule, schedule_args)
         modules = dict(trunk=getattr(net, "trunk", None), head=getattr(net, "head", net), loss=loss)
         groups = param_groups(modules, lr, weight_decay, groups)
@@ -163,16 +166,16 @@ def spread(z: Tensor) -> Tensor: # embeddings [B, D] -> scalar in [-1, 1]; 0 for
 
 # %% ../nbs/30_train.ipynb #c1eda6c2
 @patch
-def step(self: Trainer, x, labels: Tensor):
-    "Train on one batch: this process's images (or features) `x`, and the labels `[B, L]` of the whole batch."
-    value, emb = self._backward(x, labels)
+def step(self: Trainer, x, labels: Tensor, rows=None):
+    "Train on one batch: this process's images (or features) `x`, and the labels `[B, L]` (and `rows [B]` of the training set) of the whole batch."
+    value, emb = self._backward(x, labels, rows)
     self._average_loss_grads()
     norm = self._norm()
     seen = torch.stack([value.detach().float(), norm.float(), spread(emb)]).tolist()  # one wait for the GPU, not three
     self._guard(seen)
     self.opt.step()
     self.opt.zero_grad()
-    self._note(dict(loss=seen[0], grad_norm=seen[1], spread=seen[2]), getattr(self.loss, "terms", {}))
+    self._note(dict(loss=seen[0], grad_norm=seen[1], spread=seen[2]), getattr(self.loss, "terms", {}) if self.memory is None else self.terms)
 
 # %% ../nbs/30_train.ipynb #80d8a5dc
 @patch
@@ -189,8 +192,11 @@ def _norm(self: Trainer):
 
 # %% ../nbs/30_train.ipynb #c5543134
 @patch
-def _value(self: Trainer, emb, labels):
-    try: return self.loss(emb, labels)
+def _value(self: Trainer, emb, labels, rows=None):
+    mined = {} if self.miner is None else dict(indices_tuple=self.miner(emb.detach(), labels))
+    try:
+        value = self.loss(emb, labels, **mined)
+        return value if self.memory is None else value + self._remember(emb, labels, rows)
     except ValueError as e:
         if bool(emb.isfinite().all()): raise
         raise Diverged(f"embeddings became NaN or infinite at {self.where()}. Try a smaller learning rate, clip_norm, or precision='no'.") from e
@@ -282,14 +288,57 @@ def _prepare(self: Trainer, optimizer):
     model = self.accelerator.prepare_model(self.net, evaluation_mode=not trained)
     return model, self.accelerator.prepare_optimizer(optimizer) if optimizer else None
 
+# %% ../nbs/30_train.ipynb #659070c8
+_MEMORY = dict(size=None, start_epoch=0, weight=1., unique=None)
+
+def check_memory(memory: dict, # size: rows, or "train"; start_epoch = 0, weight = 1., unique: a slot an image (default with "train") or a queue
+                 images: int = None, # in the training set: what "train" means
+                 ) -> dict: # all four, or {}
+    "Check the settings of a memory of embeddings and fill in what is not said; `ValueError` names the nearest setting."
+    if not memory: return {}
+    for k in memory:
+        if k not in _MEMORY: raise ValueError(f"memory has no setting {k!r}.{nearest(k, _MEMORY)} Known: {', '.join(_MEMORY)}.")
+    m = {**_MEMORY, **memory}
+    if m["size"] is None: raise ValueError("memory needs a size: a number of rows, or 'train' for a slot for each training image.")
+    if isinstance(m["size"], str) and m["size"] != "train": raise ValueError(f"memory: size must be a number of rows or 'train', got {m['size']!r}.{nearest(m['size'], ['train'])}")
+    if m["size"] != "train": m["size"] = check_number("memory: size", m["size"], least=1, whole=True)
+    m["start_epoch"] = check_number("memory: start_epoch", m["start_epoch"], least=0, whole=True)
+    if check_number("memory: weight", m["weight"], least=0) == 0: raise ValueError("memory: weight must be above 0; leave memory out to train without one.")
+    if m["unique"] not in (None, True, False) or isinstance(m["unique"], int) and type(m["unique"]) is not bool: raise ValueError(f"memory: unique must be true or false, got {m['unique']!r}.")
+    m["unique"] = m["size"] == "train" if m["unique"] is None else m["unique"]
+    if images is None: return m
+    if m["unique"] and m["size"] != "train" and m["size"] < images: raise ValueError(f"memory: {m['size']} slots are too few for {images} training images, one each: size='train'.")
+    return m | dict(size=images) if m["size"] == "train" else m
+
+# %% ../nbs/30_train.ipynb #35b82cdd
+@patch
+def _make_memory(self: Trainer, memory, miner):
+    self.miner, self.memory, self.memory_args, self.against, self.terms = miner, None, check_memory(memory), None, {}
+    if not self.memory_args: return
+    size, unique = self.memory_args["size"], self.memory_args["unique"]
+    if size == "train": raise ValueError("memory: size='train' is for a RunConfig; a Trainer does not know the training set: give the number of its images and unique=True.")
+    self.memory = EmbeddingMemory(size, unique)
+
+@patch
+def _remember(self: Trainer, emb, labels, rows):
+    "Add the batch to the memory; give the weighted memory term, 0 before its first epoch."
+    self.terms = dict(getattr(self.loss, "terms", {}))  # of the batch; the next call overwrites them
+    rows = rows if self.memory.unique else None
+    self.memory.add(emb.detach(), labels, rows)
+    if self.epoch < self.memory_args["start_epoch"]: return 0.
+    if self.against is None: self.against = memory_part(self.loss, emb, labels)
+    value = self.memory.term(self.against, emb, labels, rows, self.miner)
+    self.terms["memory"] = float(value.detach())
+    return self.memory_args["weight"] * value
+
 # %% ../nbs/30_train.ipynb #5e7e14db
 @patch
-def _backward(self: Trainer, x, labels):
+def _backward(self: Trainer, x, labels, rows=None):
     "Compute the gradients of a batch; give the loss, and the embeddings of all processes."
     if self.micro_batch:
-        return two_pass_backward(self.model, self._value, x, labels, self.micro_batch, backward=self.accelerator.backward, gather=gather_rows)
+        return two_pass_backward(self.model, functools.partial(self._value, rows=rows), x, labels, self.micro_batch, backward=self.accelerator.backward, gather=gather_rows)
     emb = gather_rows(self.model(x))
-    value = self._value(emb, labels)
+    value = self._value(emb, labels, rows)
     self.accelerator.backward(value)
     return value, emb
 
@@ -301,7 +350,7 @@ class FeatureBatches:
                  labels: Tensor, # [N, L]
                  sampler, # iterable of lists of rows, with `set_epoch`
                  device = "cpu"):
-        self.x, self.labels, self.sampler = x.to(device), labels.to(device), sampler
+        self.x, self.labels, self.sampler, self.rows = x.to(device), labels.to(device), sampler, None  # rows: of the whole batch that came last
 
     def epoch(self, epoch: int, start: int = 0):
         "Yield (this process's features, the whole batch's labels) from step `start` of `epoch`."
@@ -311,6 +360,7 @@ class FeatureBatches:
             if step < start: continue
             rows = torch.as_tensor(rows, device=self.x.device)
             mine = rows if world == 1 else rows.tensor_split(world)[rank]
+            self.rows = rows
             yield self.x.index_select(0, mine), self.labels.index_select(0, rows)
 
 # %% ../nbs/30_train.ipynb #5549dd3c
@@ -352,6 +402,7 @@ class ImageBatches:
                  labels: Tensor = None): # [N, L]; default: the dataset's
         self.dataset, self.sampler, self.transform, self.seed, self.workers = dataset, sampler, transform, seed, workers
         self.device, self.labels = torch.device(device), (dataset.labels if labels is None else labels).to(device)
+        self.rows = None  # of the whole batch that came last
 
     def epoch(self, epoch: int, start: int = 0):
         "Yield (this process's images, the whole batch's labels) from step `start` of `epoch`."
@@ -363,12 +414,49 @@ class ImageBatches:
         mine = keyed if world == 1 else [[b[i] for i in np.array_split(range(len(b)), world)[rank]] for b in keyed]
         view = _View(self.dataset, self.transform, self.seed, epoch)
         for x, rows in zip(_loader(view, mine, self.workers, self.device), batches[start:]):
-            yield x.to(self.device, non_blocking=self.device.type == "cuda"), self.labels[torch.as_tensor(rows, device=self.device)]
+            self.rows = torch.as_tensor(rows, device=self.device)
+            yield x.to(self.device, non_blocking=self.device.type == "cuda"), self.labels[self.rows]
 
 # %% ../nbs/30_train.ipynb #c6b55e3e
 def _loader(view, batches, workers, device):
     return torch.utils.data.DataLoader(view, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
                                        generator=torch.Generator().manual_seed(0))  # or it would draw from torch's own
+
+# %% ../nbs/30_train.ipynb #fb36ee0a
+def needed_side(transform, # of `hapnb.models.train_transform` or `test_transform`
+                ) -> int: # pixels
+    "Tell how long the shorter side of an image must be so that the transform never enlarges what it sees."
+    from torchvision.transforms import v2
+    first = transform.transforms[0]
+    if isinstance(first, v2.Resize): return min(first.size)
+    if not isinstance(first, v2.RandomResizedCrop): raise ValueError(f"a transform must begin with Resize or RandomResizedCrop to tell what it needs, got {type(first).__name__}.")
+    narrow = min(first.ratio[0], 1 / first.ratio[1])
+    return math.ceil(max(first.size) / math.sqrt(first.scale[0] * min(narrow, 1.)))
+
+# %% ../nbs/30_train.ipynb #188582c1
+class _Shrunk:
+    "A dataset whose images are decoded no larger than needed."
+    def __init__(self, dataset, at_least): self.dataset, self.at_least = dataset, at_least
+    def __len__(self): return len(self.dataset)
+    def __getattr__(self, name):
+        if name == "dataset": raise AttributeError(name)  # while it is unpickled
+        return getattr(self.dataset, name)
+    def image(self, i): return self.dataset.image(i, at_least=self.at_least)
+    @property
+    def fingerprint(self): return hashlib.sha256(f"{self.dataset.fingerprint} at least {self.at_least}".encode()).hexdigest()
+
+def _images(cfg, dataset, transform):
+    "The dataset as the loader should see it: as it is, decoded small, or from a packed copy."
+    if cfg.packed is None: return dataset if cfg.decode == "full" else _Shrunk(dataset, needed_side(transform))
+    from torchvision.transforms import v2
+    first = transform.transforms[0]
+    need = min(first.size) if isinstance(first, v2.Resize) else cfg.image_size
+    if cfg.packed < need: raise ValueError(f"packed={cfg.packed} keeps fewer pixels than the {need} that the transforms begin with; give {need} or more.")
+    return _pack(cfg, dataset)
+
+def _pack(cfg, dataset, progress=False):
+    from hapnb.packed import packed
+    return packed(dataset, cfg.packed, progress=progress)
 
 # %% ../nbs/30_train.ipynb #9668e46d
 @patch
@@ -381,7 +469,7 @@ def fit(self: Trainer,
     while self.epoch < self.epochs:
         self.begin_epoch()
         for x, labels in batches.epoch(self.epoch, self.done):
-            if self.opt: self.step(x, labels)
+            if self.opt: self.step(x, labels, *([batches.rows] if self.memory_args.get("unique") else []))
             self.done += 1
             if after_step: after_step(self)
         row = self.end_epoch()
@@ -393,7 +481,8 @@ def fit(self: Trainer,
 def state_dict(self: Trainer) -> dict: # tensors and plain values only
     "Collect everything that the rest of the training depends on."
     scaler = self.accelerator.scaler
-    return dict(net=self.net.state_dict(), loss=self.loss.state_dict(), opt=self.opt.state_dict() if self.opt else {},
+    memory = {} if self.memory is None else dict(memory=self.memory.state_dict())
+    return memory | dict(net=self.net.state_dict(), loss=self.loss.state_dict(), opt=self.opt.state_dict() if self.opt else {},
                 scaler=scaler.state_dict() if scaler else {}, epoch=self.epoch, done=self.done, sums=dict(self.sums),
                 history=[dict(r) for r in self.history], rng=torch.get_rng_state(),
                 cuda_rng=torch.cuda.get_rng_state() if self.device.type == "cuda" else None)
@@ -404,6 +493,7 @@ def load_state_dict(self: Trainer, state: dict):
     "Go back to where `state_dict` was called."
     self.net.load_state_dict(state["net"])
     self.loss.load_state_dict(state["loss"])
+    if self.memory is not None: self.memory.load_state_dict(state["memory"])
     if self.opt: self.opt.load_state_dict(state["opt"])
     if self.accelerator.scaler and state["scaler"]: self.accelerator.scaler.load_state_dict(state["scaler"])
     self.epoch, self.done, self.sums, self.history = state["epoch"], state["done"], dict(state["sums"]), list(state["history"])
@@ -463,6 +553,8 @@ class _Data:
     dataset_args: dict = field(default_factory=dict) # further arguments of `load`
     split: str = "test" # "test": train on train, evaluate on test; "val": train on fit, evaluate on val
     levels: tuple | None = None # label columns to use, finest first; default: all
+    decode: str = "full" # "shrink": JPEGs no larger than the transform needs
+    packed: int | None = None # read from one file of images whose shorter side is this many pixels, made once; default: the images themselves
 
 # %% ../nbs/30_train.ipynb #413cc1a5
 @dataclass(frozen=True)
@@ -471,10 +563,11 @@ class _Network:
     trunk_args: dict = field(default_factory=dict) # further arguments of timm's models
     pretrained: bool | str = True # True, False, or a file of weights
     freeze: str = "trunk" # "none", "bn" (batch norm stands still) or "trunk" (features computed once)
+    freeze_blocks: int = 0 # first blocks of the trunk (stages of a ResNet), with what is before them, that stand still
     bn_affine: bool = True # with freeze="bn": scale and shift of batch norm still learn
     pooling: str = "avg" # "avg", "max", "avg+max" or "gem"
-    norm: str | None = "layernorm" # "layernorm" before the projection, "after" it, or None
-    init: str = "default" # of the projection: torch's, or "kaiming"
+    norm: str | None = "layernorm" # "layernorm" or "l2" before the projection, "after" it, or None
+    init: str = "default" # of the projection: torch's, "kaiming", or "whitening" (PCA of up to 5,000 training images)
     embed_dim: int | None = 128 # None: no projection
     normalise: bool = True # give the loss unit vectors; False for HIST, which normalises by itself
     image_size: int = 128 # pixels
@@ -484,8 +577,11 @@ class _Network:
 # %% ../nbs/30_train.ipynb #c881a73e
 @dataclass(frozen=True)
 class _Training:
-    loss: str = "HAPPIERLoss" # a registered loss
+    loss: str = "HAPPIERLoss" # a registered loss, or "pml/NAME" of pytorch-metric-learning
     loss_args: dict = field(default_factory=dict)
+    memory: dict = field(default_factory=dict) # of embeddings, as in `check_memory`: {"size": rows or "train", "start_epoch", "weight", "unique"}
+    miner: str | None = None # "pml/NAME": a miner of pytorch-metric-learning, for its losses
+    miner_args: dict = field(default_factory=dict)
     sampler: str = "m_per_class" # a registered sampler
     sampler_args: dict = field(default_factory=lambda: {"m": 4})
     batch_size: int = 256 # images in a batch, all processes together
@@ -511,6 +607,7 @@ class _Evaluation:
     ks: tuple = (1, 2, 4, 8) # of recall at k
     relevance: str | dict = "pop" # of the metrics; the loss has its own in loss_args
     eval_levels: tuple | None = None # levels with metrics of their own; default: all
+    protocol: dict = field(default_factory=dict) # {"kind": ...} as in `hapnb.protocols`; default: the dataset's own
 
 @dataclass(frozen=True)
 class RunConfig(_Evaluation, _Training, _Network, _Data): # fields in the order data, network, training, evaluation
@@ -519,8 +616,8 @@ class RunConfig(_Evaluation, _Training, _Network, _Data): # fields in the order 
 
 # %% ../nbs/30_train.ipynb #4e2dccb4
 _CHOICES = dict(split=("test", "val"), freeze=("none", "bn", "trunk"), precision=PRECISIONS, optimizer=tuple(OPTIMIZERS),
-                schedule=tuple(_SCHEDULE_ARGS))
-_AT_LEAST = dict(batch_size=2, micro_batch=1, epochs=0, warmup_epochs=0, image_size=1, embed_dim=1, eval_every=0, lr=0., weight_decay=0., seed=0)
+                schedule=tuple(_SCHEDULE_ARGS), decode=("full", "shrink"))
+_AT_LEAST = dict(batch_size=2, micro_batch=1, epochs=0, warmup_epochs=0, image_size=1, embed_dim=1, eval_every=0, freeze_blocks=0, packed=1, lr=0., weight_decay=0., seed=0)
 
 def _typed(name, value, annotation):
     "Check a value against an annotation; whole numbers become floats where floats are wanted."
@@ -558,6 +655,19 @@ def _check_parts(self: RunConfig):
     if self.freeze == "trunk" and self.augment:
         raise ValueError("augment has no effect with freeze='trunk': features are computed once, without random crops. Use freeze='bn' or 'none', or augment={}.")
     if self.clip_norm is not None and self.clip_norm <= 0: raise ValueError(f"RunConfig.clip_norm must be above 0 or None, got {self.clip_norm}.")
+    self._check_together()
+
+@patch
+def _check_together(self: RunConfig):
+    "Settings that need or exclude each other."
+    size = check_memory(self.memory).get("size")
+    if isinstance(size, int) and size <= self.batch_size: raise ValueError(f"memory: {size} rows hold no more than the batch of {self.batch_size}; give a larger size.")
+    if self.miner is None and self.miner_args: raise ValueError(f"miner_args {dict(self.miner_args)} are for a miner, and miner is None.")
+    if self.miner is not None and not self.miner.startswith("pml/"): raise ValueError(f"unknown miner {self.miner!r}: give 'pml/NAME' with a miner of pytorch-metric-learning, such as 'pml/MultiSimilarityMiner'.")
+    if self.freeze == "trunk" and self.freeze_blocks: raise ValueError("freeze_blocks has no effect with freeze='trunk', where the whole trunk stands still. Use freeze='bn' or 'none'.")
+    if self.packed is not None and self.decode != "full": raise ValueError("packed images are small already: leave decode='full'.")
+    if self.init == "whitening" and self.embed_dim is None: raise ValueError("init='whitening' is a start of the projection, and embed_dim=None has none.")
+    if self.protocol and not isinstance(self.protocol.get("kind"), str): raise ValueError(f"protocol needs a 'kind', such as {{'kind': 'leave-one-out'}}; got {dict(self.protocol)}.")
 
 # %% ../nbs/30_train.ipynb #40482514
 def _field_names(cls): return [f.name for f in dataclasses.fields(cls)]
@@ -628,7 +738,7 @@ def toy_trunk(pretrained=True): # the weights are the same fixed random ones eit
 # %% ../nbs/30_train.ipynb #d13617bf
 SCHEMA = 1 # raise it when the code changes what a config means: old runs are then made again
 _NOT_IN_KEY = ("data_dir",) # where things are, not what they are
-_ADDED = {"micro_batch": None} # fields that came after schema 1: in the key only where they differ from this
+_ADDED = dict(micro_batch=None, memory={}, miner=None, miner_args={}, freeze_blocks=0, packed=None, decode="full", protocol={}) # fields that came after schema 1: in the key only where they differ from this
 _SPLITS = {"test": ("train", "test"), "val": ("fit", "val")}
 
 @functools.lru_cache(maxsize=8)
@@ -675,7 +785,7 @@ def build_net(cfg: RunConfig) -> nn.Module:
     trunk = build_trunk(cfg)
     with _seeded(derive_seed(cfg.seed, "init", "head")):
         return RetrievalNet(trunk, pooling=cfg.pooling, norm=cfg.norm, embed_dim=cfg.embed_dim, freeze=cfg.freeze,
-                            normalise=cfg.normalise, bn_affine=cfg.bn_affine, init=cfg.init)
+                            normalise=cfg.normalise, bn_affine=cfg.bn_affine, init=cfg.init, freeze_blocks=cfg.freeze_blocks)
 
 # %% ../nbs/30_train.ipynb #2789929d
 def cache_folder() -> Path: # or None, with a warning, where nothing can be written
@@ -692,8 +802,8 @@ def cache_folder() -> Path: # or None, with a warning, where nothing can be writ
 def _features(cfg, dataset, device, progress):
     from hapnb.models import cached_features, test_transform
     trunk = build_trunk(cfg)
-    x = cached_features(trunk, dataset, cfg.pooling, device=device, cache_dir=cache_folder(), progress=progress,
-                        transform=test_transform(trunk, cfg.image_size, **thaw(cfg.transform)))
+    transform = test_transform(trunk, cfg.image_size, **thaw(cfg.transform))
+    x = cached_features(trunk, _images(cfg, dataset, transform), cfg.pooling, device=device, cache_dir=cache_folder(), progress=progress, transform=transform)
     return x.to(device)
 
 # %% ../nbs/30_train.ipynb #f4d14ad0
@@ -702,7 +812,9 @@ def _columns(dataset, levels):
     L = dataset.labels.shape[1]
     for l in levels or ():
         if type(l) is not int or not 0 <= l < L: raise ValueError(f"level {l!r} does not exist: {dataset.name} has levels 0 to {L - 1} ({', '.join(dataset.level_names)}).")
-    return check_labels(dataset.labels[:, list(levels)] if levels else dataset.labels)
+    from hapnb.data import check_gaps
+    check = check_gaps if getattr(dataset, "gaps", False) else check_labels  # a benchmark may label one level only
+    return check(dataset.labels[:, list(levels)] if levels else dataset.labels)
 
 def make_loss_for(cfg: RunConfig, labels: Tensor, # [N, L], of the training part
                   width: int, # dimensions of the embedding
@@ -719,11 +831,36 @@ def make_loss_for(cfg: RunConfig, labels: Tensor, # [N, L], of the training part
 # %% ../nbs/30_train.ipynb #7295452b
 def _check_registered(cfg, train):
     "Misspelt names and arguments of a loss should fail in the first second, not after the features."
-    from hapnb import losses, models, samplers  # they fill the registries
+    from hapnb import losses, models, protocols, samplers  # they fill the registries
     LOSSES.get(cfg.loss), SAMPLERS.get(cfg.sampler)
-    with _seeded(0): loss = make_loss_for(cfg, _columns(train, cfg.levels), cfg.embed_dim or 2)  # thrown away
+    if cfg.protocol: protocols.PROTOCOLS.get(cfg.protocol["kind"])
+    labels, width = _columns(train, cfg.levels), cfg.embed_dim or 2
+    with _seeded(0):
+        loss = make_loss_for(cfg, labels, width)  # thrown away
+        if cfg.memory or cfg.miner: _check_asked(cfg, loss, *_sample(labels, width))
     for name in cfg.groups:
         if name.startswith("loss."): _piece(loss, name)
+
+# %% ../nbs/30_train.ipynb #20ba09f4
+def _sample(labels, width):
+    "Two random embeddings for each of some classes, and their labels."
+    classes, first = np.unique(labels[:, 0].numpy(), return_index=True)
+    first = first[classes >= 0]
+    rows = np.repeat(first[np.linspace(0, len(first) - 1, min(len(first), 32)).astype(int)], 2)
+    return torch.randn(len(rows), width, generator=torch.Generator().manual_seed(0)), labels[torch.from_numpy(rows)]
+
+def _check_asked(cfg, loss, emb, labels):
+    if cfg.memory: memory_part(loss, emb, labels)
+    if not cfg.miner: return
+    if isinstance(loss, EmbeddingLoss): raise ValueError(f"{cfg.loss} compares all images of a batch, so it takes no miner: leave miner out, or choose a loss of pytorch-metric-learning ('pml/...').")
+    found = _make_miner(cfg)(emb, labels)
+    try: loss(emb, labels, indices_tuple=found)
+    except (TypeError, ValueError) as e: raise ValueError(f"{cfg.loss} does not take the pairs of {cfg.miner}: {e}") from e
+
+def _make_miner(cfg):
+    if cfg.miner is None: return None
+    from hapnb.external import pml_miner
+    return pml_miner(cfg.miner.removeprefix("pml/"), **thaw(cfg.miner_args))
 
 # %% ../nbs/30_train.ipynb #146d0aad
 def _frozen_parts(cfg, train, labels, sampler, device):
@@ -731,14 +868,30 @@ def _frozen_parts(cfg, train, labels, sampler, device):
     x = features_of(cfg, train, device)
     with _seeded(derive_seed(cfg.seed, "init", "head")):
         head = Head(x.shape[1], cfg.embed_dim, cfg.norm, cfg.pooling, cfg.normalise, cfg.init)
+    if cfg.init == "whitening": head.whiten_(x[_some_rows(len(x)).to(x.device)])
     head.pool.requires_grad_(False)  # features are pooled already: DDP would wait for the gradient of GeM's exponent
     return FeatureNet(head), FeatureBatches(x, labels, sampler, device)
 
 def _whole_parts(cfg, train, labels, sampler, device, workers):
     from hapnb.models import train_transform
     net = build_net(cfg)
+    if cfg.init == "whitening": _whiten(cfg, net, train, device, workers)
     transform = train_transform(net, cfg.image_size, **thaw(cfg.augment))
-    return net, ImageBatches(train, sampler, transform, derive_seed(cfg.seed, "augment"), workers, device, labels)
+    return net, ImageBatches(_images(cfg, train, transform), sampler, transform, derive_seed(cfg.seed, "augment"), workers, device, labels)
+
+# %% ../nbs/30_train.ipynb #889258dd
+def _some_rows(n, most=5000):
+    "Up to 5,000 row numbers of n, increasing; always the same."
+    return torch.randperm(n, generator=torch.Generator().manual_seed(derive_seed(0, "whitening")))[:most].sort().values
+
+@torch.no_grad()
+def _whiten(cfg, net, train, device, workers):
+    from hapnb.models import test_transform
+    transform, device = test_transform(net, cfg.image_size, **thaw(cfg.transform)), torch.device(device)
+    chunks = [c.tolist() for c in _some_rows(len(train)).split(min(cfg.batch_size, 128))]
+    net.to(device).eval()
+    pooled = [net.head.pool(net.trunk(x.to(device))).float() for x in _loader(_View(_images(cfg, train, transform), transform), chunks, workers, device)]
+    net.head.whiten_(torch.cat(pooled))
 
 # %% ../nbs/30_train.ipynb #23bfa8d5
 def build_trainer(cfg: RunConfig, train, accelerator, workers: int = 0) -> tuple: # (Trainer, batch source)
@@ -750,7 +903,8 @@ def build_trainer(cfg: RunConfig, train, accelerator, workers: int = 0) -> tuple
     else: net, batches = _whole_parts(cfg, train, labels, sampler, device, workers)
     with _seeded(derive_seed(cfg.seed, "init", "loss")): loss = make_loss_for(cfg, labels, net.head.out_features)
     names = ("epochs", "lr", "weight_decay", "groups", "optimizer", "schedule", "warmup_epochs", "clip_norm", "seed", "micro_batch")
-    args = {n: thaw(getattr(cfg, n)) for n in names} | dict(optimizer_args=thaw(cfg.optimizer_args), schedule_args=thaw(cfg.schedule_args))
+    args = {n: thaw(getattr(cfg, n)) for n in names} | dict(optimizer_args=thaw(cfg.optimizer_args), schedule_args=thaw(cfg.schedule_args),
+                                                                memory=check_memory(cfg.memory, len(labels)), miner=_make_miner(cfg))
     return Trainer(net, loss, accelerator=accelerator, **args), batches
 
 # %% ../nbs/30_train.ipynb #4aff23c0
@@ -773,7 +927,7 @@ def embed(net: nn.Module, x, # features [N, F], or a dataset of images
 # %% ../nbs/30_train.ipynb #de2b87d7
 def features_of(cfg: RunConfig, dataset, device="cpu", progress: bool = False) -> Tensor: # [N, F] on `device`
     "Get the frozen trunk's features of a dataset, from memory, from disk, or by computing them."
-    names = ["trunk", "trunk_args", "pretrained", "pooling", "image_size", "transform"] + ["seed"] * (cfg.pretrained is False)
+    names = ["trunk", "trunk_args", "pretrained", "pooling", "image_size", "transform", "decode", "packed"] + ["seed"] * (cfg.pretrained is False)
     made_by = {n: thaw(getattr(cfg, n)) for n in names} | {"pretrained": _weights_id(cfg.pretrained)}
     key = json.dumps(made_by, sort_keys=True), dataset, str(device)
     if key not in _IN_MEMORY:
@@ -785,9 +939,10 @@ _IN_MEMORY = {}  # (settings, dataset, device) -> features, of this process
 
 # %% ../nbs/30_train.ipynb #ab505741
 def prepare(cfg: RunConfig, device="auto", progress: bool = True):
-    "Do what several runs share (features of a frozen trunk), so that they find it done."
-    if cfg.freeze == "trunk":
-        for dataset in load_splits(cfg): features_of(cfg, dataset, pick_device(device), progress)
+    "Do what several runs share (a packed copy of the images, features of a frozen trunk), so that they find it done."
+    parts = load_splits(cfg)
+    for dataset in parts if cfg.packed is not None else (): _pack(cfg, dataset, progress)
+    for dataset in parts if cfg.freeze == "trunk" else (): features_of(cfg, dataset, pick_device(device), progress)
 
 # %% ../nbs/30_train.ipynb #c92daa2f
 def _commit():
@@ -948,6 +1103,7 @@ def run(cfg: RunConfig, # what to do
     if main: _json(path / "config.json", cfg.to_dict())
     devices = [torch.cuda.current_device()] if accelerator.device.type == "cuda" else []
     with _lock(path, progress) if main else contextlib.nullcontext(), torch.random.fork_rng(devices=devices):
+        for part in (train, test) if main and cfg.packed is not None and not is_finished(path) else (): _pack(cfg, part, progress)
         accelerator.wait_for_everyone()  # the others follow when the first process has the lock
         if not is_finished(path): _make_run(cfg, path, train, test, accelerator, progress and main, save_every, workers, on_epoch)
         accelerator.wait_for_everyone()
@@ -986,6 +1142,8 @@ class _Judge:
     def __init__(self, cfg, test, accelerator, workers):
         self.cfg, self.test, self.accelerator, self.workers = cfg, test, accelerator, workers
         self.labels = _columns(test, cfg.levels)
+        self.protocol = thaw(cfg.protocol) or dict(getattr(test, "protocol", None) or {})
+        if cfg.levels is not None and self.protocol.get("kind") == "dyml": raise ValueError("protocol 'dyml' has a benchmark for each level of the labels: leave levels=None; eval_levels says which to report.")
         self.data = dict(name=test.name, split=test.split, images=len(test), fingerprint=test.fingerprint)
 
     def embed(self, net):
@@ -994,12 +1152,14 @@ class _Judge:
         else:
             from hapnb.models import test_transform
             transform = test_transform(net, self.cfg.image_size, **thaw(self.cfg.transform))
+            x = _images(self.cfg, self.test, transform)
         return embed(net, x, transform, self.cfg.batch_size, self.workers, self.accelerator.device, self.cfg.precision)
 
     def metrics(self, z):
-        from hapnb.metrics import evaluate
+        from hapnb.protocols import evaluate_protocol
         c = self.cfg
-        found = evaluate(z, self.labels, levels=thaw(c.eval_levels), ks=c.ks, relevance=as_relevance(thaw(c.relevance)), metrics=thaw(c.metrics), device=self.accelerator.device)
+        found = evaluate_protocol(z, self.labels, getattr(self.test, "meta", None), self.protocol, levels=thaw(c.eval_levels), ks=c.ks,
+                                  relevance=as_relevance(thaw(c.relevance)), metrics=thaw(c.metrics), device=self.accelerator.device)
         return {k: (v if isinstance(v, int) else None if not math.isfinite(v) else float(v)) for k, v in found.items()}
 
 # %% ../nbs/30_train.ipynb #3a4af1cd
@@ -1094,8 +1254,9 @@ def profile_run(cfg: RunConfig, # with freeze="trunk"
                 path = None, # a .csv to write the table to
                 data: tuple = None, # (training part, evaluation part) instead of the named dataset
                 ) -> pd.DataFrame: # part, ms (median a step), share of the step
-    "Measure where the time of a training step goes; `ValueError` with a `micro_batch`."
+    "Measure where the time of a training step goes; `ValueError` with a `micro_batch`, a memory or a miner."
     if cfg.micro_batch: raise ValueError("profile_run cuts a step of one pass into pieces; use cfg.replace(micro_batch=None).")
+    if cfg.memory or cfg.miner: raise ValueError("profile_run cuts a step with one loss into pieces; use cfg.replace(memory={}, miner=None, miner_args={}).")
     trainer, batches = build_trainer(cfg, (data or load_splits(cfg))[0], make_accelerator(device, cfg.precision))
     clock = _Stopwatch(trainer.device)
     trainer.epochs = 10**9

@@ -15,7 +15,7 @@ from torch import nn
 import hapnb.losses
 import hapnb.train as T
 from hapnb.core import LOSSES
-from hapnb.large_batches import EmbeddingMemory, two_pass_backward
+from hapnb.large_batches import EmbeddingMemory, memory_part, takes_references, two_pass_backward
 from hapnb.losses import make_loss
 from hapnb.train import Result, RunConfig, Trainer
 
@@ -434,6 +434,133 @@ def test_two_passes_with_a_memory():
     memory, loss = filled(), build("SupAPLoss", labels)
     wrapped = lambda e, y: memory(loss, e, y)
     same(grads([net], lambda: one_pass(net, wrapped, x, labels)), grads([net], lambda: two_pass_backward(net, wrapped, x, labels, 7)[0]))
+
+
+# ---- a slot a key
+
+@given(st.integers(1, 7), st.lists(st.lists(st.integers(0, 6), max_size=6), max_size=5), st.booleans())
+def test_memory_with_slots_is_a_dict(size, batches, flat):
+    memory, want, n = EmbeddingMemory(size, unique=True), {}, 0
+    for keys in ([k % size for k in b] for b in batches):
+        emb, labels = torch.arange(n, n + len(keys)).float()[:, None].expand(-1, 3), torch.arange(n, n + len(keys))
+        memory.add(emb, labels if flat else labels[:, None], keys)
+        want |= {k: n + i for i, k in enumerate(keys)}  # the last of a key stays
+        n += len(keys)
+        assert len(memory) == len(want)
+    other = EmbeddingMemory(size, unique=True)
+    other.load_state_dict(memory.state_dict())
+    for m in (memory, other, copy.deepcopy(memory)) if n else ():
+        e, l = m.get()
+        assert e[:, 0].tolist() == [want[k] for k in sorted(want)] == l.view(-1).tolist() and len(m) == len(want)
+    memory.clear()
+    assert len(memory) == 0 and memory.seen is None
+
+
+def test_slots_of_the_batch_are_no_others():
+    g, loss = torch.Generator().manual_seed(0), build("SupAPLoss", images()[1])
+    memory = EmbeddingMemory(50, unique=True)
+    old, labels = torch.randn(40, 8, dtype=torch.float64, generator=g), torch.arange(40) // 4
+    memory.add(old, labels, range(40))
+    emb, y, keys = torch.randn(6, 8, dtype=torch.float64, generator=g), labels[[3, 9, 9, 20, 21, 22]], [3, 9, 9, 20, 21, 45]
+    kept = [i for i in range(40) if i not in keys]
+    for added in (False, True):
+        if added: memory.add(emb, y, keys)
+        refs = memory.references(emb, y, loss, "copy", own=True, keys=keys)
+        assert torch.equal(refs["ref_emb"], torch.cat([emb, old[kept]])) and torch.equal(refs["ref_labels"], torch.cat([y, labels[kept]]))
+    assert len(memory.get()[0]) == 41
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda q, u, e, y: q.add(e, y, [0, 1]), "keys are for a memory with a slot a key"), (lambda q, u, e, y: u.add(e, y), "needs keys"),
+    (lambda q, u, e, y: u.references(e, y), "needs keys"), (lambda q, u, e, y: u.add(e, y, [0]), "2 whole numbers"), (lambda q, u, e, y: u.add(e, y, [0., 1.]), "whole numbers"),
+    (lambda q, u, e, y: u.add(e, y, [0, 5]), "0 to 4, got 0 to 5"), (lambda q, u, e, y: u.add(e, y, [-1, 2]), "got -1 to 2"),
+    (lambda q, u, e, y: u.load_state_dict(q.state_dict()), "other way round"), (lambda q, u, e, y: q.load_state_dict(u.state_dict()), "other way round")])
+def test_slot_errors(call, message):
+    q, u, e, y = EmbeddingMemory(5), EmbeddingMemory(5, unique=True), torch.ones(2, 3), torch.zeros(2, dtype=torch.long)
+    q.add(e, y), u.add(e, y, [2, 3])
+    before = [t.clone() for t in u.get()]
+    with pytest.raises(ValueError, match=message): call(q, u, e, y)
+    assert all(torch.equal(a, b) for a, b in zip(before, u.get()))
+
+
+# ---- the loss against the memory
+
+NO_REFS = ("NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "ProxyAnchorLoss", "CSLLoss", "HISTLoss")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_who_looks_at_references(name):
+    x, labels = torch.randn(30, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), images()[1]
+    for y in (labels, torch.zeros_like(labels)):  # also where all are of one class
+        loss, state = build(name, labels), torch.get_rng_state()
+        before = copy.deepcopy(loss.state_dict())
+        assert takes_references(loss, x, y) == (name not in NO_REFS)
+        assert torch.equal(torch.get_rng_state(), state) and all(torch.equal(v, before[k]) for k, v in loss.state_dict().items())
+        assert all(p.grad is None for p in loss.parameters())
+    if name in NO_REFS:
+        with pytest.raises(ValueError, match=f"{name} does not look at references"): memory_part(loss, x, labels)
+    elif name == "HAPPIERLoss":
+        part = memory_part(loss, x, labels)
+        assert list(part.losses) == ["rank"] and part.losses["rank"] is loss.losses["rank"] and part.weights["rank"] == loss.weights["rank"]
+    else: assert memory_part(loss, x, labels) is loss
+
+
+def test_losses_that_refuse_references_say_so():
+    pml = pytest.importorskip("pytorch_metric_learning.losses")
+    with pytest.raises(ValueError, match="ArcFaceLoss cannot be compared with a memory"):
+        memory_part(pml.ArcFaceLoss(10, 8).double(), torch.randn(30, 8, dtype=torch.float64), images()[1][:, 0])
+
+
+@pytest.mark.parametrize("name", [n for n in OURS if n not in NO_REFS])
+@pytest.mark.parametrize("unique", [False, True])
+def test_the_term_against_the_memory(name, unique):
+    "Straight from the definition: the batch against detached copies of the memory into which it was put."
+    g, labels = torch.Generator().manual_seed(0), images()[1]
+    old, emb = torch.randn(30, 8, dtype=torch.float64, generator=g), torch.randn(12, 8, dtype=torch.float64, generator=g).requires_grad_()
+    keys, memory = torch.arange(12) * 2, EmbeddingMemory(30, unique)
+    loss = memory_part(build(name, labels), emb, labels[keys])
+    memory.add(old, labels, *([torch.arange(30)] if unique else []))
+    memory.add(emb, labels[keys], *([keys] if unique else []))
+    torch.manual_seed(4)  # BlackBoxAP draws noise
+    got = memory.term(loss, emb, labels[keys], keys if unique else None)
+    others = [i for i in range(30) if i not in keys.tolist()] if unique else range(12, 30)  # the queue lost its oldest 12
+    ref, y = torch.cat([emb.detach(), old[others]]), torch.cat([labels[keys], labels[others]])
+    torch.manual_seed(4)
+    want = loss(emb, labels[keys], ref_emb=ref, ref_labels=y)  # the query meets its copy, as in ROADMAP
+    if name == "FastAPLoss":  # which leaves the query out of its own batch
+        pairs = torch.ones(12, 30, dtype=torch.bool).fill_diagonal_(False).nonzero(as_tuple=True)
+        want = loss(emb, labels[keys], indices_tuple=(*pairs, *pairs), ref_emb=ref, ref_labels=y)
+    assert got.item() == pytest.approx(want.item(), rel=1e-12)
+    for a, b in zip(torch.autograd.grad(got, emb), torch.autograd.grad(want, emb)): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert not memory.get()[0].requires_grad
+
+
+def test_a_miner_never_gives_the_own_copy():
+    pml, miners = pytest.importorskip("pytorch_metric_learning.losses"), pytest.importorskip("pytorch_metric_learning.miners")
+    g, labels = torch.Generator().manual_seed(0), torch.arange(12) // 3
+    emb, memory, seen = torch.randn(12, 8, generator=g).requires_grad_(), EmbeddingMemory(30), []
+    memory.add(torch.randn(18, 8, generator=g), torch.arange(18) // 3), memory.add(emb, labels)
+    class Asks(pml.TripletMarginLoss):
+        def forward(self, emb, labels, indices_tuple=None, ref_emb=None, ref_labels=None):
+            seen.append(indices_tuple)
+            return super().forward(emb, labels, indices_tuple, ref_emb, ref_labels)
+    for miner in (miners.TripletMarginMiner(margin=9.), miners.MultiSimilarityMiner(epsilon=9.)):
+        value = memory.term(Asks(), emb, labels, miner=lambda e, y, ref_emb, ref_labels: miner(e, y, ref_emb, ref_labels))
+        assert value.item() > 0 and len(seen[-1][0]) and not bool((seen[-1][0] == seen[-1][1]).any())
+        every = miner(emb.detach(), labels, *[memory.references(emb, labels, None, "copy", True)[k] for k in ("ref_emb", "ref_labels")])
+        assert bool((every[0] == every[1]).any())  # it would have
+
+
+def test_a_loader_of_pairs_is_named():
+    net, (x, labels) = network(), images()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, labels), 7)
+    with pytest.raises(ValueError, match="a list of 2 things.*give the images alone"): two_pass_backward(net, build("SupAPLoss", labels), loader, labels)
+    class TwoInputs(nn.Module):  # a model that does want pairs
+        def __init__(self): super().__init__(); self.net = net
+        def forward(self, pair): return self.net(pair[0])
+    one = grads([net], lambda: one_pass(net, build("SupAPLoss", labels), x, labels))
+    same(one, grads([net], lambda: two_pass_backward(TwoInputs(), build("SupAPLoss", labels), loader, labels)[0]))
+    with pytest.raises(TypeError): two_pass_backward(lambda c: c + None, build("SupAPLoss", labels), x, labels, 7)  # the model's own fault stays as it is
 
 
 # ---- RunConfig, Trainer, run

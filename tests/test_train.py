@@ -1,7 +1,9 @@
 "Training: keys, read-back, kill -9 and resume, warm-up, groups, two processes, faults."
 import json, math, multiprocessing, os, pickle, random, resource, signal, socket, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -75,6 +77,11 @@ def test_config_round_trip():
     (dict(schedule="cosin"), "'cosine'"), (dict(schedule="step"), "schedule_args"), (dict(optimizer="adm"), "'adam'"),
     (dict(groups={"heads": {}}), "'head'"), (dict(groups={"head": {"lrs": 1}}), "'lr'"), (dict(groups={"head": {"lr": "x"}}), "must be a number"),
     (dict(batch_size=1), "2 or more"), (dict(lr=-1), "0.0 or more"), (dict(clip_norm=0), "above 0"), (dict(lr=math.nan), "finite"),
+    (dict(memory={"sizes": 9}), "'size'"), (dict(memory={"weight": 1}), "needs a size"), (dict(memory={"size": "all"}), "'train'"), (dict(memory={"size": 256}), "no more than the batch"),
+    (dict(memory={"size": 999.5}), "memory: size"), (dict(memory={"size": True}), "memory: size"), (dict(memory={"size": 999, "weight": 0}), "above 0"), (dict(memory={"size": 999, "start_epoch": -1}), "start_epoch"),
+    (dict(memory={"size": 999, "unique": 1}), "true or false"), (dict(memory=9), "must be dict"), (dict(miner="TripletMarginMiner"), "'pml/NAME'"), (dict(miner_args={"a": 1}), "miner is None"),
+    (dict(freeze_blocks=2), "freeze='trunk'"), (dict(freeze="bn", freeze_blocks=-1), "0 or more"), (dict(packed=0), "1 or more"), (dict(packed=64, decode="shrink"), "small already"), (dict(decode="shrunk"), "'shrink'"),
+    (dict(init="whitening", embed_dim=None), "start of the projection"), (dict(protocol={"repeats": 3}), "needs a 'kind'"),
     (dict(loss_args={"f": print}), "plain value"), (dict(augment={"flip": 0}), "freeze"), (dict(relevance="pot"), "'pop'"), (dict(seed=-1), "0 or more"),
 ])
 def test_config_errors(bad, message):
@@ -91,6 +98,25 @@ def test_key_is_stable_and_sensitive(tmp_path):
                dict(relevance={"kind": "pop", "alpha": 2.0}), dict(levels=[0]), dict(eval_every=1), dict(norm=None), dict(embed_dim=8)]
     keys = [TOY.key()] + [TOY.replace(**c).key() for c in changes]
     assert len(set(keys)) == len(keys)
+
+
+OLD_KEYS = [  # as they were before memory, miner, freeze_blocks, packed, decode and protocol came
+    ({}, "99e9672fd2cf12ca"), (dict(seed=3), "e658e14befc85c1a"), (dict(freeze="bn", warmup_epochs=1, augment={"flip": 0.5}, eval_every=1), "c3e16c7d1f7f520e"),
+    (dict(micro_batch=8, freeze="bn"), "65397fbea2678b73"), (dict(levels=[1], relevance={"kind": "map"}, metrics=["AP_level0"]), "2e7345ab8b0f803c"),
+    (dict(loss="HISTLoss", loss_args={"hidden": 8, "tau": 8.0}, sampler="random", sampler_args={}, norm="after", init="kaiming", normalise=False, groups={"loss.distributions": {"lr": 0.1}}), "9bcf5286713facca"),
+    (dict(split="val", precision="bf16", schedule="step", schedule_args={"size": 2}), "fcbead9cc0dadbdd")]
+
+
+def test_fields_that_came_later_leave_old_keys_alone():
+    parts = (SimpleNamespace(fingerprint="a"), SimpleNamespace(fingerprint="b"))
+    for change, key in OLD_KEYS: assert TOY.replace(**change).key(parts) == key
+    assert RunConfig().key(parts) == "b9a62cafd4ac5374"
+    whole = TOY.replace(freeze="bn")
+    added = [dict(memory={"size": "train"}), dict(memory={"size": 99}), dict(memory={"size": 99, "weight": 2.0}), dict(miner="pml/TripletMarginMiner"), dict(miner="pml/TripletMarginMiner", miner_args={"margin": 1}),
+             dict(freeze_blocks=1), dict(packed=64), dict(decode="shrink"), dict(protocol={"kind": "leave-one-out"})]
+    assert {k for c in added for k in c} | {"micro_batch"} == set(T._ADDED)
+    assert len({whole.replace(**c).key(parts) for c in [{}, *added]}) == 1 + len(added)
+    for c in added: assert RunConfig.from_dict(json.loads(json.dumps(whole.replace(**c).to_dict()))) == whole.replace(**c)
 
 
 def test_weights_file_is_in_the_key_by_content(tmp_path):
@@ -200,7 +226,11 @@ def test_bf16_val_split_levels(tmp_path):
     assert list(r.metrics) and r.labels().shape[1] == 1 and 0 < r.metrics["AP_level0"] <= 1
 
 
-@pytest.mark.parametrize("cfg", [TOY.replace(epochs=12), WHOLE.replace(epochs=3)], ids=["frozen", "whole"])
+QUEUE = TOY.replace(loss="SupAPLoss", memory={"size": 60})
+SLOTS = WHOLE.replace(freeze="bn", loss="ROADMAPLoss", groups={}, memory={"size": "train", "start_epoch": 1, "weight": 0.5})
+
+
+@pytest.mark.parametrize("cfg", [TOY.replace(epochs=12), WHOLE.replace(epochs=3), QUEUE.replace(epochs=8)], ids=["frozen", "whole", "memory"])
 def test_kill_9_at_random_moments(tmp_path, cfg):
     want = contents(toy_run(cfg, tmp_path / "whole"))
     rng, out = random.Random(0), tmp_path / "out.txt"
@@ -519,7 +549,7 @@ def test_gathered_gradient_needs_its_factor(tmp_path, monkeypatch, broken):
     assert torch.allclose(*norms, rtol=1e-4) != broken
 
 
-@pytest.mark.parametrize("cfg", [TOY, TOY.replace(pooling="gem"), WHOLE], ids=["frozen", "gem", "whole"])
+@pytest.mark.parametrize("cfg", [TOY, TOY.replace(pooling="gem"), WHOLE, QUEUE.replace(optimizer="sgd"), SLOTS.replace(micro_batch=4)], ids=["frozen", "gem", "whole", "queue", "slots"])
 def test_run_with_two_processes(tmp_path, cfg):
     cfg = cfg.replace(freeze="bn") if cfg.freeze == "none" else cfg  # batch statistics would be each process's own
     one = toy_run(cfg, tmp_path / "one")
@@ -528,3 +558,326 @@ def test_run_with_two_processes(tmp_path, cfg):
     assert two.environment["processes"] == 2
     torch.testing.assert_close(one.embeddings(), two.embeddings(), rtol=1e-3, atol=1e-4)
     assert two.metrics == pytest.approx(one.metrics, abs=1e-2)
+
+
+def _remember(memory, micro_batch, out):
+    acc = T.make_accelerator("cpu")
+    t = make_trainer("SmoothAPLoss", accelerator=acc, epochs=3, lr=0.01, optimizer="sgd", memory=memory, micro_batch=micro_batch).fit(T.FeatureBatches(*data(22), Halves()))
+    T.save_state(f"{out}{acc.process_index}", dict(net=t.net.state_dict(), memory=t.memory.state_dict(), history=[{k: v for k, v in r.items() if k != "seconds"} for r in t.history]))
+    acc.wait_for_everyone()
+
+
+@pytest.mark.parametrize("memory", [dict(size=15), dict(size=22, unique=True, start_epoch=1, weight=2.)], ids=["queue", "slots"])
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_every_process_holds_the_same_memory(tmp_path, memory, micro_batch):
+    _remember(memory, None, tmp_path / "one")
+    together(_remember, memory, micro_batch, tmp_path / "two")
+    one, first, second = (T.load_state(tmp_path / n) for n in ("one0", "two0", "two1"))
+    for k, v in first["memory"].items(): assert torch.equal(v, second["memory"][k])
+    for part in ("net", "memory"):
+        for k in one[part]: torch.testing.assert_close(one[part][k], first[part][k], rtol=1e-5, atol=1e-6)
+    for r, s in zip(one["history"], first["history"]): assert r == pytest.approx(s, rel=1e-4, abs=1e-6)
+
+
+# ---- a memory of embeddings
+
+class Rows:
+    "Batches of given rows, each epoch the same."
+    def __init__(self, *rows): self.given = rows
+    def set_epoch(self, e): pass
+    def __iter__(self): return iter([list(r) for r in self.given])
+
+
+@pytest.mark.parametrize("unique", [False, True])
+@pytest.mark.parametrize("loss", ["SupAPLoss", "ROADMAPLoss", "HAPPIERLoss"])
+def test_training_with_a_memory_is_the_papers_two_terms(loss, unique):
+    "Against a loop of its own: a dict of image numbers or a list, filled before it is asked; the softmax of HAPPIER counts once."
+    from hapnb.losses import SumLoss, make_loss
+    x, y = data(24)
+    batches = [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 0, 1], [4, 8, 12, 16, 5, 9]]
+    memory = dict(size=24, unique=True, weight=0.5, start_epoch=1) if unique else dict(size=10, weight=0.5, start_epoch=1)
+    t = make_trainer(loss, epochs=3, lr=0.1, optimizer="sgd", memory=memory).fit(T.FeatureBatches(x, y, Rows(*batches)))
+    torch.manual_seed(1)
+    net, own = Net(), make_loss(loss, num_classes=4, embedding_size=3)
+    opt = torch.optim.SGD([*net.parameters(), *own.parameters()], lr=0.1)
+    ranked = own if loss != "HAPPIERLoss" else SumLoss({"rank": (own.weights["rank"], own.losses["rank"])})
+    kept, memory_terms = {} if unique else [], []
+    for epoch in range(3):
+        memory_terms.append([])
+        for rows in batches:
+            z = net(x[rows])
+            value = own(z, y[rows])
+            new = {r: (z[i].detach(), y[r]) for i, r in enumerate(rows)}
+            kept = {**kept, **new} if unique else [*kept, *new.values()][-10:]
+            there = list(kept.values()) if unique else kept
+            if epoch >= 1:
+                term = ranked(z, y[rows], ref_emb=torch.stack([e for e, _ in there]), ref_labels=torch.stack([l for _, l in there]))
+                memory_terms[-1].append(term.item())
+                value = value + 0.5 * term
+            opt.zero_grad()
+            value.backward()
+            opt.step()
+    for p, q in zip([*t.net.parameters(), *t.loss.parameters()], [*net.parameters(), *own.parameters()]): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    assert "memory" not in t.history[0]
+    for r, want in zip(t.history[1:], memory_terms[1:]): assert r["memory"] == pytest.approx(np.mean(want), rel=1e-4)
+    assert len(t.memory) == len(kept) and not t.memory.emb.requires_grad
+
+
+@pytest.mark.parametrize("cfg", [QUEUE, SLOTS, SLOTS.replace(micro_batch=5, epochs=3)], ids=["queue", "slots", "two-pass"])
+@pytest.mark.parametrize("stop", [1, 7, 9])
+def test_a_memory_resumes_to_the_last_bit(tmp_path, monkeypatch, cfg, stop):
+    whole = toy_run(cfg, tmp_path / "whole")
+    step, left = Trainer.step, [stop]
+    def dies(self, *args):
+        left[0] -= 1
+        if left[0] < 0: raise KeyboardInterrupt
+        step(self, *args)
+    monkeypatch.setattr(Trainer, "step", dies)
+    with pytest.raises(KeyboardInterrupt): toy_run(cfg, tmp_path / "cut", save_every=0)
+    state = T.load_state(next((tmp_path / "cut").rglob("state.pt")))["memory"]
+    assert len(state["emb"]) == (60 if cfg == QUEUE else 144) and int(state["count"]) > 0
+    monkeypatch.setattr(Trainer, "step", step)
+    assert contents(toy_run(cfg, tmp_path / "cut")) == contents(whole)
+
+
+def test_without_its_memory_a_run_goes_on_differently(tmp_path, monkeypatch):
+    "The test above would see a memory that is not in the checkpoint."
+    monkeypatch.setattr(T.EmbeddingMemory, "load_state_dict", lambda *a: None)
+    with pytest.raises(AssertionError): test_a_memory_resumes_to_the_last_bit(tmp_path, monkeypatch, QUEUE, 7)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(loss="NormSoftmaxLoss"), "NormSoftmaxLoss does not look at references"), (dict(loss="NaNAfterLoss"), "NaNAfterLoss does not look at references"),
+    (dict(memory={"size": 100, "unique": True}), "100 slots are too few for 144 training images"), (dict(loss="pml/ArcFaceLoss"), "compares a batch with itself only")])
+def test_memory_that_makes_no_sense(tmp_path, change, message):
+    if "pml/" in change.get("loss", ""): pytest.importorskip("pytorch_metric_learning")
+    with pytest.raises(ValueError, match=message): toy_run(QUEUE.replace(**change), tmp_path)
+
+
+def test_the_memory_changes_the_run_and_is_in_the_history(tmp_path):
+    none, queue = toy_run(QUEUE.replace(memory={}), tmp_path), toy_run(QUEUE, tmp_path)
+    assert "memory" in queue.history and "memory" not in none.history and contents(none) != contents(queue)
+    assert toy_run(QUEUE.replace(micro_batch=5), tmp_path).history.loss.tolist() == pytest.approx(queue.history.loss.tolist(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kw, message", [(dict(micro_batch=0), "1 or more"), (dict(micro_batch=2.5), "whole"), (dict(memory={"size": "train"}), "does not know the training set"), (dict(memory={"sise": 3}), "'size'")])
+def test_trainer_arguments(kw, message):
+    with pytest.raises(ValueError, match=message): make_trainer(**kw)
+
+
+def test_slots_need_to_know_the_rows():
+    t = make_trainer("SmoothAPLoss", memory=dict(size=16, unique=True))
+    with pytest.raises(ValueError, match="needs keys"): t.step(*data())
+
+
+# ---- miners
+
+TRIPLET = TOY.replace(loss="pml/TripletMarginLoss", miner="pml/TripletMarginMiner", miner_args={"margin": 0.3, "type_of_triplets": "semihard"}, epochs=2)
+
+
+def test_a_miner_chooses_for_the_loss(tmp_path):
+    miners, losses = pytest.importorskip("pytorch_metric_learning.miners"), pytest.importorskip("pytorch_metric_learning.losses")
+    cfg = TRIPLET.replace(optimizer="sgd", lr=0.5, schedule="constant", epochs=1)
+    t, batches = T.build_trainer(cfg, T.load_splits(cfg)[0], T.make_accelerator("cpu"))
+    own, _ = T.build_trainer(cfg, T.load_splits(cfg)[0], T.make_accelerator("cpu"))
+    t.fit(batches)
+    miner, loss = miners.TripletMarginMiner(margin=0.3, type_of_triplets="semihard"), losses.TripletMarginLoss()
+    opt = torch.optim.SGD(own.net.parameters(), lr=0.5)
+    for x, y in batches.epoch(0):
+        z = own.net(x)
+        opt.zero_grad()
+        loss(z, y[:, 0], miner(z, y[:, 0])).backward()
+        opt.step()
+    torch.testing.assert_close(t.net.head.proj.weight, own.net.head.proj.weight, rtol=1e-4, atol=1e-6)
+    plain = toy_run(TRIPLET.replace(miner=None, miner_args={}), tmp_path)
+    assert contents(toy_run(TRIPLET, tmp_path)) != contents(plain)
+
+
+def test_a_miner_with_a_memory_and_two_passes(tmp_path):
+    pytest.importorskip("pytorch_metric_learning")
+    one = toy_run(TRIPLET.replace(memory={"size": "train"}), tmp_path)
+    two = toy_run(TRIPLET.replace(memory={"size": "train"}, micro_batch=7), tmp_path)
+    assert one.history.memory.tolist() == pytest.approx(two.history.memory.tolist(), rel=1e-3) and (one.history.memory > 0).all()
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(loss="SupAPLoss"), "SupAPLoss compares all images of a batch"), (dict(miner="pml/MultiSimilartyMiner"), "MultiSimilarityMiner"), (dict(miner_args={"margn": 1}), "'margin'"),
+    (dict(loss="pml/P2SGradLoss"), "P2SGradLoss does not take the pairs of pml/TripletMarginMiner"), (dict(loss="pml/TripletMarginLos"), "TripletMarginLoss")])
+def test_miners_that_do_not_fit(tmp_path, monkeypatch, change, message):
+    pytest.importorskip("pytorch_metric_learning")
+    monkeypatch.setattr(T, "features_of", lambda *a, **k: pytest.fail("features were computed first"))
+    with pytest.raises(ValueError, match=message): toy_run(TRIPLET.replace(**change), tmp_path)
+
+
+# ---- protocols
+
+def with_parts(protocol):
+    "The toy test images, every third one a query."
+    from hapnb.data import load
+    test = load("toy", "test")
+    test.meta = test.meta.assign(part=["query" if i % 3 == 0 else "gallery" for i in range(len(test))])
+    test.protocol = protocol
+    return load("toy", "train"), test
+
+
+def test_leave_one_out_is_what_it_was(tmp_path):
+    from hapnb.metrics import evaluate
+    for protocol in ({}, {"kind": "leave-one-out"}):
+        r = toy_run(TOY.replace(protocol=protocol), tmp_path)
+        assert r.metrics == {k: v for k, v in evaluate(r.embeddings(), r.labels(), ks=(1, 2)).items()}
+
+
+def test_the_datasets_protocol_is_followed(tmp_path):
+    from hapnb.metrics import evaluate
+    parts = with_parts({"kind": "query-gallery"})
+    r = toy_run(TOY.replace(eval_every=2), tmp_path, data=parts)
+    z, y, q = r.embeddings(), r.labels(), torch.arange(len(parts[1])) % 3 == 0
+    want = evaluate(z[~q], y[~q], z[q], y[q], ks=(1, 2))
+    assert r.metrics == pytest.approx(want) and r.history["H-AP"].iloc[-1] == pytest.approx(want["H-AP"])
+    other = toy_run(TOY.replace(protocol={"kind": "leave-one-out"}), tmp_path, data=parts)  # the config's word counts
+    assert other.metrics == pytest.approx(evaluate(other.embeddings(), other.labels(), ks=(1, 2)))
+    repeated = toy_run(TOY.replace(protocol={"kind": "random-gallery", "repeats": 3, "seed": 1}), tmp_path)
+    assert "R@1_level0_std" in repeated.metrics
+
+
+def test_protocol_errors(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="'part' is 'test' in row 0"): toy_run(TOY.replace(protocol={"kind": "query-gallery"}), tmp_path)
+    with pytest.raises(ValueError, match="levels=None"): toy_run(TOY.replace(levels=(0,), protocol={"kind": "dyml"}), tmp_path)
+    monkeypatch.setattr(T, "features_of", lambda *a, **k: pytest.fail("features were computed first"))
+    with pytest.raises(ValueError, match="'query-gallery'"): toy_run(TOY.replace(protocol={"kind": "query-galery"}), tmp_path)
+
+
+# ---- images: decoded small, packed
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    "Four classes of JPEGs of 300 x 400 pixels."
+    from PIL import Image
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for c, name in enumerate(("a/x", "a/y", "b/x", "b/y")):
+        (folder / name).mkdir(parents=True)
+        for i in range(6):
+            small = Image.fromarray((rng.random((6, 8, 3)) * 160 + 20 * c).astype(np.uint8))
+            small.resize((400, 300), Image.BICUBIC).save(folder / name / f"{i}.jpg", quality=95)
+    return RunConfig(dataset="folder", data_dir=str(folder), trunk="toy", freeze="bn", image_size=32, transform={"crop_pct": 0.8}, augment={"resize": 50}, embed_dim=8,
+                     batch_size=8, epochs=1, loss="SmoothAPLoss", lr=0.01, ks=(1,))
+
+
+def spied(monkeypatch):
+    "What `image` of a dataset was asked for."
+    from hapnb.data import RetrievalDataset
+    asked, image = [], RetrievalDataset.image
+    def spy(self, i, *args, **kw):
+        asked.append(kw.get("at_least", args[0] if args else None))
+        out = image(self, i, *args, **kw)
+        sizes.append(min(out.size))
+        return out
+    sizes = []
+    monkeypatch.setattr(RetrievalDataset, "image", spy)
+    return asked, sizes
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_are_decoded_no_larger_than_needed(tmp_path, monkeypatch, photos, workers):
+    full = run(photos, tmp_path, device="cpu", progress=False, workers=workers)
+    if not workers: asked, sizes = spied(monkeypatch)  # worker processes would not tell
+    small = run(photos.replace(decode="shrink"), tmp_path, device="cpu", progress=False, workers=workers)
+    if not workers: assert set(asked) == {50, 40} and set(sizes) == {75}  # train and test; a quarter of 300
+    assert full.key != small.key and not torch.equal(full.embeddings(), small.embeddings())
+    assert float((full.embeddings() * small.embeddings()).sum(1).min()) > 0.99
+
+
+def test_features_of_small_images_have_a_place_of_their_own(tmp_path, monkeypatch, photos):
+    cfg = photos.replace(freeze="trunk", augment={})
+    test = T.load_splits(cfg)[1]
+    full = T.features_of(cfg, test)
+    asked, _ = spied(monkeypatch)
+    small = T.features_of(cfg.replace(decode="shrink"), test)
+    assert set(asked) == {40} and not torch.equal(full, small)
+    torch.testing.assert_close(full, small, atol=0.1, rtol=0.1)
+    T._IN_MEMORY.clear()
+    assert torch.equal(T.features_of(cfg, test), full)  # from disk
+    assert len(asked) == len(test)
+
+
+def test_a_shrunk_dataset_survives_pickling(photos):
+    ds = T._Shrunk(T.load_splits(photos)[1], 40)
+    again = pickle.loads(pickle.dumps(ds))
+    assert again.fingerprint == ds.fingerprint != ds.dataset.fingerprint and len(again) == len(ds) and again.image(0).size == (100, 75)
+    with pytest.raises(AttributeError): again.nothing
+
+
+class Packed:
+    "What a packed dataset must be for training: the same rows, smaller images."
+    made = []
+    def __init__(self, dataset, side): self.dataset, self.side, self.fingerprint = dataset, side, f"{dataset.fingerprint} packed {side}"
+    def __len__(self): return len(self.dataset)
+    def __getattr__(self, name): return getattr(self.__dict__["dataset"], name)
+    def image(self, i):
+        im = self.dataset.image(i)
+        scale = self.side / min(im.size)
+        return im.resize([round(s * scale) for s in im.size])
+
+
+def test_training_reads_a_packed_copy(tmp_path, monkeypatch, photos):
+    calls = []
+    def packed(dataset, side, folder=None, progress=True):
+        calls.append((dataset.split, side))
+        return Packed(dataset, side)
+    monkeypatch.setitem(sys.modules, "hapnb.packed", SimpleNamespace(packed=packed))
+    asked, sizes = spied(monkeypatch)
+    small = toy_run(photos.replace(packed=60), tmp_path)
+    assert set(calls) == {("train", 60), ("test", 60)} and set(asked) == {None}
+    full = toy_run(photos, tmp_path)
+    assert float((full.embeddings() * small.embeddings()).sum(1).min()) > 0.99 and not torch.equal(full.embeddings(), small.embeddings())
+    assert small.dataset().fingerprint == full.dataset().fingerprint  # where the images came from
+    frozen = photos.replace(packed=60, freeze="trunk", augment={})
+    calls.clear()
+    T.prepare(frozen, "cpu", progress=False)
+    assert {s for s, _ in calls} == {"train", "test"}
+    with pytest.raises(ValueError, match="packed=45 keeps fewer pixels than the 50"): toy_run(photos.replace(packed=45), tmp_path)
+
+
+def test_needed_side_of_the_library_transforms():
+    from hapnb.models import test_transform as testing, train_transform as training
+    trunk = T.toy_trunk()
+    assert T.needed_side(testing(trunk, 32, 0.8)) == 40 and T.needed_side(testing(trunk, 32, 0.8, square=True)) == 40 and T.needed_side(training(trunk, 32, resize=50)) == 50
+    transform = training(trunk, 32, (0.25, 1.), (0.5, 2.))
+    side = T.needed_side(transform)
+    torch.manual_seed(0)
+    boxes = [transform.transforms[0].make_params([torch.zeros(3, side, side)]) for _ in range(300)]
+    assert side == 91 and min(min(b["height"], b["width"]) for b in boxes) >= 31  # rounding of a box to whole pixels
+
+
+# ---- blocks that stand still, whitening
+
+def test_first_blocks_stand_still(tmp_path):
+    cfg = TOY.replace(trunk="timm/resnet18", pretrained=False, freeze="bn", freeze_blocks=2, epochs=1, batch_size=16, loss="SmoothAPLoss", dataset_args={"hues": 4, "each": 4})
+    start = {k: v.clone() for k, v in T.build_trunk(cfg).state_dict().items()}
+    after = {k.removeprefix("trunk."): v for k, v in toy_run(cfg, tmp_path).weights().items() if k.startswith("trunk.")}
+    moved = {k for k in start if not torch.equal(start[k], after[k])}
+    assert moved and all("layer3" in k or "layer4" in k for k in moved)
+    moved_all = toy_run(cfg.replace(freeze_blocks=0), tmp_path).weights()
+    assert any(not torch.equal(moved_all[f"trunk.{k}"], start[k]) for k in start if "layer1" in k)
+    with pytest.raises(ValueError, match="freeze_blocks=9"): toy_run(cfg.replace(freeze_blocks=9), tmp_path)
+
+
+@pytest.mark.parametrize("freeze", ["trunk", "bn"])
+def test_whitening_makes_the_start_white(tmp_path, monkeypatch, freeze):
+    cfg = TOY.replace(init="whitening", norm=None, embed_dim=4, freeze=freeze, epochs=0, normalise=False, loss="HISTLoss", loss_args={"hidden": 4})
+    train = T.load_splits(cfg)[0]
+    t, batches = T.build_trainer(cfg, train, T.make_accelerator("cpu"))
+    x = T.features_of(TOY, train)
+    z = t.net.head.proj(t.net.head.norm(x))
+    torch.testing.assert_close(torch.cov(z.T), torch.eye(4), atol=2e-2, rtol=0)
+    torch.testing.assert_close(z.mean(0), torch.zeros(4), atol=1e-3, rtol=0)
+    assert t.net.head.proj.weight.requires_grad
+    assert contents(toy_run(cfg, tmp_path / "a")) == contents(toy_run(cfg, tmp_path / "b"))
+    result = toy_run(cfg, tmp_path / "a")
+    torch.testing.assert_close(result.model().head.proj.weight, t.net.head.proj.weight.detach())
+
+
+def test_whitening_looks_at_some_images_only():
+    assert T._some_rows(7).tolist() == list(range(7))
+    many = T._some_rows(20000)
+    assert len(many) == 5000 and bool((many.diff() > 0).all()) and torch.equal(many, T._some_rows(20000))
