@@ -139,20 +139,25 @@ def paired_test(rows: pd.DataFrame, # one row a run, with a column "seed"
                 level: float = 0.95, # of the intervals
                 ) -> pd.DataFrame: # one row a method: difference, half, low, high, p, p_holm, n, verdict
     "Compare every method with `baseline`, paired over seeds; positive = better than the baseline."
-    groups = _by_seed(rows, metric, by)
-    if baseline not in groups: raise ValueError(f"no baseline {baseline!r}.{nearest(baseline, groups)} Known: {', '.join(map(str, groups))}.")
-    out = []
-    for name, x in groups.items():
+    groups, failures = _by_seed(rows, metric, by), _failures(rows, metric, by)
+    if baseline not in failures: raise ValueError(f"no baseline {baseline!r}.{nearest(baseline, failures)} Known: {', '.join(map(str, failures))}.")
+    out, none = [], pd.Series(dtype=float)
+    for name in failures:
         if name == baseline: continue
-        d = (x - groups[baseline]).dropna().sort_index().to_numpy()  # only seeds that both have
-        if not len(d): raise ValueError(f"{name!r} and {baseline!r} share no seed; nothing to pair.")
+        d = (groups.get(name, none) - groups.get(baseline, none)).dropna().sort_index().to_numpy()  # only seeds that both have
+        if not len(d) and not failures[name][0] and not failures[baseline][0]: raise ValueError(f"{name!r} and {baseline!r} share no seed; nothing to pair.")
         mean, half, n = interval(d, level)
         out.append(dict(group=name, metric=metric, baseline=baseline, difference=mean, half=half, low=mean - half, high=mean + half, p=_p_value(d), n=n))
     out = pd.DataFrame(out, columns=["group", "metric", "baseline", "difference", "half", "low", "high", "p", "n"])
     out["p_holm"] = holm(out["p"])
     sure = out["p_holm"] < 1 - level
-    out["verdict"] = np.where(out["p_holm"].isna(), "one seed: not tested", np.where(~sure, "not distinguishable", np.where(out["difference"] > 0, "better", "worse")))
+    out["verdict"] = np.where(out["n"] == 0, "failed: not tested", np.where(out["p_holm"].isna(), "one seed: not tested", np.where(~sure, "not distinguishable", np.where(out["difference"] > 0, "better", "worse"))))
     return out
+
+def _failures(rows, metric, by):
+    "Failed runs and all runs of each group, in the order of the rows."
+    by = [by] if isinstance(by, str) else list(by)
+    return {name[0] if len(by) == 1 else name: (int(v.isna().sum()), len(v)) for name, v in rows.groupby(by, sort=False, dropna=False)[metric]}
 
 # %% ../nbs/60_study.ipynb #132ab624
 def summarise(rows: pd.DataFrame, # one row a run
@@ -700,9 +705,13 @@ def claim_better(paper, claim, measured,
                  level: float = 0.95, scale: float = 100., unit: str = "points") -> Claim:
     "Judge the claim that one method beats another: supported if the interval of the paired difference lies above `margin`."
     two = rows[rows[by].isin([better, than])]
+    if better not in set(two[by]): raise ValueError(f"no setting {better!r} in column {by!r}.{nearest(str(better), map(str, rows[by].unique()))} Known: {', '.join(map(str, rows[by].unique()))}.")
     t = paired_test(two, metric, by, than, level).iloc[0]
+    failed = "; ".join(f"{by} {name}: {bad} of {runs} runs failed" for name, (bad, runs) in _failures(two, metric, by).items() if bad)
+    if not t.n: return Claim(paper, claim, measured, failed)
     value = f"{t.difference * scale:+.1f} {unit} (one seed, no interval)" if t.n < 2 else f"{t.difference * scale:+.1f} {unit}, 95% interval {t.low * scale:+.1f} to {t.high * scale:+.1f} ({t.n} seeds)"
     if t.n > 1 and t.high < min(margin, 0.): value += "; the opposite"
+    if failed: value += f"; {failed}"
     return Claim(paper, claim, measured, value, VERDICTS[2] if t.n < 2 else VERDICTS[0] if t.low > margin else VERDICTS[1])
 
 # %% ../nbs/60_study.ipynb #79fd13b0

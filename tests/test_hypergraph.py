@@ -255,6 +255,12 @@ def test_products_lose_no_more_than_rounding(distance, scale):
     torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=0, atol=1e-6)
 
 
+def test_unknown_distance():
+    x, m = torch.randn(2, 5), torch.randn(3, 5)
+    for call in (lambda: class_distances(x, m, m, "euclid"), lambda: ClassDistributions(3, 5, "euclid")):
+        with pytest.raises(ValueError, match="unknown distance 'euclid'. Did you mean 'euclidean'.*Known: mahalanobis"): call()
+
+
 def test_class_distributions_start():
     torch.manual_seed(0)
     made = ClassDistributions(800, 64)
@@ -382,6 +388,7 @@ def test_bad_input():
     bad = labels.clone()
     bad[2], bad[7] = 5, 11
     for call, message in ((lambda: loss(emb, bad), r"row\(s\) 2, 7 have classes up to 11.*0 to 4"),
+                          (lambda: loss(emb, labels.index_fill(0, torch.tensor([3]), -2)), "row 3, level 0 is -2"),
                           (lambda: loss.incidence(emb, bad), r"2, 7"), (lambda: loss.node_states(emb, bad), r"2, 7"),
                           (lambda: loss(torch.where(torch.arange(9)[:, None] == 4, math.nan, emb), labels), r"row\(s\) 4"),
                           (lambda: loss(emb * (torch.arange(9)[:, None] != 6), labels), r"row\(s\) 6 of 9 are all zero"),

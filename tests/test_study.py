@@ -94,6 +94,17 @@ def test_paired_test_uses_common_seeds_and_says_what_is_wrong():
     with pytest.raises(ValueError, match="share no seed"): paired_test(rows[(rows.method == "a") == (rows.seed == 0)], "score", "method", "a")
 
 
+def test_a_setting_whose_runs_all_failed_is_not_tested_and_the_others_are_kept():
+    rows = toy_rows({"a": [1., 2., 3.], "b": [np.nan] * 3, "c": [2., np.nan, 4.]})
+    t = paired_test(rows, "score", "method", "a").set_index("group")
+    assert t.n.to_dict() == {"b": 0, "c": 2} and t.verdict["b"] == "failed: not tested" and t.difference["c"] == 1
+    assert paired_test(rows, "score", "method", "b").verdict.tolist() == ["failed: not tested"] * 2
+    judge = lambda *pair: claim_better("P", "x", "score", rows, "score", "method", *pair)
+    for pair in (("a", "b"), ("b", "a")): assert (judge(*pair).verdict, judge(*pair).value) == ("not tested here", "method b: 3 of 3 runs failed")
+    assert judge("c", "a").value.endswith("(2 seeds); method c: 1 of 3 runs failed")
+    with pytest.raises(ValueError, match="no setting 'z'"): judge("z", "a")
+
+
 def test_equal_scores_are_not_a_difference():
     t = paired_test(toy_rows({"a": [1., 2.], "b": [1., 2.], "c": [2., 3.]}), "score", "method", "a")
     assert list(t.p) == [1.0, 0.0] and list(t.verdict) == ["not distinguishable", "better"]
