@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .study import (PROFILES, RunError, StudyFailed, WrongUse, _version, figures_dir, find_studies, from_root, hardware,
                          _check_store, pick_studies, repo_root, run_study, write_claims, study_state)
-from .core import DATASETS, LOSSES, SAMPLERS, TRUNKS, nearest, pick_device, write_atomic
+from .core import LOSSES, SAMPLERS, nearest, pick_device, write_atomic
 
 # %% ../nbs/61_cli.ipynb #04f65674
 _COMMANDS = {}
@@ -69,10 +69,10 @@ def _count(text):
 # %% ../nbs/61_cli.ipynb #16ec41db
 def _known(**names):
     "Check names against the registries: `_known(dataset='emoji', loss='PairLoss')`; `WrongUse` with the nearest name."
-    import hapnb.data, hapnb.emoji, hapnb.train
-    if set(names) - {"dataset"}: import hapnb.losses, hapnb.models, hapnb.samplers
+    import hapnb.data, hapnb.train
+    if set(names) - {"dataset"}: import hapnb.losses, hapnb.samplers
     for kind, name in names.items():
-        try: {"dataset": DATASETS, "loss": LOSSES, "sampler": SAMPLERS}[kind].get(name)
+        try: {"dataset": hapnb.data.find_loader, "loss": LOSSES.get, "sampler": SAMPLERS.get}[kind](name)
         except ValueError as e: raise WrongUse(str(e)) from None
 
 # %% ../nbs/61_cli.ipynb #b7666f71
@@ -112,7 +112,7 @@ def _say(began):
 
 # %% ../nbs/61_cli.ipynb #1a6b9488
 @_command("Make the tables and figures of studies, from the notebooks.", """examples:
-  hapnb reproduce                             all studies, bundled images, about ten minutes on two cores
+  hapnb reproduce                             all studies, bundled images, about half an hour on two cores
   hapnb reproduce benchmark --profile smoke   does it work at all?
   hapnb reproduce --profile full --seeds 5    what figures/ is committed from
   hapnb reproduce 10 --dataset folder --data-dir ~/photos
@@ -222,8 +222,9 @@ def _(sub):
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory() if f.default_factory is not dataclasses.MISSING else None
         names = list(dict.fromkeys([f"--{f.name.replace('_', '-')}", f"--{f.name}"]))
         sub.add_argument(*names, dest=f"field_{f.name}", type=_value(hints[f.name], default), default=argparse.SUPPRESS, metavar="V", help=f"{docs.get(f.name) or ''} (default: {json.dumps(default, default=str)})".replace("%", "%%"))
-    sub.add_argument("--recipe", default="", metavar="NAME", help=f"start from the settings of a paper; other options change them, JSON objects key by key: {', '.join(RECIPES)}")
-    sub.add_argument("--dry-run", action="store_true", help="print every setting, the size of the network and the number of steps, and stop")
+    sub.add_argument("--recipe", default="", metavar="NAME", help=f"start from the settings of a paper, such as {next(iter(RECIPES))} (--list names all {len(RECIPES)}); other options change them, JSON objects key by key")
+    sub.add_argument("--list", action="store_true", help="list the recipes and stop; with --recipe NAME those that begin so")
+    sub.add_argument("--dry-run", action="store_true", help="print every setting, steps, parameters, memory and an estimate of the time from a short probe, and stop; images are not needed")
     _shared(sub, data=False)
 
 # %% ../nbs/61_cli.ipynb #15757f43
@@ -241,54 +242,44 @@ def _resolved(a): # (RunConfig, {field: where its value comes from}, Recipe or N
               "default" if getattr(cfg, k) == getattr(RunConfig(), k) else "follows" for k in cfg.to_dict()}
     return cfg, origin, start
 
-# %% ../nbs/61_cli.ipynb #8298ec27
-def _plan(cfg, origin, start) -> int:
-    "Print what a run would do."
-    from hapnb.train import build_net
-    try: net = build_net(cfg.replace(pretrained=False))
+# %% ../nbs/61_cli.ipynb #aec6663e
+def _dry_run(a, cfg, origin, start) -> int:
+    "Print what a run would do and cost."
+    from hapnb.plan import plan
+    try: found = plan(cfg, device=a.device)
     except ValueError as e: raise WrongUse(str(e)) from None
     if start: print(f"{start.name}: {start.paper}. {start.notes}\n")
     for k, v in cfg.to_dict().items(): print(f"  {k} = {json.dumps(v)}  ({origin[k]})")
-    print()
-    _count_parameters(f"trunk {cfg.trunk}", net.trunk)
-    _count_parameters("head", net.head)
-    _plan_data(cfg, net.head.out_features)
-    print("nothing was trained (--dry-run)")
+    print(f"\n{found}\nnothing was trained (--dry-run)")
     return 0
 
-def _count_parameters(name, module):
-    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
-    print(f"{name}: {sum(n for n, _ in sizes):,} parameters, {sum(n for n, learns in sizes if learns):,} of them learn")
-
-# %% ../nbs/61_cli.ipynb #f5b576e0
-def _plan_data(cfg, width):
-    "Print steps and classes, or why they are not known."
-    from hapnb.samplers import make_sampler
-    from hapnb.train import _columns, load_splits, make_loss_for, thaw
-    try: train, test = load_splits(cfg)
-    except (ValueError, OSError) as e: return print(f"data {cfg.dataset}: cannot be loaded, so the number of steps is not known. {e}")
-    try:
-        labels = _columns(train, cfg.levels)
-        steps = len(make_sampler(cfg.sampler, labels, cfg.batch_size, **thaw(cfg.sampler_args)))
-        loss = make_loss_for(cfg, labels, width)
+# %% ../nbs/61_cli.ipynb #5168779c
+def _list_recipes(prefix) -> int:
+    "Print the recipes whose names begin with `prefix`."
+    from hapnb.recipes import recipe, recipes_table
+    try: names = list(recipes_table(prefix).index)
     except ValueError as e: raise WrongUse(str(e)) from None
-    _count_parameters(f"loss {cfg.loss}", loss)
-    print(f"data {cfg.dataset}: {len(train):,} images of {len(labels[:, 0].unique()):,} classes to train on, {len(test):,} to evaluate on; {steps:,} steps an epoch, {steps * cfg.epochs:,} in all")
+    for n in names:
+        c, r = recipe(n).config(), recipe(n)
+        print(f"{n:<34} {c.dataset}, {c.trunk}, {c.loss}, {c.epochs} epochs; {r.paper}")
+    return 0
 
 # %% ../nbs/61_cli.ipynb #93d86135
 @_command("Train and evaluate one run; it is kept in the store.", """examples:
   hapnb train --loss HAPPIERLoss --epochs 15
   hapnb train --loss SupAPLoss --loss-args '{"tau": 0.02}' --batch-size 128 --seed 3
   hapnb train --dataset folder --data-dir ~/photos --freeze none --device cuda
-  hapnb train --recipe hist/cub-resnet50 --dry-run
+  hapnb train --list
+  hapnb train --recipe happier/sop --dry-run                what would it take?
+  hapnb train --recipe happier/sop --data-dir ~/data/sop
   hapnb train --recipe hist/emoji --loss-args '{"tau": 16}'""")
 def train(a) -> int:
     "Do one run from options that are the fields of `RunConfig`."
     from hapnb.train import run
+    if a.list: return _list_recipes(a.recipe)
     cfg, origin, start = _resolved(a)
-    _known(loss=cfg.loss, sampler=cfg.sampler)
-    if a.dry_run: return _plan(cfg, origin, start)
-    _known(dataset=cfg.dataset)
+    _known(loss=cfg.loss, sampler=cfg.sampler, dataset=cfg.dataset)
+    if a.dry_run: return _dry_run(a, cfg, origin, start)
     a.data_dir = getattr(cfg, "data_dir", "") or ""
     _check_place(a)
     _check_data(cfg.dataset, a.data_dir)
@@ -465,12 +456,45 @@ def _bundled_images():
 
 # %% ../nbs/61_cli.ipynb #d1b1055b
 @_options("doctor")
-def _(sub): pass
+def _(sub):
+    sub.add_argument("--dataset", default="", metavar="NAME", help="look at a data set instead: where to get it, how large it is, what it looks like on disk, what is missing")
+    sub.add_argument("--data-dir", default="", metavar="DIR", help="where you put it")
+
+# %% ../nbs/61_cli.ipynb #fe716dac
+def _doctor_data(name, data_dir) -> int:
+    "Print the page of a data set and what is missing; 0 if nothing is, or where nobody said where it is."
+    from hapnb.data import source_of
+    _known(dataset=name)
+    where = str(Path(data_dir).expanduser().absolute()) if data_dir else None
+    try: source = source_of(name)
+    except ValueError: source = None  # bundled, or one's own
+    if source: print(f"{source}\n")
+    if source and not where:
+        print(f"To check your copy: hapnb doctor --dataset {name} --data-dir DIR")
+        return 0
+    return _check_copy(name, where, source)
+
+def _check_copy(name, where, source):
+    from hapnb.data import load, missing
+    try:
+        wrong = missing(name, where) if source else []
+        parts = [] if wrong else [load(name, split, data_dir=where) for split in ("train", "test")]
+    except (ValueError, OSError) as e: wrong = [str(e)]
+    for w in wrong: print(f"!!  {w}")
+    if wrong: return 1
+    for p in parts: print(f"ok  {p.split}: {len(p):,} images; classes: " + ", ".join(f"{n} {len(c):,}" for n, c in zip(p.level_names, p.class_names)))
+    print(f"\n{name} is complete{f' in {where}' if where else ''}. Image files were found, not decoded: `hapnb.data.load(...).check()` reads each one.")
+    return 0
 
 # %% ../nbs/61_cli.ipynb #797edaa9
-@_command("Say what this machine can run, what is missing, and how to get it.", "example:\n  hapnb doctor")
+@_command("Say what this machine can run, what is missing, and how to get it.", """examples:
+  hapnb doctor
+  hapnb doctor --dataset cub                         where to get it, and what it looks like on disk
+  hapnb doctor --dataset cub --data-dir ~/data/cub   what is missing?""")
 def doctor(a) -> int:
     "Say what this machine can run, what is missing, and how to get it."
+    if a.dataset: return _doctor_data(a.dataset, a.data_dir)
+    if a.data_dir: raise WrongUse("--data-dir is for a data set: give --dataset NAME too.")
     missing = 0
     for state, what, note in _checks():
         missing += state == "!!"

@@ -1,7 +1,8 @@
 """The command: exit statuses, nearest names, a study that works, fails, is repeated; evaluate on files; doctor."""
-import json, os, subprocess, sys, time
+import dataclasses, json, os, subprocess, sys, time
 from pathlib import Path
 
+import layouts_fine
 import numpy as np
 import pandas as pd
 import psutil
@@ -205,6 +206,83 @@ def test_doctor_sees_a_damaged_file(monkeypatch, call):
     real = Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: "0" * 64 if self.name == "emoji.sha256" else real(self, *a, **k))
     assert "checksum wrong" in call("doctor")[1]
+
+
+# ---- data sets, recipes, plans
+
+def test_doctor_shows_the_page_of_a_dataset(call):
+    status, out, _ = call("doctor", "--dataset", "sop")
+    assert status == 0 and all(t in out for t in ("Stanford Online Products", "59,551 images, classes 11,318 / 12", "Ebay_train.txt", "Size: ", "Terms: ", "hapnb doctor --dataset sop --data-dir DIR"))
+
+
+def test_doctor_says_what_is_missing(call, tmp_path):
+    status, out, _ = call("doctor", "--dataset", "cub", "--data-dir", tmp_path)
+    assert status == 1 and "!!  looked for CUB-200-2011" in out and "images.txt" in out and "https://" in out
+    root = layouts_fine.make_cub(tmp_path)
+    status, out, _ = call("doctor", "--dataset", "cub", "--data-dir", tmp_path)
+    assert status == 1 and "5,864" in out.split("!!", 1)[1], "a part of the images is not the data set"
+    (root / "classes.txt").unlink()
+    status, out, _ = call("doctor", "--dataset", "cub", "--data-dir", root)
+    assert status == 1 and "classes.txt is missing" in out
+
+
+def test_doctor_of_a_complete_dataset(call, tmp_path, monkeypatch):
+    from hapnb.data import SOURCES, source_of
+    layouts_fine.make_cub(tmp_path)
+    small = dict(train=dict(images=len(TRAIN) * 3, classes=(len(TRAIN),)), test=dict(images=len(TEST) * 3, classes=(len(TEST),)))
+    monkeypatch.setitem(SOURCES, "cub", dataclasses.replace(source_of("cub"), counts=small))
+    status, out, _ = call("doctor", "--dataset", "cub", "--data-dir", tmp_path)
+    assert status == 0 and "!!" not in out and f"ok  train: {3 * len(TRAIN)} images" in out and f"ok  test: {3 * len(TEST)} images" in out and "cub is complete" in out
+
+
+TRAIN, TEST = [c for c in layouts_fine.CUB if c <= 100], [c for c in layouts_fine.CUB if c > 100]
+
+
+def test_doctor_of_other_data(call, tmp_path):
+    status, out, _ = call("doctor", "--dataset", "toy")
+    assert status == 0 and "ok  train: 144 images" in out
+    for argv, text in ((["folder"], "data_dir is missing"), (["folder", "--data-dir", tmp_path], str(tmp_path))):
+        status, out, err = call("doctor", "--dataset", *argv)
+        assert status == 1 and text in out and not err
+    assert "Did you mean 'cub'" in call("doctor", "--dataset", "cubb")[2] and call("doctor", "--dataset", "cubb")[0] == 2
+    assert call("doctor", "--data-dir", tmp_path)[0] == 2
+
+
+def test_all_recipes_are_listed(call):
+    from hapnb.recipes import RECIPES
+    status, out, _ = call("train", "--list")
+    assert status == 0 and [line.split()[0] for line in out.splitlines()] == list(RECIPES)
+    status, out, _ = call("train", "--list", "--recipe", "smoothap/")
+    assert status == 0 and all(line.startswith("smoothap/") for line in out.splitlines()) and "vehicleid" in out
+    assert call("train", "--list", "--recipe", "hapier")[0] == 2
+
+
+def test_a_dry_run_with_and_without_images(call, tmp_path):
+    argv = ["train", "--recipe", "hist/cub-resnet50", "--dry-run", "--trunk", "toy", "--image-size", 32, "--embed-dim", 16, "--device", "cpu"]
+    status, out, _ = call(*argv)
+    assert status == 0 and all(t in out for t in ("published counts are used", "5,864 images of 100 classes", "183 steps an epoch, 7,503 in all", "optimiser: ", "time of the run on cpu", "left out: "))
+    layouts_fine.make_cub(tmp_path, 8)
+    status, out, _ = call(*argv, "--data-dir", tmp_path, "--dataset-args", '{"counts": false}')
+    n = 8 * len(TRAIN)
+    assert status == 0 and f"data cub (counted): {n} images of {len(TRAIN)} classes" in out and f"{n // 32} steps an epoch, {41 * (n // 32)} in all" in out and "each in one process" in out
+    status, out, _ = call(*argv, "--data-dir", tmp_path)
+    assert status == 0 and "cannot be loaded" in out and "5,864" in out
+
+
+@pytest.mark.parametrize("argv, text", [
+    (["train", "--dataset", "soop", "--dry-run"], "Did you mean 'sop'"), (["train", "--dataset", "sop"], "data_dir is missing"), (["train", "--recipe", "happier/sopp"], "Did you mean 'happier/sop'"),
+    (["train", "--dataset", "toy", "--dry-run", "--device", "gpu"], "unknown device"), (["train", "--dry-run", "--dataset", "toy", "--batch-size", "1000"], "batch_size=1000"), (["doctor", "--datset", "cub"], "Did you mean '--dataset'")])
+def test_wrong_use_of_data_and_recipes(call, argv, text):
+    status, out, err = call(*argv)
+    assert status == 2 and text in err and "Traceback" not in err and not out
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys; from hapnb import cli; cli.main(['--help']); assert 'torchvision' not in sys.modules and 'timm' not in sys.modules and 'hapnb.plan' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True).returncode == 0
+
+
+def test_reproduce_help_states_the_time(call): assert "about half an hour on two cores" in call("reproduce", "--help")[1]
 
 
 def test_bugs_and_interruptions(clone, call, monkeypatch):
