@@ -89,7 +89,7 @@ def load_cub(split="test", data_dir=None,
 # %% ../nbs/23_benchmarks.ipynb #1ae6f282
 add_source(Source(
     "cars", "Cars-196", "J. Krause, M. Stark, J. Deng, L. Fei-Fei: 3D Object Representations for Fine-Grained Categorization, ICCV workshops 2013.",
-    "https://ai.stanford.edu/~jkrause/cars/car_dataset.html (the page is no longer there; copies exist elsewhere)", "1.9 GB", "unknown",
+    "https://ai.stanford.edu/~jkrause/cars/car_dataset.html (the page is no longer there; other projects name http://ftp.cs.stanford.edu/cs/cvgl/CARS196.zip, which we have not tried)", "1.9 GB", "unknown",
     """
 cars196/                       the older edition
   cars_annos.mat

@@ -679,11 +679,14 @@ def fetch(name: str, # a published dataset
           data_dir, # where to; a folder is made there
           progress: bool = True, # show bars
           ) -> Path: # data_dir
-    "Download and unpack a published dataset; `ValueError` with the page where that has to be done by hand."
+    "Download and unpack a published dataset; `ValueError` with the page where that has to be done by hand; prints what is left to do."
     source, to = source_of(name), Path(data_dir).expanduser()
     if not source.archives: raise ValueError(f"{source.title} has to be fetched by hand: {source.url} ({source.size}). Terms: {source.terms}. Then it must look like this:\n{source.layout}")
     for a in source.archives:
-        unpack(download(a["url"], to / a["name"], a.get("sha256"), a.get("md5"), progress), to, progress)
+        file = download(a["url"], to / a["name"], a.get("sha256"), a.get("md5"), progress)
+        if not a["name"].endswith((".csv", ".txt", ".mat")): unpack(file, to, progress)
+    try: find_root(to, source.needs, name)
+    except FileNotFoundError as e: print(f"All that can be fetched without you is there, but not all of {source.title}: {e}", flush=True)
     return to
 
 # %% ../nbs/20_data.ipynb #61a88ca3

@@ -302,7 +302,7 @@ def _trial(part, name):
     "Try a loss or a miner: a dict, which is a row of `pml_losses` or `pml_miners`."
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would also set the GPUs' generators, in the middle of a run
         return (_try_loss if part == "losses" else _try_miner)(_lookup(part, name))
 
 # %% ../nbs/12_external.ipynb #a75a6933

@@ -22,7 +22,7 @@ from .data import (SOURCES, SPLITS, FileStore, RetrievalDataset, Source, _compar
 # %% ../nbs/24_hierarchies.ipynb #7bc1e2c4
 _INAT = dict(
     paper="Images: Van Horn et al., The iNaturalist Species Classification and Detection Dataset, CVPR 2018. Split: Brown et al., Smooth-AP, ECCV 2020. Levels: Ramzi et al., HAPPIER, ECCV 2022",
-    url="https://github.com/visipedia/inat_comp/tree/master/2018 and, for the split, https://github.com/Andrew-Brown1/Smooth_AP", size="120 GB",
+    url="https://github.com/visipedia/inat_comp/tree/master/2018 and, for the two lists of the split, the link in the README of https://github.com/elias-ramzi/HAPPIER", size="120 GB",
     terms="non-commercial research and education; the images may not be passed on (terms of the competition and of iNaturalist)", folders=("Inaturalist", "inaturalist", "iNaturalist"),
     archives=tuple(dict(url=f"https://ml-inat-competition-datasets.s3.amazonaws.com/2018/{n}", name=n, md5=m) for n, m in (
         ("train_val2018.tar.gz", "b1c6952ce38f31868cc50ea72d066cc3"), ("train2018.json.tar.gz", "bfa29d89d629cbf04d826a720c0a68b0"))))
@@ -92,7 +92,7 @@ def load_inat_base(split="test", data_dir=None, # the folder with train_val2018 
 
 # %% ../nbs/24_hierarchies.ipynb #f5b0d35c
 def read_taxonomy(root) -> pd.DataFrame: # one row a species: genus, family, order, class, phylum, kingdom
-    "Read the taxonomy of iNaturalist-2018 from `train2018.json`, or from the list in `categories.json`."
+    "Read the taxonomy of iNaturalist-2018 from `train2018.json` (invented names), else from `categories.json` (true names)."
     file = next(p for p in (Path(root) / "train2018.json", Path(root) / "categories.json") if p.exists())
     text = read_text(file)
     at = text.find('"categories"')
@@ -125,7 +125,8 @@ def load_inat_full(split="test", data_dir=None, # the folder with train_val2018,
     frame, table = _inat_frame(root, split).drop(columns="supercategory"), read_taxonomy(root)
     if len(gone := frame.index[~frame["species"].isin(table.index)]):
         raise ValueError(f"species {frame['species'][gone[0]]} of {frame['path'][gone[0]]} has no taxonomy: {len(gone):,} of {len(frame):,} images. Is train2018.json the one of 2018?")
-    _compare("inat-full", frame.join(table, on="species"), INAT_LEVELS, counts)
+    published = INAT_LEVELS if (root / "train2018.json").exists() else INAT_LEVELS[:1]
+    _compare("inat-full", frame.join(table, on="species"), published, counts)
     return from_official(frame.join(tell_apart(table, INAT_LEVELS[1:]), on="species"), root, INAT_LEVELS, "inat-full", split, counts=False, val=val)
 
 # %% ../nbs/24_hierarchies.ipynb #dac2c3d6
@@ -184,7 +185,7 @@ def _dyml_needs(kind):
     return ("train/label.csv", "train/imgs", *test)
 
 def _dyml_source(kind, classes):
-    return Source(f"dyml-{kind}", f"DyML-{kind.title()}", "Sun et al., Dynamic Metric Learning, CVPR 2021", "https://github.com/SupetZYK/DynamicMetricLearning", "unknown", "unknown",
+    return Source(f"dyml-{kind}", f"DyML-{kind.title()}", "Sun et al., Dynamic Metric Learning, CVPR 2021", "https://github.com/SupetZYK/DynamicMetricLearning (links to OneDrive and Baidu)", "unknown", "unknown",
                   _DYML_TREE.format(kind=kind) + (_DYML_ONE if kind == "product" else _DYML_THREE), _dyml_needs(kind),
                   dict(train=dict(images=None, classes=classes)), folders=(f"dyml_{kind}", f"DyML-{kind}", f"DyML-{kind.title()}"))
 
@@ -405,19 +406,21 @@ def _gld_train(root, levels, clean, counts):
     return frame.assign(path=_gld_paths(root, "train", frame["id"]), split="train")
 
 # %% ../nbs/24_hierarchies.ipynb #030a614b
-def _gld_index(root, levels, counts):
-    "The gallery: id, landmark, levels."
+def _gld_index(root, levels, counts, labelled):
+    "The gallery: id, landmark, levels (missing where a landmark has no label, or left out if `labelled`)."
     index, marks = read_commas(root / "index.csv", ["id"]), read_commas(root / "index_image_to_landmark.csv", ["id", "landmark_id"])
     _size("index.csv", len(index), counts)
     index = index.join(marks.set_index("id"), on="id").rename(columns={"landmark_id": "landmark"})
-    if levels: index = index.join(_gld_levels(root, "index", levels), on="landmark", how="inner")
+    if levels: index = index.join(_gld_levels(root, "index", levels), on="landmark", how="inner" if labelled else "left")
     return index.reset_index(drop=True).assign(part="gallery", matches="", usage="")
 
-def _gld_queries(root, index, ignored):
-    "The queries: id, landmark, levels of the first relevant image; `matches`."
+def _gld_queries(root, index, ignored, whole):
+    "The queries: id, landmark, levels of the first relevant image; `matches`. `whole`: all relevant images must be in the index."
     table = read_commas(root / "retrieval_solution_v2.1.csv", ["id", "images", "Usage"]).rename(columns={"Usage": "usage"})
-    if len(odd := table.index[~table["usage"].isin(["Public", "Private"])]): raise ValueError(f"retrieval_solution_v2.1.csv: Usage is {table['usage'][odd[0]]!r} for {table['id'][odd[0]]}; it must be Public or Private.")
-    asked, here = table["images"].ne("None") & table["images"].ne(""), set(index["id"])
+    if len(odd := table.index[~table["usage"].isin(["Public", "Private", "Ignored"])]): raise ValueError(f"retrieval_solution_v2.1.csv: Usage is {table['usage'][odd[0]]!r} for {table['id'][odd[0]]}; it must be Public, Private or Ignored.")
+    asked, here = ~table["images"].isin(["None", ""]) & table["usage"].ne("Ignored"), set(index["id"])
+    gone = [(q, i) for q, images in zip(table["id"][asked], table["images"][asked]) for i in images.split() if i not in here] if whole else ()
+    if gone: raise ValueError(f"retrieval_solution_v2.1.csv: image {gone[0][1]}, relevant for {gone[0][0]}, is not in index.csv ({len(gone):,} in all). Do the files belong together? counts=False is for a part of the index.")
     table["matches"] = [" ".join(i for i in images.split() if i in here) if a else "" for images, a in zip(table["images"], asked)]
     keep = table["matches"].ne("") | (~asked if ignored else False)
     if not keep.any(): raise ValueError("gldv2: no query of retrieval_solution_v2.1.csv has a relevant image in index.csv. Do the files belong together?")
@@ -432,6 +435,7 @@ def load_gldv2(split="test", data_dir=None, # the folder with the csv files, tra
                levels=GLD_LEVELS, # columns above the landmark, finest first; (): landmarks only, nothing is left out
                clean: bool = True, # False: all of train.csv
                ignored: bool = False, # True: also the test images that the solution ignores
+               labelled: bool = False, # True: leave images without a label out of the test part, too, as SupRank does
                ) -> RetrievalDataset:
     "Load Google Landmarks v2 with its hierarchical labels; test rows are queries and index of the retrieval benchmark."
     levels, all_levels = list(levels), ["landmark", *levels]
@@ -443,9 +447,9 @@ def load_gldv2(split="test", data_dir=None, # the folder with the csv files, tra
         frame = _gld_train(root, levels, clean, counts)
         _compare("gldv2", frame, all_levels, counts and clean and tuple(levels) == GLD_LEVELS)
         return from_official(frame, root, all_levels, "gldv2", split, counts=False, val=val)
-    index = _gld_index(root, levels, counts)
-    queries = _gld_queries(root, index, ignored)
+    index = _gld_index(root, levels, counts, labelled)
+    queries = _gld_queries(root, index, ignored, whole=counts and not (levels and labelled))
     paths = [*_gld_paths(root, "test", queries["id"]), *_gld_paths(root, "index", index["id"])]
     frame = pd.concat([queries, index], ignore_index=True).assign(path=paths)
     check_present(root, paths, "gldv2")
-    return _with_gaps(frame, root, all_levels, "gldv2", split, {"kind": "landmarks", "k": 100}, gaps=False)
+    return _with_gaps(frame, root, all_levels, "gldv2", split, {"kind": "landmarks", "k": 100})

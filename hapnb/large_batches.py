@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .core import EmbeddingLoss, _no_autocast, check_embeddings, check_labels, check_number, nearest, shared_levels
-from .losses import SumLoss
+from .losses import CalibrationLoss, PairLoss, SumLoss
 
 # %% ../nbs/26_large_batches.ipynb #2d8bc4e0
 def _devices(model, x):
@@ -24,11 +24,13 @@ def _devices(model, x):
     if torch.cuda.is_available() and torch.cuda.is_initialized(): found.add(torch.device("cuda", torch.cuda.current_device()))
     return sorted((d for d in found if d.type in ("cuda", "mps", "xpu")), key=str)
 
+# %% ../nbs/26_large_batches.ipynb #b7add8ef
 def _random_state(devices):
     "The states of torch's generators (CPU and `devices`) and of Python's."
     own = [torch.mps.get_rng_state() if d.type == "mps" else getattr(torch, d.type).get_rng_state(d) for d in devices]
     return torch.get_rng_state(), own, random.getstate()
 
+# %% ../nbs/26_large_batches.ipynb #e863a813
 def _set_random_state(state, devices):
     cpu, own, python = state
     torch.set_rng_state(cpu)
@@ -68,6 +70,7 @@ def _norms(model):
     found = model.named_modules() if isinstance(model, nn.Module) else []
     return {name or "the model": m for name, m in found if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None)}
 
+# %% ../nbs/26_large_batches.ipynb #45002ca8
 def _check_norms(model, batch_norm):
     if batch_norm not in ("error", "warn"): raise ValueError(f"unknown batch_norm {batch_norm!r}.{nearest(batch_norm, ('error', 'warn'))} Known: error, warn.")
     if not (norms := _norms(model)): return
@@ -85,6 +88,7 @@ def _first_pass(model, x, devices, states):
     if not all(torch.is_tensor(z) and z.ndim == 2 for z in out): raise ValueError("the model must turn a micro-batch into one tensor of embeddings, [rows, D].")
     return out
 
+# %% ../nbs/26_large_batches.ipynb #dc3091ab
 def _embed(model, chunk):
     try: return model(chunk)
     except (TypeError, AttributeError) as e:
@@ -145,13 +149,16 @@ def two_pass_backward(model, # micro-batch -> embeddings [rows, D]
 # %% ../nbs/26_large_batches.ipynb #9bee077d
 _NOTHING = "nothing requires a gradient: neither the model nor the loss has a parameter to train, or gradients are switched off."
 
+# %% ../nbs/26_large_batches.ipynb #4efdbe73
 def _trains(module): return any(p.requires_grad for p in module.parameters()) if isinstance(module, nn.Module) else True
 
+# %% ../nbs/26_large_batches.ipynb #929b1cf8
 def _loss_backward(value, scale, backward):
     if not torch.is_tensor(value) or value.numel() != 1: raise ValueError(f"the loss must be one number, got {tuple(getattr(value, 'shape', ()))}; use reduction='mean'.")
     if not value.requires_grad: raise RuntimeError(_NOTHING)
     with _no_autocast(value): (backward or torch.Tensor.backward)(value if scale == 1 else value * scale)  # in the loss's own precision
 
+# %% ../nbs/26_large_batches.ipynb #afc8cce3
 def _send_back(model, loss, chunks, emb, grad, devices, states):
     after = _random_state(devices)
     try: trained = _second_pass(model, chunks, emb, grad, devices, states)
@@ -215,6 +222,7 @@ def _last_of_each(keys):
     place = torch.arange(len(keys), device=keys.device)
     return torch.where(keys[:, None] == keys, place, -1).amax(1) if len(keys) else place
 
+# %% ../nbs/26_large_batches.ipynb #5a2e2db9
 @patch
 def _keys(self: EmbeddingMemory, keys, emb):
     if keys is None and not self.unique: return None
@@ -236,6 +244,7 @@ def get(self: EmbeddingMemory) -> tuple: # (emb [n, D], labels [n] or [n, L]), c
     if n < self.size or not start: return self.emb[:n].clone(), self.labels[:n].clone()
     return tuple(torch.cat([b[start:], b[:start]]) for b in (self.emb, self.labels))
 
+# %% ../nbs/26_large_batches.ipynb #7b956725
 @patch
 def clear(self: EmbeddingMemory):
     "Forget everything, dimension and type too."
@@ -263,6 +272,7 @@ def _all_but_own(Q, N, device):
     others = ring.unfold(0, Q - 1, 1)[1:Q + 1] if Q > 1 else ring[None, :0]
     return rows, torch.arange(Q, N, device=device)[None], rows, others
 
+# %% ../nbs/26_large_batches.ipynb #6e1321ee
 def _listed_pairs(labels, ref_labels, level=0):
     "Positive and negative pairs at one level but (i, i), one index a pair."
     shared = shared_levels(labels[:, level:level + 1], ref_labels[:, level:level + 1], torch.int8)
@@ -307,6 +317,7 @@ def _others(self: EmbeddingMemory, rows, known, emb, keys=None):
     if torch.equal(old[n:], rows[first:]) and torch.equal(old_labels[n:], known[first:]): old, old_labels = old[:n], old_labels[:n]
     return old.to(emb), old_labels.to(emb.device)
 
+# %% ../nbs/26_large_batches.ipynb #17ad0936
 @patch
 def forward(self: EmbeddingMemory, loss, emb, labels, batch="live", own=False, keys=None):
     "Compute `loss` of the batch against the batch and the memory; arguments as `references`."
@@ -317,13 +328,15 @@ def takes_references(loss, # called as the losses here
                      emb: Tensor, labels, # a batch to try it on, [B, D] and [B] or [B, L]
                      ) -> bool:
     "Tell whether a loss looks at `ref_emb`: whether a gradient leads from its value to the references."
-    probe, state, g = copy.deepcopy(loss).eval(), _random_state([]), torch.Generator().manual_seed(0)
+    probe, devices, g = copy.deepcopy(loss).eval(), _devices(loss, emb), torch.Generator().manual_seed(0)
+    state = _random_state(devices)  # a run that goes on from a checkpoint asks again
     ref = torch.randn(emb.shape, generator=g).to(emb.detach()).requires_grad_()
     try:
         with torch.enable_grad(): value = probe(emb.detach(), labels, ref_emb=ref, ref_labels=labels).sum()
-    finally: _set_random_state(state, [])
+    finally: _set_random_state(state, devices)
     return value.requires_grad and torch.autograd.grad(value, ref, allow_unused=True)[0] is not None
 
+# %% ../nbs/26_large_batches.ipynb #f2e582a3
 def memory_part(loss, # called as the losses here
                 emb: Tensor, labels, # a batch to try it on
                 ): # the loss itself, or a `SumLoss` of some of its parts, with the same parameters
@@ -348,11 +361,12 @@ def term(self: EmbeddingMemory,
          miner=None, # miner(emb, labels, ref_emb=..., ref_labels=...) -> three or four index tensors, for losses that take them
          ) -> Tensor: # scalar
     "Compute the loss of the batch against copies of itself and the memory, as XBM and ROADMAP do."
-    own = isinstance(loss, EmbeddingLoss) and getattr(loss, "with_query", True)
+    own = isinstance(loss, EmbeddingLoss) and getattr(loss, "with_query", not isinstance(loss, (CalibrationLoss, PairLoss)))
     refs = self.references(emb, labels, None if miner else loss, "copy", own or miner is not None, keys)
     if miner is None: return loss(emb, labels, **refs)
     return loss(emb, labels, indices_tuple=_without_own(miner(emb.detach(), labels, **refs)), **refs)
 
+# %% ../nbs/26_large_batches.ipynb #81da31ac
 def _without_own(found):
     "Drop a miner's pairs of a query with its own copy, which stands at the same place."
     keep = found[0] != found[1]

@@ -241,9 +241,11 @@ def _landmarks(emb, labels, meta, args, k=100):
 # %% ../nbs/28_protocols.ipynb #c1ca8295
 def _checked(embeddings, labels, kind, meta):
     "Checked embeddings and labels of all rows, so that messages count rows as the caller does."
-    if kind == "dyml" and meta is not None and "benchmark" in meta:  # a level that a benchmark does not label is -1: no tree
+    three = kind == "dyml" and meta is not None and "benchmark" in meta
+    if three or kind == "landmarks":  # a level that nobody labelled is -1: no tree
         y = torch.as_tensor(labels)
-        if y.ndim != 2: raise ValueError(f"dyml: the three benchmarks need labels [N, 3], got shape {tuple(y.shape)}.")
+        if three and y.ndim != 2: raise ValueError(f"dyml: the three benchmarks need labels [N, 3], got shape {tuple(y.shape)}.")
+        if y.ndim == 1: y = y[:, None]
         emb, y = _embeddings(embeddings, "embeddings"), torch.cat([check_labels(c) for c in y.split(1, 1)], 1)
         if len(emb) != len(y): raise ValueError(f"{len(emb)} embeddings but {len(y)} labels.")
         return emb, y

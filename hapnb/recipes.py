@@ -326,7 +326,7 @@ _LANDMARKS = (
     | _from("SupRank optimizer", {"optimizer": "adam", "lr": 1e-4, "weight_decay": 1e-4, "schedule": "cosine", "schedule_args/total": 100, "schedule_args/min_lr": 0.})
     | _from("SupRank defaults", {"epochs": 100, "warmup_epochs": 0, "eval_every": 20, "seed": 0}) | _from("our choice", {"protocol/kind": "landmarks", "protocol/k": 100}))
 _add("suprank/gldv2", "SupRank (TPAMI 2025)", _LANDMARKS, " ".join((
-    "The README has no command for landmarks: files of that name are put together, and epochs, warm-up and seed are the defaults.", "It evaluates on revisited Oxford and Paris; here on the index and the queries of GLDv2.",
+    "The README has no command for landmarks: files of that name are put together, and epochs, warm-up and seed are the defaults.", "It evaluates on revisited Oxford and Paris; here by the official mAP@100 of GLDv2: the public and private queries on all images of the index, with or without a hierarchical label.",
     "Its whitening comes from a file, here it is computed from training images. An epoch there takes at most 8 images of a landmark, here all.", "Its coarser levels are clusters from files that were not found; here they are those of the released table.", _FP16)))
 
 # %% ../nbs/35_recipes.ipynb #96440bfc

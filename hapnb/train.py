@@ -31,6 +31,7 @@ from .large_batches import EmbeddingMemory, memory_part, two_pass_backward
 PARTS = ("trunk", "head", "loss")
 _OVERRIDES = ("lr", "weight_decay", "min_lr")
 
+# %% ../nbs/30_train.ipynb #8f6b8695
 def param_groups(modules: dict, # part name -> module or None
                  lr: float, # learning rate of parts without one of their own
                  weight_decay: float = 0.,
@@ -46,10 +47,12 @@ def param_groups(modules: dict, # part name -> module or None
             if params := [p for p, of in owner.items() if of == k]: out.append(dict(own, params=params, base_lr=own["lr"], name=k))
     return out
 
+# %% ../nbs/30_train.ipynb #e978f50b
 def _above(name): # "loss.hgnn" -> ["loss", "loss.hgnn"]
     words = name.split(".")
     return [".".join(words[:i + 1]) for i in range(len(words))]
 
+# %% ../nbs/30_train.ipynb #c7ba3b2d
 def _piece(module, name):
     part, _, inner = name.partition(".")
     names = [n for n, m in module.named_modules() if n and any(True for _ in m.parameters())] if module is not None else []
@@ -59,6 +62,7 @@ def _piece(module, name):
 # %% ../nbs/30_train.ipynb #d7c9aba7
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
+# %% ../nbs/30_train.ipynb #54bc8679
 def make_optimizer(name: str, # "adam", "adamw" or "sgd"
                    groups: list, # of `param_groups`
                    args: dict = None, # further arguments, such as {"momentum": 0.9, "nesterov": True}
@@ -73,6 +77,7 @@ def make_optimizer(name: str, # "adam", "adamw" or "sgd"
 # %% ../nbs/30_train.ipynb #a1f4474e
 _SCHEDULE_ARGS = {"constant": (), "cosine": ("total", "min_lr"), "step": ("size", "gamma"), "multistep": ("milestones", "gamma")}
 
+# %% ../nbs/30_train.ipynb #d007c526
 def schedule_factor(name: str, # "constant", "cosine", "step" or "multistep"
                     t: int, # epoch, 0-based, warm-up not counted
                     total: int, # epochs of the whole schedule
@@ -147,6 +152,7 @@ def derive_seed(seed: int, *purpose) -> int: # 63 bits
     "Make a seed for one purpose out of a run's seed, such as `derive_seed(0, \"epoch\", 3)`."
     return int.from_bytes(hashlib.sha256(json.dumps([seed, *purpose]).encode()).digest()[:8], "big") >> 1
 
+# %% ../nbs/30_train.ipynb #1346f6d2
 @patch
 def begin_epoch(self: Trainer):
     "Set learning rates; seed torch if the epoch starts from its first step."
@@ -193,8 +199,8 @@ def _norm(self: Trainer):
 # %% ../nbs/30_train.ipynb #c5543134
 @patch
 def _value(self: Trainer, emb, labels, rows=None):
-    mined = {} if self.miner is None else dict(indices_tuple=self.miner(emb.detach(), labels))
     try:
+        mined = {} if self.miner is None else dict(indices_tuple=self.miner(emb.detach(), labels))
         value = self.loss(emb, labels, **mined)
         return value if self.memory is None else value + self._remember(emb, labels, rows)
     except ValueError as e:
@@ -209,6 +215,7 @@ def _guard(self: Trainer, seen):
     what = f"loss is {value}" if not math.isfinite(value) else f"the loss is {value:.4g}, but its gradient is {norm}"
     raise Diverged(f"{what} at {self.where()}. Try a smaller learning rate, clip_norm, or precision='no'.")
 
+# %% ../nbs/30_train.ipynb #4f45b941
 @patch
 def where(self: Trainer) -> str:
     "Say how far training has come, in words."
@@ -268,6 +275,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return grad[ctx.own] * ctx.world
 
+# %% ../nbs/30_train.ipynb #8f8c4228
 def gather_rows(z: Tensor) -> Tensor: # [b, D] of this process -> [B, D] of all, in the order of ranks
     "Collect the rows of all processes, keeping the gradient of one's own; with one process, `z` itself."
     return z if _world()[1] == 1 else _Gather.apply(z)
@@ -291,6 +299,7 @@ def _prepare(self: Trainer, optimizer):
 # %% ../nbs/30_train.ipynb #659070c8
 _MEMORY = dict(size=None, start_epoch=0, weight=1., unique=None)
 
+# %% ../nbs/30_train.ipynb #2c814761
 def check_memory(memory: dict, # size: rows, or "train"; start_epoch = 0, weight = 1., unique: a slot an image (default with "train") or a queue
                  images: int = None, # in the training set: what "train" means
                  ) -> dict: # all four, or {}
@@ -319,6 +328,7 @@ def _make_memory(self: Trainer, memory, miner):
     if size == "train": raise ValueError("memory: size='train' is for a RunConfig; a Trainer does not know the training set: give the number of its images and unique=True.")
     self.memory = EmbeddingMemory(size, unique)
 
+# %% ../nbs/30_train.ipynb #5a777d6d
 @patch
 def _remember(self: Trainer, emb, labels, rows):
     "Add the batch to the memory; give the weighted memory term, 0 before its first epoch."
@@ -445,6 +455,7 @@ class _Shrunk:
     @property
     def fingerprint(self): return hashlib.sha256(f"{self.dataset.fingerprint} at least {self.at_least}".encode()).hexdigest()
 
+# %% ../nbs/30_train.ipynb #230d4b10
 def _images(cfg, dataset, transform):
     "The dataset as the loader should see it: as it is, decoded small, or from a packed copy."
     if cfg.packed is None: return dataset if cfg.decode == "full" else _Shrunk(dataset, needed_side(transform))
@@ -454,6 +465,7 @@ def _images(cfg, dataset, transform):
     if cfg.packed < need: raise ValueError(f"packed={cfg.packed} keeps fewer pixels than the {need} that the transforms begin with; give {need} or more.")
     return _pack(cfg, dataset)
 
+# %% ../nbs/30_train.ipynb #20df6c74
 def _pack(cfg, dataset, progress=False):
     from hapnb.packed import packed
     return packed(dataset, cfg.packed, progress=progress)
@@ -609,6 +621,7 @@ class _Evaluation:
     eval_levels: tuple | None = None # levels with metrics of their own; default: all
     protocol: dict = field(default_factory=dict) # {"kind": ...} as in `hapnb.protocols`; default: the dataset's own
 
+# %% ../nbs/30_train.ipynb #f36a4bb7
 @dataclass(frozen=True)
 class RunConfig(_Evaluation, _Training, _Network, _Data): # fields in the order data, network, training, evaluation
     "Everything that decides the result of one run, as plain values."
@@ -619,6 +632,7 @@ _CHOICES = dict(split=("test", "val"), freeze=("none", "bn", "trunk"), precision
                 schedule=tuple(_SCHEDULE_ARGS), decode=("full", "shrink"))
 _AT_LEAST = dict(batch_size=2, micro_batch=1, epochs=0, warmup_epochs=0, image_size=1, embed_dim=1, eval_every=0, freeze_blocks=0, packed=1, lr=0., weight_decay=0., seed=0)
 
+# %% ../nbs/30_train.ipynb #c7a8b6c7
 def _typed(name, value, annotation):
     "Check a value against an annotation; whole numbers become floats where floats are wanted."
     kinds = typing.get_args(annotation) or (annotation,)
@@ -657,6 +671,7 @@ def _check_parts(self: RunConfig):
     if self.clip_norm is not None and self.clip_norm <= 0: raise ValueError(f"RunConfig.clip_norm must be above 0 or None, got {self.clip_norm}.")
     self._check_together()
 
+# %% ../nbs/30_train.ipynb #1248e827
 @patch
 def _check_together(self: RunConfig):
     "Settings that need or exclude each other."
@@ -676,17 +691,20 @@ def _check_names(names):
         if n not in _field_names(RunConfig):
             raise ValueError(f"RunConfig has no field {n!r}.{nearest(n, _field_names(RunConfig))} Known: {', '.join(_field_names(RunConfig))}.")
 
+# %% ../nbs/30_train.ipynb #ab1e177f
 @patch
 def to_dict(self: RunConfig) -> dict:
     "Give all fields as plain values that JSON can hold and that you may change."
     return {n: thaw(getattr(self, n)) for n in _field_names(self)}
 
+# %% ../nbs/30_train.ipynb #f82b4266
 @patch(cls_method=True)
 def from_dict(cls: RunConfig, d: dict):
     "Make a config from a dict of some fields; `ValueError` names the nearest field to an unknown one."
     _check_names(d)
     return cls(**d)
 
+# %% ../nbs/30_train.ipynb #b56a56cc
 @patch
 def replace(self: RunConfig, **changes):
     "Make a config that differs in some fields."
@@ -696,6 +714,7 @@ def replace(self: RunConfig, **changes):
 # %% ../nbs/30_train.ipynb #27412abc
 _SHAPES = ("disc", "square", "triangle")
 
+# %% ../nbs/30_train.ipynb #e74c111c
 def _toy_image(shape, hue, seed, size):
     "Draw one PIL image."
     import colorsys
@@ -741,11 +760,13 @@ _NOT_IN_KEY = ("data_dir",) # where things are, not what they are
 _ADDED = dict(micro_batch=None, memory={}, miner=None, miner_args={}, freeze_blocks=0, packed=None, decode="full", protocol={}) # fields that came after schema 1: in the key only where they differ from this
 _SPLITS = {"test": ("train", "test"), "val": ("fit", "val")}
 
+# %% ../nbs/30_train.ipynb #c28ca7f4
 @functools.lru_cache(maxsize=8)
 def _load_once(name, split, data_dir, args, stamp):
     from hapnb.data import load
     return load(name, split, data_dir=data_dir, **json.loads(args))
 
+# %% ../nbs/30_train.ipynb #112d09fe
 def load_splits(cfg: RunConfig) -> tuple: # (training part, evaluation part)
     "Load the two parts of a run's dataset; within a process each is loaded once, until a file is added or removed."
     where = Path(cfg.data_dir).expanduser() if cfg.data_dir is not None else None
@@ -757,6 +778,7 @@ def _weights_id(pretrained):
     "True, False, or the SHA-256 of a file of weights."
     return hashlib.sha256(Path(pretrained).expanduser().read_bytes()).hexdigest() if isinstance(pretrained, str) else pretrained
 
+# %% ../nbs/30_train.ipynb #7e4fa40c
 @patch
 def key(self: RunConfig,
         data: tuple = None, # (training part, evaluation part); default: `load_splits`
@@ -779,6 +801,7 @@ def build_trunk(cfg: RunConfig) -> nn.Module:
     from hapnb.models import make_trunk
     with _seeded(derive_seed(cfg.seed, "init", "trunk")): return make_trunk(cfg.trunk, cfg.pretrained, **thaw(cfg.trunk_args))
 
+# %% ../nbs/30_train.ipynb #2ee78a20
 def build_net(cfg: RunConfig) -> nn.Module:
     "Build the whole network of a config, images to embeddings, freshly initialised from its seed."
     from hapnb.models import RetrievalNet
@@ -816,6 +839,7 @@ def _columns(dataset, levels):
     check = check_gaps if getattr(dataset, "gaps", False) else check_labels  # a benchmark may label one level only
     return check(dataset.labels[:, list(levels)] if levels else dataset.labels)
 
+# %% ../nbs/30_train.ipynb #b0ee4671
 def make_loss_for(cfg: RunConfig, labels: Tensor, # [N, L], of the training part
                   width: int, # dimensions of the embedding
                   ) -> nn.Module:
@@ -849,18 +873,30 @@ def _sample(labels, width):
     rows = np.repeat(first[np.linspace(0, len(first) - 1, min(len(first), 32)).astype(int)], 2)
     return torch.randn(len(rows), width, generator=torch.Generator().manual_seed(0)), labels[torch.from_numpy(rows)]
 
+# %% ../nbs/30_train.ipynb #91df078c
 def _check_asked(cfg, loss, emb, labels):
-    if cfg.memory: memory_part(loss, emb, labels)
+    part = memory_part(loss, emb, labels) if cfg.memory else None
     if not cfg.miner: return
     if isinstance(loss, EmbeddingLoss): raise ValueError(f"{cfg.loss} compares all images of a batch, so it takes no miner: leave miner out, or choose a loss of pytorch-metric-learning ('pml/...').")
-    found = _make_miner(cfg)(emb, labels)
+    miner = _make_miner(cfg)
+    found = miner(emb, labels)
     try: loss(emb, labels, indices_tuple=found)
     except (TypeError, ValueError) as e: raise ValueError(f"{cfg.loss} does not take the pairs of {cfg.miner}: {e}") from e
+    if part is not None: _check_both(cfg, part, miner, emb, labels)
 
+# %% ../nbs/30_train.ipynb #464d83f3
+def _check_both(cfg, part, miner, emb, labels):
+    "A miner with a memory, which holds a copy of each image of the batch."
+    found = miner(emb, labels, ref_emb=emb.clone(), ref_labels=labels)
+    if len(found[0]) and bool((found[0] == found[1]).all()):
+        raise ValueError(f"{cfg.miner} takes the nearest image of the same class, which in a memory is the image's own copy: no pair would be left. Use it without memory, or another miner.")
+    EmbeddingMemory(len(emb)).term(part, emb, labels, miner=miner)
+
+# %% ../nbs/30_train.ipynb #04cb2b5a
 def _make_miner(cfg):
     if cfg.miner is None: return None
     from hapnb.external import pml_miner
-    return pml_miner(cfg.miner.removeprefix("pml/"), **thaw(cfg.miner_args))
+    return pml_miner(cfg.miner.removeprefix("pml/"), **{"level": cfg.loss_args.get("level", 0), **thaw(cfg.miner_args)})
 
 # %% ../nbs/30_train.ipynb #146d0aad
 def _frozen_parts(cfg, train, labels, sampler, device):
@@ -872,6 +908,7 @@ def _frozen_parts(cfg, train, labels, sampler, device):
     head.pool.requires_grad_(False)  # features are pooled already: DDP would wait for the gradient of GeM's exponent
     return FeatureNet(head), FeatureBatches(x, labels, sampler, device)
 
+# %% ../nbs/30_train.ipynb #aa80312f
 def _whole_parts(cfg, train, labels, sampler, device, workers):
     from hapnb.models import train_transform
     net = build_net(cfg)
@@ -884,6 +921,7 @@ def _some_rows(n, most=5000):
     "Up to 5,000 row numbers of n, increasing; always the same."
     return torch.randperm(n, generator=torch.Generator().manual_seed(derive_seed(0, "whitening")))[:most].sort().values
 
+# %% ../nbs/30_train.ipynb #0dcf3e0f
 @torch.no_grad()
 def _whiten(cfg, net, train, device, workers):
     from hapnb.models import test_transform
@@ -940,9 +978,8 @@ _IN_MEMORY = {}  # (settings, dataset, device) -> features, of this process
 # %% ../nbs/30_train.ipynb #ab505741
 def prepare(cfg: RunConfig, device="auto", progress: bool = True):
     "Do what several runs share (a packed copy of the images, features of a frozen trunk), so that they find it done."
-    parts = load_splits(cfg)
-    for dataset in parts if cfg.packed is not None else (): _pack(cfg, dataset, progress)
-    for dataset in parts if cfg.freeze == "trunk" else (): features_of(cfg, dataset, pick_device(device), progress)
+    for dataset in load_splits(cfg) if cfg.packed is not None else (): _pack(cfg, dataset, progress)
+    for dataset in load_splits(cfg) if cfg.freeze == "trunk" else (): features_of(cfg, dataset, pick_device(device), progress)
 
 # %% ../nbs/30_train.ipynb #c92daa2f
 def _commit():
@@ -972,12 +1009,15 @@ _commit_once = functools.lru_cache(maxsize=1)(_commit)
 # %% ../nbs/30_train.ipynb #7b703a89
 def _json(path, values): write_atomic(path, json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
+# %% ../nbs/30_train.ipynb #8cc72d75
 def _history(path, trainer): write_atomic(path / "history.csv", pd.DataFrame(trainer.history).to_csv(index=False))
 
+# %% ../nbs/30_train.ipynb #a7281c89
 def _tensors(path, tensors):
     from safetensors.torch import save
     write_atomic(path, save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}))
 
+# %% ../nbs/30_train.ipynb #24fa976b
 def is_finished(path) -> bool:
     "Tell whether a run folder holds a result."
     return (Path(path) / "metrics.json").is_file()
@@ -1006,16 +1046,19 @@ def _read_tensors(path):
     from safetensors.torch import load_file
     return load_file(path)
 
+# %% ../nbs/30_train.ipynb #8898974b
 @patch
 def embeddings(self: Result) -> Tensor: # float32 [N, D], unit length
     "Read the embeddings of the evaluation part."
     return _read_tensors(self.path / "embeddings.safetensors")["embeddings"]
 
+# %% ../nbs/30_train.ipynb #edf19b76
 @patch
 def labels(self: Result) -> Tensor: # LongTensor [N, L]
     "Read the labels of the evaluation part."
     return _read_tensors(self.path / "embeddings.safetensors")["labels"]
 
+# %% ../nbs/30_train.ipynb #7ceb49b8
 @patch
 def weights(self: Result) -> dict: # name -> tensor
     "Read the trained weights: `head.*`, `loss.*`, perhaps `trunk.*`."
@@ -1033,6 +1076,7 @@ def model(self: Result) -> nn.Module:
         if own or part == "head": getattr(net, part).load_state_dict(own)
     return net.eval()
 
+# %% ../nbs/30_train.ipynb #65737264
 @patch
 def dataset(self: Result):
     "Load the evaluation part; row i belongs to embedding i. `ValueError` if the data is not what the run saw."
@@ -1103,7 +1147,7 @@ def run(cfg: RunConfig, # what to do
     if main: _json(path / "config.json", cfg.to_dict())
     devices = [torch.cuda.current_device()] if accelerator.device.type == "cuda" else []
     with _lock(path, progress) if main else contextlib.nullcontext(), torch.random.fork_rng(devices=devices):
-        for part in (train, test) if main and cfg.packed is not None and not is_finished(path) else (): _pack(cfg, part, progress)
+        for part in (train, test) if cfg.packed is not None and not is_finished(path) else (): _pack(cfg, part, progress)  # all wait for its lock: hours are too long for a barrier
         accelerator.wait_for_everyone()  # the others follow when the first process has the lock
         if not is_finished(path): _make_run(cfg, path, train, test, accelerator, progress and main, save_every, workers, on_epoch)
         accelerator.wait_for_everyone()

@@ -143,5 +143,5 @@ def make_gldv2(root):
     found = {0: (0, 6, 12), 1: (1, 7), 3: (2,), 4: (5, 11), 6: (3, 9, 15)}  # 4 shows the landmark without a hierarchical label
     put(root / "test.csv", "id\n" + "".join(f"{t}\n" for t in test))
     put(root / "retrieval_solution_v2.1.csv", "id,images,Usage\n" + "".join(
-        f"{t},{' '.join(index[j] for j in found[i]) if i in found else 'None'},{'Private' if i % 2 else 'Public'}\n" for i, t in enumerate(test)))
+        f"{t},{' '.join(index[j] for j in found[i]) if i in found else 'None'},{'Ignored' if i not in found else 'Private' if i % 2 else 'Public'}\n" for i, t in enumerate(test)))
     return root

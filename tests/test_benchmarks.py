@@ -366,3 +366,12 @@ def test_fetch_by_hand_or_by_itself(tmp_path, monkeypatch):
     data.fetch("cub", tmp_path / "got", progress=False)
     assert asked == [("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78")]
     assert missing("cub", tmp_path / "got", counts=False) == []
+
+
+def test_fetch_leaves_tables_alone_and_says_what_is_left(tmp_path, monkeypatch, capsys):
+    "The tables of Google Landmarks are no archives; its images are not fetched."
+    monkeypatch.setattr(data, "download", lambda url, path, sha256, md5, progress: path.parent.mkdir(parents=True, exist_ok=True) or path.write_text("id\n") and path)
+    data.fetch("gldv2", tmp_path / "gldv2", progress=False)
+    assert {p.name for p in (tmp_path / "gldv2").iterdir()} == {a["name"] for a in source_of("gldv2").archives}
+    said = capsys.readouterr().out
+    assert "not all of Google Landmarks v2" in said and "train | images/train, index | images/index, test | images/test are missing" in said

@@ -57,6 +57,12 @@ def test_trying_leaves_the_random_generator_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_trying_leaves_the_gpus_generators_alone(monkeypatch):
+    external._trial.cache_clear()
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("torch.manual_seed also seeds the GPUs"))
+    external._trial("losses", "TripletMarginLoss"), external._trial("miners", "TripletMarginMiner")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_one_step(name):
     loss, x = made(name), batch().requires_grad_()

@@ -223,11 +223,14 @@ def test_inat_published_names_count_before_homonyms_are_told_apart(inat, monkeyp
     with pytest.raises(ValueError, match="classes at level 1"): load("inat-full", "train", inat)
 
 
-def test_inat_taxonomy_from_categories(tmp_path):
+def test_inat_taxonomy_from_categories(tmp_path, monkeypatch):
     root = make_inat(tmp_path / "data")
     found = json.loads((root / "train2018.json").read_text())["categories"]
+    monkeypatch.setitem(SOURCES["inat-full"].counts, "train", dict(images=28, classes=(7, 99, 99, 99, 99, 99, 99)))
+    with pytest.raises(ValueError, match="classes at level 1"): load("inat-full", "train", root)
     (root / "train2018.json").unlink()
     (root / "categories.json").write_text(json.dumps(found))
+    assert len(load("inat-full", "train", root)) == 28  # published are the numbers of the invented names only
     assert [len(c) for c in get("inat-full", "all", root).class_names] == [12, 9, 9, 7, 4, 4, 3]
 
 
@@ -495,7 +498,7 @@ def test_gldv2_other_trains(gld):
 
 
 def test_gldv2_test(gld):
-    ds = get("gldv2", "test", gld)
+    ds = get("gldv2", "test", gld, labelled=True)
     q, g = ds.meta[ds.meta.part == "query"], ds.meta[ds.meta.part == "gallery"]
     t, x = (lambda i: image_id("test", i)), (lambda i: image_id("index", i))
     assert ds.protocol == {"kind": "landmarks", "k": 100} and ds.meta.part.tolist() == ["query"] * 4 + ["gallery"] * 15
@@ -503,6 +506,33 @@ def test_gldv2_test(gld):
     assert q.matches.tolist() == [f"{x(0)} {x(6)} {x(12)}", f"{x(1)} {x(7)}", x(2), f"{x(3)} {x(9)} {x(15)}"] and set(g.matches) == {""}
     assert names(ds)[:4] == ["3", "5", "8", "13"] and names(ds)[4:] == [str([3, 5, 8, 13, 21][i % 6]) for i in range(18) if i % 6 < 5]
     assert files(ds)[0].startswith(f"{gld}/test/") and files(ds)[4].startswith(f"{gld}/index/")
+
+
+def test_gldv2_levels_leave_the_official_benchmark_whole(gld):
+    "One run trains with three levels and is tested on all of the index: what has no label is -1 above the landmark."
+    ds, plain = get("gldv2", "test", gld), get("gldv2", "test", gld, levels=())
+    assert files(ds) == files(plain) and ds.meta.equals(plain.meta) and len(ds) == 5 + 18 and ds.level_names == get("gldv2", "train", gld).level_names
+    unknown = torch.tensor([n == "34" for n in names(ds)])  # the landmark without a hierarchical label
+    assert unknown.sum() == 1 + 3 and (ds.labels[unknown][:, 1:] == -1).all() and (ds.labels[~unknown] >= 0).all()
+    z = torch.randn(len(ds), 8, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    found = evaluate_protocol(z, ds.labels, ds.meta, ds.protocol)
+    assert found == evaluate_protocol(z, plain.labels, plain.meta, plain.protocol) and 0 < found["mAP@100"] < 1
+    some = get("gldv2", "test", gld, labelled=True)
+    kept = torch.tensor([f in set(files(some)) for f in files(ds)])
+    assert evaluate_protocol(z[kept], some.labels, some.meta, some.protocol)["mAP@100"] != found["mAP@100"]
+    assert get("gldv2", "test", gld, levels=(), labelled=True).fingerprint == plain.fingerprint
+
+
+def test_gldv2_usage_ignored(gld, tmp_path):
+    "The solution as it is published: images None, Usage Ignored. Nothing of an ignored row counts."
+    rows = [line.split(",") for line in (gld / "retrieval_solution_v2.1.csv").read_text().splitlines()[1:]]
+    assert [(r[1], r[2]) for r in rows if r[0] in {image_id("test", i) for i in (2, 5, 7)}] == [("None", "Ignored")] * 3
+    root = make_gldv2(tmp_path / "data")
+    before = get("gldv2", "test", root).meta.id.tolist()
+    edit(root / "retrieval_solution_v2.1.csv", lambda b: b.replace(b"None,Ignored", f"{image_id('index', 4)},Ignored".encode()))
+    assert get("gldv2", "test", root).meta.id.tolist() == before
+    every = get("gldv2", "test", root, ignored=True).meta
+    assert every.usage.value_counts().to_dict() == {"": 18, "Ignored": 3, "Public": 3, "Private": 2} and set(every.matches[every.usage == "Ignored"]) == {""}
 
 
 def test_gldv2_whole_benchmark(gld):
@@ -546,9 +576,20 @@ def test_gldv2_files_of_another_release(tmp_path):
     "A solution whose images are not in the index is not silently a benchmark without queries."
     root = make_gldv2(tmp_path / "data")
     edit(root / "retrieval_solution_v2.1.csv", lambda b: b.replace(image_id("index", 0).encode(), b"0" * 16))
-    assert (get("gldv2", "test", root).meta.part == "query").sum() == 4  # two of its images are still there
+    assert (get("gldv2", "test", root, labelled=True).meta.part == "query").sum() == 4  # two of its images are still there
+    assert (get("gldv2", "test", root).meta.part == "query").sum() == 5
     for i in range(18): edit(root / "retrieval_solution_v2.1.csv", lambda b: b.replace(image_id("index", i).encode(), b"0" * 16))
     with pytest.raises(ValueError, match="no query of retrieval_solution"): get("gldv2", "test", root)
+
+
+def test_gldv2_a_relevant_image_that_the_whole_index_lacks(tmp_path, monkeypatch):
+    "With the counts checked the index is whole, so a lost relevant image is an error: AP would be divided by a smaller number."
+    root = make_gldv2(tmp_path / "data")
+    monkeypatch.setitem(H._GLD_SIZES, "index.csv", 18)
+    assert len(load("gldv2", "test", root)) == 23
+    edit(root / "retrieval_solution_v2.1.csv", lambda b: b.replace(image_id("index", 6).encode(), b"0" * 16))
+    with pytest.raises(ValueError, match=f"image {'0' * 16}, relevant for {image_id('test', 0)}, is not in index.csv .1 in all."): load("gldv2", "test", root)
+    assert len(get("gldv2", "test", root)) == 23 and len(load("gldv2", "test", root, labelled=True)) == 19
 
 
 def test_gldv2_published_counts(gld, monkeypatch):
@@ -556,6 +597,16 @@ def test_gldv2_published_counts(gld, monkeypatch):
     with pytest.raises(ValueError, match="40 images, expected 970,981; 10 classes at level 0, expected 46,593"): load("gldv2", "train", gld)
     assert len(load("gldv2", "train", gld, levels=())) == 48  # the counts of the hierarchical part do not apply
     with pytest.raises(ValueError, match="index.csv has 18 images, expected 761,757"): load("gldv2", "test", gld)
+
+
+# ---- all datasets
+
+def test_every_dataset_has_a_layout_and_damaged_copies():
+    "What the table of the notebook says."
+    import test_benchmarks as B
+    assert {**MAKE, **B.MAKE}.keys() == SOURCES.keys() and not MAKE.keys() & B.MAKE.keys()
+    assert LISTS.keys() == IMAGE.keys() == MAKE.keys() and {*B.TEXT, "cars"} == B.MAKE.keys()
+    for name, source in SOURCES.items(): assert source.layout.strip() and source.needs and source.size and source.url.startswith("http"), name
 
 
 # ---- tables of the real size

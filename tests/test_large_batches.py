@@ -535,6 +535,36 @@ def test_the_term_against_the_memory(name, unique):
     assert not memory.get()[0].requires_grad
 
 
+@pytest.mark.parametrize("name", ["CalibrationLoss", "PairLoss"])
+def test_pair_losses_leave_the_own_copy_out(name):
+    "As they leave the query out of its own batch; counted as a pair it would lower a mean over all pairs."
+    emb, labels, memory = torch.randn(12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(12) // 3, EmbeddingMemory(12)
+    loss = make_loss(name, **({"average": "all"} if name == "CalibrationLoss" else {"similarity": "dot"}))
+    memory.add(emb, labels)
+    want = loss(emb, labels).item()
+    assert memory.term(loss, emb, labels).item() == pytest.approx(want, rel=1e-12)
+    assert loss(emb, labels, ref_emb=emb.clone(), ref_labels=labels).item() != pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_pairs_of_the_losses_own_level(level):
+    "The term of a loss of pytorch-metric-learning is that of one column of the labels, with its own copies left out."
+    pytest.importorskip("pytorch_metric_learning")
+    g, labels = torch.Generator().manual_seed(0), torch.stack([torch.arange(30) // 3, torch.arange(30) // 6], 1)
+    emb, memory = torch.randn(30, 8, dtype=torch.float64, generator=g).requires_grad_(), EmbeddingMemory(30)
+    memory.add(emb, labels)
+    for at in (slice(0, 12), slice(18, 30)):  # the last rows of the memory are the batch; the first are not, and are met twice
+        loss, y = make_loss("pml/ContrastiveLoss", level=level), labels[at, level]
+        rest = slice(0, 18) if at.start else slice(0, 30)
+        ref, ref_y = torch.cat([emb.detach()[at], emb.detach()[rest]]), torch.cat([y, labels[rest, level]])
+        same = y[:, None] == ref_y
+        own = torch.eye(12, len(ref), dtype=torch.bool)
+        pairs = (*(same & ~own).nonzero(as_tuple=True), *(~same).nonzero(as_tuple=True))
+        got, want = memory.term(loss, emb[at], labels[at]), loss.loss(emb[at], y, pairs, ref, ref_y)
+        assert got.item() == pytest.approx(want.item(), rel=1e-9)
+        for a, b in zip(torch.autograd.grad(got, emb), torch.autograd.grad(want, emb)): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_a_miner_never_gives_the_own_copy():
     pml, miners = pytest.importorskip("pytorch_metric_learning.losses"), pytest.importorskip("pytorch_metric_learning.miners")
     g, labels = torch.Generator().manual_seed(0), torch.arange(12) // 3

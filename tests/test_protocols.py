@@ -237,6 +237,15 @@ def test_landmarks_larger_than_a_tile(dtype):
     with pytest.raises(ValueError, match="too small"): evaluate_protocol(x, torch.zeros(1200, dtype=torch.long), meta, "landmarks", max_memory="50kB")
 
 
+def test_landmarks_reads_no_labels():
+    "Images of a landmark without coarser labels have -1 there, which is no tree, and changes nothing."
+    meta = pd.DataFrame(INDEX)
+    gaps = torch.stack([Y, torch.where(Y % 2 == 0, Y // 2, -1)], 1)
+    with pytest.raises(ValueError, match="not a tree"): evaluate_protocol(X, gaps)
+    assert evaluate_protocol(X, gaps, meta, "landmarks") == evaluate_protocol(X, Y, meta, "landmarks")
+    with pytest.raises(ValueError, match="-1 means unknown"): evaluate_protocol(X, gaps - 1, meta, "landmarks")
+
+
 def test_landmarks_twice_listed_counts_once_and_no_usage():
     x, meta = torch.eye(3), dict(id=["q", "a", "b"], part=["query", "gallery", "gallery"], matches=["b b", "", ""])
     assert evaluate_protocol(x, [0, 0, 0], meta, "landmarks") == {"mAP@100": .5, "skipped_level0": 0}
@@ -313,6 +322,7 @@ def nan(i, x=X):
     ((nan(11), Y, None, "random-gallery"), r"row\(s\) 11 of 12"),
     ((X, Y[:5]), "12 embeddings but 5 labels"),
     ((X, THREE[:5], BENCH, "dyml"), "12 embeddings but 5 labels"),
+    ((X, Y[:5], INDEX, "landmarks"), "12 embeddings but 5 labels"),
     ((X, Y, None, "query-gallery"), "reads the column 'part' of meta, which is not there. meta is empty"),
     ((X, Y, {"parts": PART}, "query-gallery"), "Did you mean 'parts'"),
     ((X, Y, {"part": PART[:4]}, "query-gallery"), "meta has 4 rows of 'part', but there are 12"),

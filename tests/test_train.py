@@ -709,6 +709,37 @@ def test_miners_that_do_not_fit(tmp_path, monkeypatch, change, message):
     with pytest.raises(ValueError, match=message): toy_run(TRIPLET.replace(**change), tmp_path)
 
 
+@pytest.mark.parametrize("asked, level", [({}, 1), ({"level": 0}, 0)])
+def test_a_miner_looks_at_the_level_of_the_loss(asked, level):
+    pytest.importorskip("pytorch_metric_learning")
+    cfg = TRIPLET.replace(loss_args={"level": 1}, miner_args={"margin": 9., **asked})
+    y = torch.tensor([[0, 0], [1, 0], [2, 1], [3, 1]])  # alone at level 0, pairs at level 1
+    found = T._make_miner(cfg)(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), y)
+    assert T._make_miner(cfg).level == level and (len(found[0]) > 0) == (level == 1)
+
+
+def test_a_miner_that_cannot_work_with_a_memory_is_named_at_once(tmp_path, monkeypatch):
+    pytest.importorskip("pytorch_metric_learning")
+    monkeypatch.setattr(T, "features_of", lambda *a, **k: pytest.fail("features were computed first"))
+    cfg = TRIPLET.replace(miner="pml/BatchEasyHardMiner", miner_args={})
+    with pytest.raises(ValueError, match="the image's own copy"): toy_run(cfg.replace(memory={"size": "train", "start_epoch": 1}), tmp_path)
+    with pytest.raises(pytest.fail.Exception): toy_run(cfg, tmp_path)  # without a memory it is good
+
+
+def test_embeddings_that_break_are_named_with_a_miner_too():
+    pytest.importorskip("pytorch_metric_learning")
+    from hapnb.external import pml_loss, pml_miner
+    t = Trainer(Net(), pml_loss("TripletMarginLoss"), miner=pml_miner("TripletMarginMiner"))
+    with torch.no_grad(): next(t.net.parameters()).fill_(math.nan)
+    t.begin_epoch()
+    with pytest.raises(Diverged, match="epoch 0, step 0"): t.step(*data())
+
+
+def test_nothing_is_loaded_where_nothing_is_shared(monkeypatch):
+    monkeypatch.setattr(T, "load_splits", lambda cfg: pytest.fail("the dataset was read"))
+    T.prepare(TOY.replace(freeze="bn"), "cpu", progress=False)
+
+
 # ---- protocols
 
 def with_parts(protocol):
@@ -836,6 +867,28 @@ def test_training_reads_a_packed_copy(tmp_path, monkeypatch, photos):
     T.prepare(frozen, "cpu", progress=False)
     assert {s for s, _ in calls} == {"train", "test"}
     with pytest.raises(ValueError, match="packed=45 keeps fewer pixels than the 50"): toy_run(photos.replace(packed=45), tmp_path)
+
+
+def test_two_processes_pack_once(tmp_path, photos, monkeypatch):
+    "Both ask for the copy before they meet: packing may take longer than a process waits for the others."
+    monkeypatch.setenv("HAPNB_CACHE", str(tmp_path / "cache"))
+    import hapnb.packed as P
+    make, pack, wait = P._make, T._pack, T.make_accelerator
+    def noted(kind, f):
+        def g(*args, **kw):
+            (tmp_path / f"{kind}.{os.environ['RANK']}.{time.monotonic_ns()}").touch()
+            return f(*args, **kw)
+        return g
+    def accelerator(*args):
+        a = wait(*args)
+        a.wait_for_everyone = noted("meets", a.wait_for_everyone)
+        return a
+    for module, name, kind, f in ((P, "_make", "made", make), (T, "_pack", "asks", pack), (T, "make_accelerator", None, None)):
+        monkeypatch.setattr(module, name, accelerator if f is None else noted(kind, f))
+    together(toy_run, photos.replace(packed=60), tmp_path / "two")
+    order = lambda kind, rank: sorted(int(p.name.split(".")[2]) for p in tmp_path.glob(f"{kind}.{rank}.*"))
+    assert sum(len(order("made", r)) for r in (0, 1)) == 2  # train and test, each by one process
+    for r in (0, 1): assert order("asks", r)[1] < order("meets", r)[0]
 
 
 def test_needed_side_of_the_library_transforms():
