@@ -456,15 +456,21 @@ def test_pieces_are_in_the_key(tmp_path):
     assert len({PIECES.replace(groups=g).key(data) for g in (swap, other, {"loss": {"lr": 0.1}}, {"loss.hgnn": {"lr": 1e-3}})}) == 4
 
 
-def test_pieces_resume_to_the_last_bit(tmp_path, monkeypatch):
-    cfg = PIECES.replace(freeze="bn", augment={"flip": 0.5})
-    whole = toy_run(cfg, tmp_path / "whole")
-    step, left = Trainer.step, [13]
+def dies_after(steps, monkeypatch):
+    "Let a training be interrupted after so many steps."
+    step, left = Trainer.step, [steps]
     def dies(self, *args):
         left[0] -= 1
         if left[0] < 0: raise KeyboardInterrupt
         step(self, *args)
     monkeypatch.setattr(Trainer, "step", dies)
+
+
+def test_pieces_resume_to_the_last_bit(tmp_path, monkeypatch):
+    cfg = PIECES.replace(freeze="bn", augment={"flip": 0.5})
+    whole = toy_run(cfg, tmp_path / "whole")
+    step = Trainer.step
+    dies_after(13, monkeypatch)
     with pytest.raises(KeyboardInterrupt): toy_run(cfg, tmp_path / "cut", save_every=0)
     assert T.load_state(next((tmp_path / "cut").rglob("state.pt")))["epoch"] > cfg.warmup_epochs
     monkeypatch.setattr(Trainer, "step", step)
@@ -627,12 +633,8 @@ def test_training_with_a_memory_is_the_papers_two_terms(loss, unique):
 @pytest.mark.parametrize("stop", [1, 7, 9])
 def test_a_memory_resumes_to_the_last_bit(tmp_path, monkeypatch, cfg, stop):
     whole = toy_run(cfg, tmp_path / "whole")
-    step, left = Trainer.step, [stop]
-    def dies(self, *args):
-        left[0] -= 1
-        if left[0] < 0: raise KeyboardInterrupt
-        step(self, *args)
-    monkeypatch.setattr(Trainer, "step", dies)
+    step = Trainer.step
+    dies_after(stop, monkeypatch)
     with pytest.raises(KeyboardInterrupt): toy_run(cfg, tmp_path / "cut", save_every=0)
     state = T.load_state(next((tmp_path / "cut").rglob("state.pt")))["memory"]
     assert len(state["emb"]) == (60 if cfg == QUEUE else 144) and int(state["count"]) > 0
