@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from .core import DATASETS, atomic_path, write_atomic
-from .data import BytesStore, RetrievalDataset, SPLITS, check_split, encode, from_frame, name_hash, split_classes, what_is_in
+from .data import BytesStore, RetrievalDataset, SPLITS, check_split, encode, from_frame, split_classes, deal_open_world, what_is_in
 
 # %% ../nbs/21_emoji.ipynb #afc005be
 ASSETS = Path(__file__).parent / "assets" if "__file__" in globals() else Path("../hapnb/assets")
@@ -72,7 +72,7 @@ def load_emoji(split="test", data_dir=None) -> RetrievalDataset:
     store = BytesStore(image.field("bytes"), image.field("path"))
     if split in SPLITS: return from_frame(frame, store, LEVELS, "emoji", split, sha)
     fit = from_frame(frame, store, LEVELS, "emoji", "fit", sha)
-    return fit.subset(fit.meta.open_world.isin(OPEN_WORLD[split]).to_numpy(), relabel=True, split=split)
+    return fit.subset(fit.meta.open_world.isin(OPEN_WORLD[split]).to_numpy(), relabel=True, split=split, share=True)
 
 # %% ../nbs/21_emoji.ipynb #f304b237
 def open_world_parts(frame: pd.DataFrame, # columns concept, subgroup, source, split
@@ -82,14 +82,7 @@ def open_world_parts(frame: pd.DataFrame, # columns concept, subgroup, source, s
     "Cut `fit` into labelled, unlabelled known and unlabelled unknown images, by hashes of names."
     out = pd.Series("", index=frame.index)
     fit = frame[frame.split == "fit"]
-    concepts = fit[["concept", "subgroup"]].drop_duplicates()
-    dealt = sorted(zip(concepts.subgroup, concepts.concept), key=lambda x: (x[0], name_hash(x[1], "open world")))
-    known = {c for _, c in dealt[::every]}
-    for concept, rows in fit.groupby("concept"):
-        if concept not in known: out[rows.index] = "unlabelled unknown"; continue
-        order = sorted(rows.index, key=lambda i: name_hash(f"{concept}/{rows.source[i]}", "open world"))
-        cut = int(np.ceil(labelled * len(order)))
-        out[order[:cut]], out[order[cut:]] = "labelled", "unlabelled known"
+    out[fit.index] = deal_open_world(fit.concept.tolist(), fit.subgroup.tolist(), fit.source.tolist(), 1 / every, labelled)
     return out.tolist()
 
 # %% ../nbs/21_emoji.ipynb #75ef34dc

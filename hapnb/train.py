@@ -965,6 +965,10 @@ def embed(net: nn.Module, x, # features [N, F], or a dataset of images
 # %% ../nbs/30_train.ipynb #de2b87d7
 def features_of(cfg: RunConfig, dataset, device="cpu", progress: bool = False) -> Tensor: # [N, F] on `device`
     "Get the frozen trunk's features of a dataset, from memory, from disk, or by computing them."
+    if getattr(dataset, "cut", None):
+        whole, rows = dataset.cut
+        x = features_of(cfg, whole, device, progress)
+        return x[torch.as_tensor(rows, device=x.device)]
     names = ["trunk", "trunk_args", "pretrained", "pooling", "image_size", "transform", "decode", "packed"] + ["seed"] * (cfg.pretrained is False)
     made_by = {n: thaw(getattr(cfg, n)) for n in names} | {"pretrained": _weights_id(cfg.pretrained)}
     key = json.dumps(made_by, sort_keys=True), dataset, str(device)
