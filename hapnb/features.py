@@ -29,7 +29,7 @@ def _check_level_names(names):
 
 def _check_table_labels(t):
     "Labels as LongTensor `[N, L]` with their names; `ValueError` says what does not fit."
-    y = torch.as_tensor(t.labels)
+    y = t.labels if torch.is_tensor(t.labels) else torch.from_numpy(np.array(t.labels))
     y = y[:, None] if y.ndim == 1 else y
     if y.is_floating_point() or y.dtype == torch.bool or y.ndim != 2: raise ValueError(f"labels must be integers of shape [N] or [N, L], got {y.dtype} of shape {tuple(y.shape)}.")
     if len(y) != len(t): raise ValueError(f"{len(t)} embeddings but {len(y)} rows of labels.")
