@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BASE', 'HILANDER', 'DECODE', 'SELECT', 'SCHEMA', 'PARTS', 'Parts', 'image_paths', 'read_image_list', 'load_parts',
            'class_distance', 'closeness', 'check_select', 'select_samples', 'OpenWorldConfig', 'training_part',
-           'never_drawn', 'selection_scores', 'purity', 'run_rounds', 'OpenWorldResult']
+           'never_drawn', 'choose_args', 'selection_scores', 'purity', 'run_rounds', 'OpenWorldResult']
 
-# %% ../nbs/50_openworld.ipynb #09ccee9d
+# %% ../nbs/50_openworld.ipynb #b739d098
 import contextlib, dataclasses, functools, hashlib, json, math, os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +23,10 @@ from .core import atomic_path, check_number, nearest, pick_device, write_atomic
 from .data import RetrievalDataset, deal_open_world, fingerprint_of, load, read_text, renumber, what_is_in
 from .train import Result, RunConfig, derive_seed, freeze_value, is_finished, load_splits, run, thaw, _lock
 from .features import extract_features
-from .clustering import CLUSTERERS, bcubed_scores, cluster, clustering_scores, pairwise_scores
+from .clustering import CLUSTERERS, bcubed_scores, choose, cluster, clustering_scores, find_clusterer, pairwise_scores
 from .hilander import HiLander, HiLanderConfig, cluster_hilander, load_hilander, train_hilander
 
-# %% ../nbs/50_openworld.ipynb #25a990d0
+# %% ../nbs/50_openworld.ipynb #3fa3e496
 @dataclass(frozen=True)
 class Parts:
     "The images of an open-world run: rows of the training part, and the evaluation part."
@@ -45,7 +45,7 @@ class Parts:
         known = int(self.known.sum())
         return f"Parts({self.whole.name}: {len(self.labelled)} labelled; pool of {len(self.pool)}, {known} of them of known classes; {len(self.test)} for testing)"
 
-# %% ../nbs/50_openworld.ipynb #ba4c89e7
+# %% ../nbs/50_openworld.ipynb #0192795f
 def image_paths(dataset: RetrievalDataset,
                 data_dir=None, # where the images are; paths become relative to it
                 ) -> list: # one text an image, with "/"
@@ -57,7 +57,7 @@ def image_paths(dataset: RetrievalDataset,
     root = f"{(root.parent if root.is_file() else root).as_posix()}/"
     return [n.removeprefix(root) for n in names]
 
-# %% ../nbs/50_openworld.ipynb #3e708df3
+# %% ../nbs/50_openworld.ipynb #a1e99cca
 def read_image_list(file, # a text file, one relative path a line
                     rows: dict, # path -> row
                     test=(), # paths of the evaluation part, which may not be there
@@ -75,7 +75,7 @@ def read_image_list(file, # a text file, one relative path a line
     if not out: raise ValueError(f"{file} names no image.")
     return out
 
-# %% ../nbs/50_openworld.ipynb #7ab67ffe
+# %% ../nbs/50_openworld.ipynb #e8fd9c5c
 def _from_lists(split, data_dir, whole, test, everything):
     "Rows of `whole` by label lists; `everything` also holds what was taken away for validation."
     at = lambda name: p if (p := Path(name).expanduser()).is_absolute() or data_dir is None else Path(data_dir).expanduser() / p
@@ -89,7 +89,7 @@ def _from_lists(split, data_dir, whole, test, everything):
     lists.setdefault("unlabelled", [i for i in range(len(paths)) if i not in lists["labelled"]])
     return [np.array(sorted(own[paths[i]] for i in lists[k] if paths[i] in own), dtype=np.int64) for k in ("labelled", "unlabelled")]
 
-# %% ../nbs/50_openworld.ipynb #65eb8363
+# %% ../nbs/50_openworld.ipynb #92046d02
 def _dealt(split, whole, data_dir):
     "Rows by the dataset's own column, or by hashes of names."
     if not split and "open_world" in whole.meta: part = whole.meta["open_world"].tolist()
@@ -102,7 +102,7 @@ def _dealt(split, whole, data_dir):
     part = np.array(part)
     return np.flatnonzero(part == "labelled"), np.flatnonzero(np.char.startswith(part, "unlabelled"))
 
-# %% ../nbs/50_openworld.ipynb #0442d558
+# %% ../nbs/50_openworld.ipynb #39812ff4
 _SPLIT = ("labelled", "unlabelled", "known", "salt")
 
 def _check_open_split(split):
@@ -112,7 +112,7 @@ def _check_open_split(split):
     if "unlabelled" in split and not lists: raise ValueError("split: a list of unlabelled images needs a list of labelled ones: {'labelled': 'L_in.txt', 'unlabelled': 'U.txt'}.")
     if lists and {"known", "salt"} & set(split): raise ValueError("split: 'known' and 'salt' deal images by a rule, and 'labelled' names a list; give one or the other.")
 
-# %% ../nbs/50_openworld.ipynb #1ac0fcd5
+# %% ../nbs/50_openworld.ipynb #f43bac71
 def load_parts(cfg) -> Parts: # of an `OpenWorldConfig`
     "Load and cut the data of an open-world run; `ValueError` for a part that is empty, and for lists as `read_image_list`."
     base, split = cfg.run_config(), thaw(cfg.split)
@@ -126,7 +126,7 @@ def load_parts(cfg) -> Parts: # of an `OpenWorldConfig`
         if not len(rows): raise ValueError(f"{whole.name}/{whole.split} has no {name} images (split={split}): {parts}.")
     return parts
 
-# %% ../nbs/50_openworld.ipynb #82947fab
+# %% ../nbs/50_openworld.ipynb #33a9a5d2
 def class_distance(z: Tensor, # unit embeddings [N, D]
                    known: Tensor, # unit embeddings of the images that have a class [M, D]
                    labels: Tensor, # their classes [M], 0 or more
@@ -138,7 +138,7 @@ def class_distance(z: Tensor, # unit embeddings [N, D]
     prototypes = F.normalize(sums, dim=1).to(z.dtype)
     return torch.cat([(1 - (b @ prototypes.T).amax(1)) / 2 for b in z.split(block)]).clamp(0, 1)
 
-# %% ../nbs/50_openworld.ipynb #3fea5d8d
+# %% ../nbs/50_openworld.ipynb #2398e73f
 def closeness(z: Tensor, # unit embeddings [N, D]
               clusters: Tensor, # LongTensor [N], -1 = noise
               ) -> Tensor: # float [N], -1 to 1
@@ -149,7 +149,7 @@ def closeness(z: Tensor, # unit embeddings [N, D]
     alone = (size[of] < 2) | (clusters < 0)
     return (others * z.double()).sum(1).float().masked_fill(alone.to(z.device), -1.)
 
-# %% ../nbs/50_openworld.ipynb #60d0d6fb
+# %% ../nbs/50_openworld.ipynb #7ac515b8
 _SELECT = dict(mode="density", threshold=None, share=None, distance=None, smallest=1)
 _MODES = ("density", "recluster", "all")
 
@@ -167,7 +167,7 @@ def check_select(select: dict) -> dict: # with all entries
     if s["mode"] != "all" and (s["threshold"] is None) == (s["share"] is None): raise ValueError(f"select: mode {s['mode']!r} needs a threshold of density or a share of the pool, one of the two.")
     return s
 
-# %% ../nbs/50_openworld.ipynb #86eb6f7f
+# %% ../nbs/50_openworld.ipynb #75d120b0
 def select_samples(clusters: Tensor, # LongTensor [N], -1 = noise, never selected
                    density: Tensor, # float [N]: how sure
                    distance: Tensor = None, # float [N], of `class_distance`; needed where select["distance"] is set
@@ -190,13 +190,13 @@ def select_samples(clusters: Tensor, # LongTensor [N], -1 = noise, never selecte
         chosen = chosen & (size[of] >= s["smallest"])
     return chosen, torch.where(chosen, clusters, -1)
 
-# %% ../nbs/50_openworld.ipynb #6dab63ec
+# %% ../nbs/50_openworld.ipynb #635d3580
 BASE = dict(loss="SmoothAPLoss", lr=3e-2, epochs=30, batch_size=256, sampler_args={"m": 4}, embed_dim=128)
 HILANDER = dict(epochs=50)
 DECODE = dict(k=10, tau=0.9)
 SELECT = {"hilander": dict(mode="density", threshold=0.5), "kmeans": dict(mode="density", share=0.5), "hdbscan": dict(mode="all"), "agglomerative": dict(mode="all", smallest=2)}
 
-# %% ../nbs/50_openworld.ipynb #0ab79ae9
+# %% ../nbs/50_openworld.ipynb #59ac3ae8
 @dataclass(frozen=True)
 class OpenWorldConfig:
     "Everything that decides an open-world run, as plain values; `ValueError` for values that do not fit."
@@ -217,7 +217,7 @@ class OpenWorldConfig:
         for f in dataclasses.fields(self): object.__setattr__(self, f.name, freeze_value(getattr(self, f.name), f.name))
         self._check()
 
-# %% ../nbs/50_openworld.ipynb #1c341285
+# %% ../nbs/50_openworld.ipynb #399a7e02
 @patch
 def _check(self: OpenWorldConfig):
     for f in dataclasses.fields(self):
@@ -225,7 +225,7 @@ def _check(self: OpenWorldConfig):
     check_number("rounds", self.rounds, least=1, whole=True)
     check_number("seed", self.seed, least=0, whole=True)
     if self.pool_labels not in ("predicted", "true"): raise ValueError(f"unknown pool_labels {self.pool_labels!r}.{nearest(str(self.pool_labels), ('predicted', 'true'))} Known: predicted, true.")
-    if self.clusterer not in CLUSTERERS: raise ValueError(f"unknown clusterer {self.clusterer!r}.{nearest(str(self.clusterer), CLUSTERERS.names())} Known: {', '.join(CLUSTERERS.names())}.")
+    find_clusterer(self.clusterer)
     for name in ("base", "finetune", "hilander", "decode"):
         if "seed" in getattr(self, name): raise ValueError(f"{name}: the seed is OpenWorldConfig.seed, from which all others are made.")
     if moved := [k for k in ("dataset", "data_dir", "dataset_args", "split", "levels") if k in self.finetune]: raise ValueError(f"finetune: {moved[0]} belongs to base; all rounds share the data.")
@@ -235,7 +235,7 @@ def _check(self: OpenWorldConfig):
     self.selection()
     _check_open_split(self.split)
 
-# %% ../nbs/50_openworld.ipynb #606fbbd5
+# %% ../nbs/50_openworld.ipynb #9743575d
 @patch
 def run_config(self: OpenWorldConfig, round: int = 0) -> RunConfig:
     "Give the `RunConfig` of a round; all rounds start from the same seed."
@@ -244,14 +244,14 @@ def run_config(self: OpenWorldConfig, round: int = 0) -> RunConfig:
 @patch
 def hilander_config(self: OpenWorldConfig, round: int) -> HiLanderConfig:
     "Give the settings of a round's Hi-LANDER."
-    return HiLanderConfig(**thaw(self.hilander), seed=derive_seed(self.seed, "hilander", round) % 2 ** 31)
+    return HiLanderConfig.from_dict({**thaw(self.hilander), "seed": derive_seed(self.seed, "hilander", round) % 2 ** 31})
 
 @patch
 def selection(self: OpenWorldConfig) -> dict:
     "Give the settings of the selection, those of the clusterer where nothing is said."
     return check_select(thaw(self.select) or SELECT.get(self.clusterer, dict(mode="all")))
 
-# %% ../nbs/50_openworld.ipynb #8c63c63a
+# %% ../nbs/50_openworld.ipynb #e6d73e12
 @patch
 def to_dict(self: OpenWorldConfig) -> dict:
     "Give all fields as plain values that JSON can hold and that you may change."
@@ -270,7 +270,7 @@ def replace(self: OpenWorldConfig, **changes):
     "Make a config that differs in some fields."
     return OpenWorldConfig.from_dict({**self.to_dict(), **changes})
 
-# %% ../nbs/50_openworld.ipynb #0ea7e9a9
+# %% ../nbs/50_openworld.ipynb #387cc5e7
 SCHEMA = 1 # raise it when the code changes what a config means
 
 @patch
@@ -283,7 +283,7 @@ def key(self: OpenWorldConfig, parts: Parts = None) -> str: # 16 hexadecimal dig
     values["parts"] = [hashlib.sha256(np.ascontiguousarray(r).tobytes()).hexdigest() for r in (parts.labelled, parts.pool)]
     return hashlib.sha256(json.dumps(dict(schema=SCHEMA, open_world=values), sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/50_openworld.ipynb #5795ee18
+# %% ../nbs/50_openworld.ipynb #0ca0f371
 def training_part(whole: RetrievalDataset,
                   rows, # of `whole`
                   classes: Tensor, # LongTensor [n]: their classes, any numbers
@@ -300,7 +300,7 @@ def training_part(whole: RetrievalDataset,
     out.cut, out.at_least = part.cut, part.at_least
     return out
 
-# %% ../nbs/50_openworld.ipynb #47d0debe
+# %% ../nbs/50_openworld.ipynb #91ccc8f0
 def never_drawn(labels: Tensor, # classes [N]
                 cfg: RunConfig,
                 ) -> int: # images
@@ -309,7 +309,7 @@ def never_drawn(labels: Tensor, # classes [N]
     size = labels.bincount()
     return int(size[(size > 0) & (size < m)].sum())
 
-# %% ../nbs/50_openworld.ipynb #87f4a11f
+# %% ../nbs/50_openworld.ipynb #fe5b55e6
 _DAMAGED = (OSError, ValueError, KeyError, EOFError)  # what readers raise on a damaged file
 
 def _sha(path):
@@ -339,7 +339,7 @@ class _State:
         self.token = hashlib.sha256(f"{self.token} {name} {_sha(path)}".encode()).hexdigest()
         return found
 
-# %% ../nbs/50_openworld.ipynb #66c3b193
+# %% ../nbs/50_openworld.ipynb #e1ff8a75
 @patch
 def _fits(self: _State, path, note):
     "Whether a file belongs to this chain; `ValueError` if it belongs to other data."
@@ -350,7 +350,7 @@ def _fits(self: _State, path, note):
     self.say(f"{path} was made from other results than those before it; it is made again.")
     return False
 
-# %% ../nbs/50_openworld.ipynb #967bcb7f
+# %% ../nbs/50_openworld.ipynb #10e7b308
 def _write_json(path, values, note): write_atomic(path, json.dumps({"note": note, **values}, indent=1, sort_keys=True, allow_nan=False) + "\n")
 def _read_json(path):
     values = json.loads(path.read_text())
@@ -366,7 +366,7 @@ def _read_tensors(path):
         with safe_open(path, framework="pt") as f: return {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
     except SafetensorError as e: raise ValueError(str(e)) from e
 
-# %% ../nbs/50_openworld.ipynb #914092df
+# %% ../nbs/50_openworld.ipynb #4704bd36
 def _write_table(path, frame, note):
     import pyarrow as pa, pyarrow.parquet as pq
     table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata({"hapnb": json.dumps(note)})
@@ -378,7 +378,7 @@ def _read_table(path):
     except pa.ArrowException as e: raise ValueError(str(e)) from e
     return table.to_pandas(), json.loads(table.schema.metadata[b"hapnb"])
 
-# %% ../nbs/50_openworld.ipynb #4e065d85
+# %% ../nbs/50_openworld.ipynb #a88fe919
 def _write_model(path, model, note):
     "Keep a Hi-LANDER: a folder that appears all at once."
     import shutil
@@ -391,7 +391,7 @@ def _write_model(path, model, note):
 
 def _read_model(path): return load_hilander(path), json.loads((path / "note.json").read_text())
 
-# %% ../nbs/50_openworld.ipynb #a8fd79a4
+# %% ../nbs/50_openworld.ipynb #def979e3
 class _Round:
     "What a round knows and makes."
     def __init__(self, run, number, before=None): # before: the selection of the round before
@@ -400,7 +400,7 @@ class _Round:
         self.rows = np.concatenate([self.parts.labelled, self.parts.pool])  # L_in, then U
         self.paths = run.paths
         if before is None: self.classes = torch.cat([run.truth, torch.full((len(self.parts.pool),), -1)])
-        else: self.classes = torch.as_tensor(before["pseudo_label"].to_numpy(dtype=np.int64))
+        else: self.classes = torch.tensor(before["pseudo_label"].to_numpy(dtype=np.int64))
         self.T, self.pool = self.classes >= 0, self.classes < 0
         self.selection = self.clusters = None
 
@@ -416,7 +416,7 @@ class _Round:
         T = self.T.numpy()
         return training_part(self.parts.whole, self.rows[T], self.classes[self.T], self.run.names, f"round {self.number}")
 
-# %% ../nbs/50_openworld.ipynb #deb45172
+# %% ../nbs/50_openworld.ipynb #97d29341
 @patch
 def fit_run(self: _Round):
     "Train as any run is trained, and note which one."
@@ -439,7 +439,7 @@ def embed(self: _Round):
         return dict(embeddings=extract_features(self.result, part, self.run.device, workers=self.run.workers, progress=self.run.progress).embeddings)
     self.z = self.state.stage(self.name("embeddings.safetensors"), make, _write_tensors, _read_tensors)["embeddings"]
 
-# %% ../nbs/50_openworld.ipynb #62547b6b
+# %% ../nbs/50_openworld.ipynb #05e43d5b
 @patch
 def fit_clusterer(self: _Round):
     "Train Hi-LANDER, or choose the constant of another clusterer, on what has a class."
@@ -451,10 +451,23 @@ def fit_clusterer(self: _Round):
         for left in half_way.parent.glob("hilander-*.state"): left.unlink()
         return
     seed = derive_seed(self.cfg.seed, "choose", self.number) % 2 ** 31
-    make = lambda: dict(args=thaw(self.cfg.cluster_args) or choose_args(z, y, self.cfg.clusterer, seed))
+    make = lambda: dict(args=choose_args(z, y, self.cfg.clusterer, seed, **thaw(self.cfg.cluster_args)))
     self.model = self.state.stage(self.name("clusterer.json"), make, _write_json, _read_json)["args"]
 
-# %% ../nbs/50_openworld.ipynb #489befae
+# %% ../nbs/50_openworld.ipynb #12067c89
+_CONSTANTS = {"kmeans": ("points_per_cluster", "clusters"), "agglomerative": ("threshold", "clusters"), "hdbscan": ("min_cluster_size",)}
+
+def choose_args(z: Tensor, # unit embeddings [N, D] of images with a class
+                y: Tensor, # their classes [N]
+                clusterer: str, # "kmeans", "agglomerative", "hdbscan", or one of your own
+                seed: int = 0,
+                **args, # of the clusterer; its constant among them is taken as it is
+                ) -> dict: # arguments for `hapnb.clustering.cluster`
+    "Give a clusterer its arguments; the one constant it needs is the best on what has a class."
+    if clusterer not in _CONSTANTS or any(k in args for k in _CONSTANTS[clusterer]): return args
+    return choose(z, y, clusterer, score="bcubed_F", seed=seed, **args).args
+
+# %% ../nbs/50_openworld.ipynb #88efc914
 @patch
 def clusters_of(self: _Round, z, *purpose) -> tuple: # LongTensor [n], float [n]
     "Cluster rows; give the clusters and how sure each image is."
@@ -462,12 +475,10 @@ def clusters_of(self: _Round, z, *purpose) -> tuple: # LongTensor [n], float [n]
         found = cluster_hilander(self.model, z, **thaw(self.cfg.decode), device=self.run.device)
         return found.labels.cpu(), found.density.float().cpu()
     seed = derive_seed(self.cfg.seed, "cluster", self.number, *purpose) % 2 ** 31
-    args = dict(self.model)
-    if "images_each" in args: args["clusters"] = max(round(len(z) / args.pop("images_each")), 1)
-    found = cluster(z, self.cfg.clusterer, seed=seed, **args)
-    return found.cpu(), closeness(z, found.cpu())
+    found = cluster(z, self.cfg.clusterer, seed=seed, **self.model).cpu()
+    return found, closeness(z, found)
 
-# %% ../nbs/50_openworld.ipynb #1120983c
+# %% ../nbs/50_openworld.ipynb #6a8e0051
 @patch
 def find_clusters(self: _Round):
     "Cluster the pool, and L_in together with the pool, which only scores."
@@ -481,7 +492,7 @@ def find_clusters(self: _Round):
         return frame
     self.clusters = self.state.stage(self.name("clusters.parquet"), make, _write_table, _read_table)
 
-# %% ../nbs/50_openworld.ipynb #f67de157
+# %% ../nbs/50_openworld.ipynb #e47fa67f
 @patch
 def choose(self: _Round):
     "Choose images and give them classes."
@@ -500,7 +511,7 @@ def choose(self: _Round):
         return frame
     self.selection = self.state.stage(self.name("selection.parquet"), make, _write_table, _read_table)
 
-# %% ../nbs/50_openworld.ipynb #747f77f8
+# %% ../nbs/50_openworld.ipynb #42544831
 PARTS = ("labelled", "in", "out", "pool", "all", "selected", "unselected")
 
 def selection_scores(frame: pd.DataFrame, # of `OpenWorldResult.selection`, with a column `together`
@@ -520,7 +531,7 @@ def selection_scores(frame: pd.DataFrame, # of `OpenWorldResult.selection`, with
         if mask.any(): out |= {f"{k}_{part}": v for k, v in clustering_scores(y[mask], c[mask]).items()}
     return out | _counts(y, chosen, known, new, frame["pseudo_label"].to_numpy())
 
-# %% ../nbs/50_openworld.ipynb #3fa0e239
+# %% ../nbs/50_openworld.ipynb #1708df74
 def _counts(y, chosen, known, new, label):
     "How many were selected, and how right their clusters are."
     out = dict(pool=int(new.sum()), selected=int(chosen.sum()), selected_in=int((chosen & known).sum()), selected_out=int((chosen & ~known).sum()),
@@ -533,7 +544,7 @@ def purity(labels, clusters) -> float:
     table = pd.DataFrame(dict(cluster=np.asarray(clusters), label=np.asarray(labels))).value_counts(sort=False)
     return float(table.groupby(level="cluster").max().sum() / table.sum())
 
-# %% ../nbs/50_openworld.ipynb #c2641e96
+# %% ../nbs/50_openworld.ipynb #b3124117
 @patch
 def finish(self: _Round, last: bool) -> dict: # with "stopped": why training ends here, or None
     "Do all stages of this round and score it; `last`: nobody trains on its selection."
@@ -558,7 +569,7 @@ def make_selection(self: _Round):
     s, sure = self.cfg.selection(), self.clusters["density"].max()
     return f"no image of {left} was selected ({', '.join(f'{k} {v}' for k, v in s.items() if v is not None)}; highest density {sure:.3f})"
 
-# %% ../nbs/50_openworld.ipynb #024431cc
+# %% ../nbs/50_openworld.ipynb #146d2b16
 class _Run:
     "An open-world run on its way."
     def __init__(self, cfg, parts, path, store, device, progress, workers):
@@ -588,7 +599,7 @@ class _Run:
         make = lambda: dict(run=last["run"], why=why, stopped=1, of_training=last["of_training"], of_selection=dict(selected=0))
         return self.state.stage(f"round_{r}/metrics.json", make, _write_json, _read_json)
 
-# %% ../nbs/50_openworld.ipynb #7e0dbf7b
+# %% ../nbs/50_openworld.ipynb #d7917d55
 def run_rounds(cfg: OpenWorldConfig,
                store = "runs", # the folder of all runs
                device = "auto", # as in `pick_device`
@@ -613,7 +624,7 @@ def _finish(run):
     flat |= Result(run.store / rounds[-1]["run"]).metrics  # of the last model, under their usual names
     write_atomic(run.state.path / "metrics.json", json.dumps(flat, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
-# %% ../nbs/50_openworld.ipynb #b27720dd
+# %% ../nbs/50_openworld.ipynb #f632652a
 class OpenWorldResult:
     "A finished open-world run: what was asked, what came out of each round."
     def __init__(self, path): # the run's folder
@@ -641,7 +652,7 @@ class OpenWorldResult:
 
     def __repr__(self): return f"OpenWorldResult({self.key}: {self.config.clusterer}, {self.config.rounds} rounds, seed {self.config.seed}; R@1 {self.metrics.get('R@1_level0', float('nan')):.4f})"
 
-# %% ../nbs/50_openworld.ipynb #71fa0d66
+# %% ../nbs/50_openworld.ipynb #2a492258
 @patch
 def training(self: OpenWorldResult, round: int) -> Result:
     "Give the training run of a round."
@@ -665,7 +676,7 @@ def _number(result, round):
     if round not in range(-result.config.rounds, result.config.rounds): raise ValueError(f"round {round!r} does not exist: the run has rounds 0 to {result.config.rounds - 1}.")
     return range(result.config.rounds)[round]
 
-# %% ../nbs/50_openworld.ipynb #8384f1e7
+# %% ../nbs/50_openworld.ipynb #efe6f315
 @patch
 def _repr_markdown_(self: OpenWorldResult):
     columns = [c for c in ("R@1_level0", "AP_level0", "H-AP", "classes", "selected", "selected_precision", "bcubed_F_in", "bcubed_F_out") if c in self.rounds]
