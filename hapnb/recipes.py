@@ -315,6 +315,15 @@ _VEHICLES = ("The three test sets are dataset_args size='small', 'medium' and 'l
 for _data, _own in _SMOOTHAP_DATA.items():
     _add(f"smoothap/{_data}", "Smooth-AP (ECCV 2020)", _SMOOTHAP | _own, " ".join([*[_VEHICLES] * (_data == "vehicleid"), *["Settings for SOP were never published; those of iNaturalist are taken."] * (_data == "sop"), _BEST]))
 
+# %% ../nbs/35_recipes.ipynb #60f34edc
+SOURCES |= {"PSS main.py": "github.com/dmlc/dgl, examples/pytorch/hilander/PSS/Smooth_AP/src/main.py", "PSS train.sh": "github.com/dmlc/dgl, examples/pytorch/hilander/PSS/train.sh: the commands of all rounds",
+            "PSS finetune": "github.com/dmlc/dgl, examples/pytorch/hilander/PSS/Smooth_AP/src/finetune_1head.py", "PSS ViT": "the first release of PSS: scripts/*vit.sh and Smooth_AP/src/netlib.py"}
+_PSS_NOTES = ("Trained on the labelled images only: hapnb.openworld knows how to find them. The published run used eight GPUs, and kept the epoch that is best on the test images; here the last epoch counts.")
+_PSS = _SMOOTHAP | _from("PSS main.py", {"dataset": "inat-base", "embed_dim": 128, "ks": (1, 4, 16, 32), "eval_every": 10}) | _from("PSS train.sh", {"epochs": 400, "schedule_args/milestones": (40, 70), "batch_size": 384, "groups/head/lr": 1e-5})
+_add("pss/inat", "PSS (ECCV 2022)", _PSS, _PSS_NOTES)
+_variant("pss/inat", "vit", _from("PSS ViT", {"trunk": "vit_base_dino", "trunk_args/drop_path_rate": 0.1, "embed_dim": None, "freeze": "none", "freeze_blocks": 11})
+         | _from("Smooth-AP datasets.py", {"augment/interpolation": "bilinear", "transform/interpolation": "bilinear"}), drop=["trunk", "freeze", "bn_affine", "pooling", "embed_dim", "init", "groups"])
+
 # %% ../nbs/35_recipes.ipynb #abe2f37d
 _LANDMARKS = (
     _from("SupRank dataset", {"dataset": "gldv2", "image_size": 224, "augment/scale": (0.16, 1.0), "augment/ratio": (0.75, 1.33), "augment/flip": 0.5, "transform/crop_pct": 1.0, "transform/square": True,

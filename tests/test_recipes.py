@@ -44,7 +44,7 @@ def test_all_are_here():
     roadmap = {f"roadmap/{n}" for n in ROADMAP} | {f"roadmap/{n}-{b}" for n in ROADMAP if n.endswith("resnet50") for b in ("smoothap", "fastap", "softbin", "blackbox")}
     roadmap |= {f"roadmap/{n}-xbm" for n in ROADMAP if "inshop" not in n} | {f"roadmap/{d}-resnet50-pair-xbm" for d in ("cub", "sop", "inat")}
     happier = {f"happier/{d}{v}" for d in HAPPIER for v in ("", "-f", "-csl", "-nsm")}
-    others = {"smoothap/inat", "smoothap/vehicleid", "smoothap/sop", "suprank/gldv2"} | {f"{s}/emoji" for s in ("happier", "roadmap", "smoothap")}
+    others = {"pss/inat", "pss/inat-vit", "smoothap/inat", "smoothap/vehicleid", "smoothap/sop", "suprank/gldv2"} | {f"{s}/emoji" for s in ("happier", "roadmap", "smoothap")}
     assert set(RECIPES) == set(HIST) | roadmap | happier | others
 
 
@@ -225,6 +225,17 @@ def test_smoothap():
         p for p, s in sop.sources.items() if s == "our choice"}
 
 
+def test_pss():
+    "FACTS: as Smooth-AP on iNaturalist, with 128 dimensions and 400 epochs; or a ViT-B/16 of DINO whose last block learns."
+    for name in ("pss/inat", "pss/inat-vit"):
+        c = recipe(name).config()
+        assert (c.dataset, c.epochs, c.schedule, c.schedule_args, c.batch_size, c.sampler_args, c.ks) == ("inat-base", 400, "multistep", {"milestones": (40, 70), "gamma": 0.3}, 384, {"m": 4}, (1, 4, 16, 32))
+        assert (c.loss, c.loss_args, c.optimizer, c.lr, c.weight_decay, c.eval_every) == ("SmoothAPLoss", {"tau": 0.01}, "adam", 1e-5, 4e-4, 10)
+    assert (c.trunk, c.trunk_args, c.embed_dim, c.freeze, c.freeze_blocks, c.groups) == ("vit_base_dino", {"drop_path_rate": 0.1}, None, "none", 11, {})
+    c = recipe("pss/inat").config()
+    assert (c.trunk, c.embed_dim, c.freeze, rate(c, "head")) == ("resnet50", 128, "bn", 1e-5)
+
+
 def test_landmarks():
     c = recipe("suprank/gldv2").config()
     assert (c.trunk, c.pooling, c.norm, c.init, c.embed_dim, c.freeze) == ("resnet101", "gem", "l2", "whitening", 2048, "bn")
@@ -239,7 +250,7 @@ def test_transforms_are_those_of_torchvision(name):
     c = recipe(name).config()
     system, data = name.split("/")[0], c.dataset
     big = {"cub": 256, "sop": 256, "inshop": 256}.get(data, 224) if system == "roadmap" and "resnet50" in name else 224
-    crop = v2.RandomResizedCrop(big) if system == "smoothap" else v2.RandomResizedCrop(big, scale=(0.16, 1), ratio=(0.75, 1.33))
+    crop = v2.RandomResizedCrop(big) if system in ("smoothap", "pss") else v2.RandomResizedCrop(big, scale=(0.16, 1), ratio=(0.75, 1.33))
     first = [v2.Resize(big + 32)] if data == "sop" and system != "smoothap" else []
     side = (big + 32, big + 32) if data in ("sop", "inshop") and system != "smoothap" else (224, 224) if system == "suprank" else big + 32
     train, test = train_transform(c.trunk, c.image_size, **thaw(c.augment)), final_transform(c.trunk, c.image_size, **thaw(c.transform))

@@ -73,7 +73,7 @@ def shortened(name, trees, **changes):
 
 
 WANTED = {"hist": ("R@1_level0", "mAP@R_level0"), "rehist": ("R@1_level0", "mAP@R_level0"), "happier": ("R@1_level0", "AP_level0", "AP_level1", "H-AP", "ASI", "NDCG"),
-          "roadmap": ("R@1_level0", "mAP@R_level0"), "smoothap": ("R@1_level0",), "suprank": ("mAP@100",)}
+          "roadmap": ("R@1_level0", "mAP@R_level0"), "smoothap": ("R@1_level0",), "pss": ("R@1_level0",), "suprank": ("mAP@100",)}
 
 
 def wanted(name):
