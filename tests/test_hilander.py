@@ -189,7 +189,9 @@ def forward_loop(m, x, nb, a):
     for i in range(N):
         for c, j in enumerate(nb[i].tolist()):
             e = m.source(z[j]) + m.target(z[i])
-            if o["edge_similarity"]: e = e + a[i, c] * m.cosine
+            if o["edge_similarity"]:
+                b = (a - m.scale[0]) / m.scale[1]
+                e = e + b[i, c] * m.cosine[0] + b[j].mean() * m.cosine[1] + b[i].mean() * m.cosine[2]
             logits[i, c] = m.last(prelu(m.middle(prelu(e, m.first)), m.second))
     p = logits.exp() / logits.exp().sum(-1, keepdim=True)
     return logits, torch.stack([sum(a[i, c] * (p[i, c, 1] - p[i, c, 0]) for c in range(k)) / k for i in range(N)])
@@ -198,7 +200,7 @@ def forward_loop(m, x, nb, a):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_forward_against_a_loop(options):
     m = net(**options)
-    if "edge_similarity" in options: torch.nn.init.normal_(m.cosine)
+    m.scale.copy_(torch.tensor([.3, .2]))
     x = torch.randn(9, 5, dtype=torch.float64)
     g = knn_graph(x, 3)
     with torch.no_grad():
