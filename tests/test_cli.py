@@ -197,9 +197,14 @@ def test_evaluate_bad_files(tmp_path, call, arrays, argv, text):
 def test_doctor(call, monkeypatch):
     status, out, _ = call("doctor")
     assert status == 0 and "checksum right" in out and "torch 2." in out and "GB free" in out
+    assert "ok  faiss-" in out and "searches on" in out
     monkeypatch.setattr(cli, "_version", lambda name: "not installed")
+    assert "ok  faiss 1." in call("doctor")[1]
+    monkeypatch.setitem(sys.modules, "faiss", None)
     status, out, _ = call("doctor")
-    assert status == 1 and "!!  timm  (pip install timm)" in out and "--  faiss" in out
+    assert status == 1 and "!!  timm  (pip install timm)" in out and "!!  faiss  (pip install faiss-" in out
+    monkeypatch.setattr(cli, "_version", lambda name: "1.15.1")
+    assert "!!  faiss-gpu 1.15.1  (installed but does not load" in call("doctor")[1]
 
 
 def test_doctor_sees_a_damaged_file(monkeypatch, call):
