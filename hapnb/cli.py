@@ -562,13 +562,14 @@ def _found(a, method, table): # (clusters [N], density [N] or None, the argument
     except ValueError as e: raise WrongUse(f"{a.file}: {e}") from None
 
 # %% ../nbs/61_cli.ipynb #4b5ff038
-def _print_clusters(c):
+def _print_clusters(c, method):
     "How many clusters, and how large."
     import numpy as np
     c = c.numpy()
     sizes = np.bincount(c[c >= 0]) if (c >= 0).any() else np.zeros(0, int)
     print(f"{len(c):,} points, {len(sizes):,} clusters, noise {int((c < 0).sum()):,}")
-    if not len(sizes): return
+    if not len(sizes): return print("all points are noise: try a smaller min_cluster_size")
+    if len(sizes) == len(c) > 1: print("no two points were put together: " + {"hilander": "try a smaller --tau, or train longer", "agglomerative": "try a larger threshold"}.get(method, "ask for fewer clusters"))
     print(f"largest {', '.join(map(str, np.sort(sizes)[::-1][:5]))}; median {np.median(sizes):g}")
     edges = [1, 2, 3, 5, 9, 17, 33, 65, 129]
     for low, high in zip(edges, [*edges[1:], None]):
@@ -609,7 +610,7 @@ def cluster(a) -> int:
     out = _check_out(a.out, [".parquet", ".csv"]) if a.out else None
     c, density, args = _found(a, method, table)
     print(f"{method}{' ' + json.dumps(args) if args else ''} on {table.origin()}")
-    _print_clusters(c)
+    _print_clusters(c, method)
     _print_scores(table, c)
     if out:
         _write_clusters(out, a, method, args, table, c, density)
