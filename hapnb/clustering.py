@@ -144,9 +144,22 @@ def cluster(x: Tensor, # embeddings [N, D], floats; normalised here
     if not len(x): raise ValueError("there are no embeddings to cluster.")
     if clusters is not None and not 1 <= check_number("clusters", clusters, least=1, whole=True) <= len(x):
         raise ValueError(f"{clusters} clusters were asked for, but there are {len(x)} embeddings; choose 1 to {len(x)}.")
-    if len(x) == 1 and method not in _LATER: return torch.zeros(1, dtype=torch.long, device=x.device)  # whatever the method, one point is one cluster
+    if len(x) == 1: return torch.zeros(1, dtype=torch.long, device=x.device)  # whatever the method, one point is one cluster
     found = f(F.normalize(x.detach().float(), dim=1), clusters, seed, **args)
     return torch.from_numpy(_by_appearance(np.asarray(found.cpu() if torch.is_tensor(found) else found))).to(x.device)
+
+# %% ../nbs/46_clustering.ipynb #2d344105
+def _spread_rows(x, k, seed):
+    "Rows to begin with, by k-means++: `k` of them, or as many as differ."
+    rng = np.random.default_rng(seed)
+    rows, far = [int(rng.integers(len(x)))], np.full(len(x), 2., np.float32)
+    while len(rows) < k:
+        np.minimum(far, 1 - x @ x[rows[-1]], out=far)
+        far[far < 1e-6] = 0  # copies of a centre
+        total = np.cumsum(far, dtype=np.float64)
+        if total[-1] == 0: break
+        rows.append(min(int(np.searchsorted(total, rng.random() * total[-1], side="right")), len(x) - 1))
+    return rows
 
 # %% ../nbs/46_clustering.ipynb #3588533e
 @CLUSTERERS.register("kmeans")
@@ -155,12 +168,17 @@ def kmeans(x: Tensor, # unit vectors [N, D]
            seed: int = 0, # of the first centres
            points_per_cluster: float = None, # instead of `clusters`: their number is N over this
            iterations: int = 50,
-           backend: str = "faiss", # or "sklearn" (k-means++; slow with many clusters)
+           init: str = "k-means++", # first centres; or "random": as in the NMI of the papers, for very large pools
+           backend: str = "faiss", # or "sklearn" (slow with many clusters)
            ) -> np.ndarray: # integers [N]
     "Cluster around means; empty clusters are not counted."
     if (clusters is None) == (points_per_cluster is None): raise ValueError("kmeans must be told the number of clusters: give either clusters or points_per_cluster (`choose` learns it from labelled data).")
     if clusters is None: clusters = min(max(round(len(x) / check_number("points_per_cluster", points_per_cluster, least=1)), 1), len(x))
-    return _kmeans(x.cpu().contiguous().numpy(), int(clusters), seed, iterations, backend)
+    if init not in ("k-means++", "random"): raise ValueError(f"unknown init {init!r}.{nearest(init, ['k-means++', 'random'])} Known: k-means++, random.")
+    x = x.cpu().contiguous().numpy()
+    if init == "random" or backend != "faiss": return _kmeans(x, int(clusters), seed, iterations, backend)
+    start = x[_spread_rows(x, int(clusters), seed)]
+    return _kmeans(x, len(start), seed, iterations, backend, start)
 
 # %% ../nbs/46_clustering.ipynb #4a601d64
 _MOST = 12_000 # points whose distances of all pairs are kept: 0.6 GB
@@ -184,6 +202,99 @@ def _knn(x, k):
     near = near[~own].reshape(len(x), k)
     return near, np.stack([(x[near[:, j]] * x).sum(1) for j in range(k)], 1)
 
+# %% ../nbs/46_clustering.ipynb #c05be1eb
+def _nearest_clusters(s, size):
+    "The best partner of each cluster (-1 = none) and their mean cosine; ties go to the smaller number, for both alike."
+    row = np.repeat(np.arange(s.shape[0]), np.diff(s.indptr))
+    mean = s.data / (size[row] * size[s.indices])
+    best, partner, some = np.full(s.shape[0], -1.), np.full(s.shape[0], -1), np.diff(s.indptr) > 0
+    best[some] = np.maximum.reduceat(mean, s.indptr[:-1][some]) if some.any() else 0
+    top = np.flatnonzero(mean == best[row])
+    who, first = np.unique(row[top], return_index=True)
+    partner[who] = s.indices[top[first]]
+    return partner, best
+
+def _round(s, size, node, after):
+    "Join all pairs of clusters that are each other's nearest; new nodes are numbered from `after`."
+    from scipy.sparse import csr_matrix
+    partner, best = _nearest_clusters(s, size)
+    me = np.arange(len(size))
+    a = np.flatnonzero((partner > me) & (partner[partner] == me))
+    b, group = partner[a], me.copy()
+    group[b] = a
+    kept, group = np.unique(group, return_inverse=True)
+    p = csr_matrix((np.ones(len(me)), (me, group)), shape=(len(me), len(kept)))
+    pairs, node = np.stack([node[a], node[b]], 1), node.copy()
+    node[a] = after + np.arange(len(a))
+    s = (p.T @ s @ p).tocoo()
+    off = s.row != s.col
+    s = csr_matrix((s.data[off], (s.row[off], s.col[off])), shape=s.shape)
+    s = ((s + s.T) * .5).tocsr()  # equal both ways to the last bit, or nobody might be each other's nearest
+    s.sort_indices()
+    return pairs, 1 - best[a], s, np.bincount(group, size), node[kept]
+
+# %% ../nbs/46_clustering.ipynb #3685fcd2
+def _copies_first(x):
+    "Different rows, how often each is there, the node of each, and the joins of copies."
+    u, first, place, size = np.unique(x + 0., axis=0, return_index=True, return_inverse=True, return_counts=True)
+    node, pairs = first.copy(), []
+    for i in np.setdiff1d(np.arange(len(x)), first):
+        pairs.append((node[j := place.reshape(-1)[i]], i))
+        node[j] = len(x) + len(pairs) - 1
+    return u, size.astype(np.float64), node, np.array(pairs, np.int64).reshape(-1, 2)
+
+def _sparse_tree(x, k):
+    "All joins of average linkage where only the `k` nearest count: pairs `[N-1, 2]`, heights `[N-1]`."
+    from scipy.sparse import csr_matrix
+    u, size, node, copies = _copies_first(x)
+    pairs, heights, done = [copies], [np.zeros(len(copies))], len(x) + len(copies)
+    if len(u) > 1:
+        near, cosine = _knn(u, min(k, len(u) - 1))
+        row, col = np.repeat(np.arange(len(u)), near.shape[1]), near.ravel()
+        s = csr_matrix((np.clip(cosine.ravel().astype(np.float64), 0, 1), (row, col)), shape=(len(u), len(u)))
+        s = s.maximum(s.T).tocoo()
+        s = csr_matrix((s.data * size[s.row] * size[s.col], (s.row, s.col)), shape=s.shape)
+        s.eliminate_zeros(); s.sort_indices()
+        while s.nnz:
+            p, h, s, size, node = _round(s, size, node, done)
+            pairs.append(p); heights.append(h); done += len(p)
+    rest = [(done - 1 + i if i else node[0], node[i + 1]) for i in range(len(node) - 1)]  # strangers
+    return np.concatenate([*pairs, np.array(rest, np.int64).reshape(-1, 2)]), np.maximum(np.concatenate([*heights, np.ones(len(rest))]), 0)
+
+# %% ../nbs/46_clustering.ipynb #eb0f0a61
+def _tree(x, neighbours):
+    "All joins of average linkage, parts before wholes: pairs `[N-1, 2]` and heights `[N-1]`."
+    x = x.cpu().contiguous().numpy()
+    if neighbours is None and len(x) <= _MOST:
+        from scipy.cluster.hierarchy import linkage
+        z = linkage(_distances(x), "average")
+        return z[:, :2].astype(np.int64), z[:, 2]
+    return _sparse_tree(x, 50 if neighbours is None else int(check_number("neighbours", neighbours, least=1, whole=True)))
+
+def _cut(pairs, heights, clusters=None, threshold=None):
+    "Clusters `[N]` of a tree, by number or by height."
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+    n = len(pairs) + 1
+    keep = np.asarray(heights) <= (threshold if clusters is None else np.inf)
+    if clusters is not None: keep[np.argsort(heights, kind="stable")[n - clusters:]] = False
+    both = np.concatenate([pairs[keep], np.nonzero(keep)[0][:, None] + n], 1)  # the node of a join stands for its two parts
+    edges = np.concatenate([both[:, [0, 2]], both[:, [1, 2]]])
+    return connected_components(coo_matrix((np.ones(len(edges)), edges.T), shape=(2 * n - 1,) * 2), directed=False)[1][:n]
+
+# %% ../nbs/46_clustering.ipynb #07f561d7
+@CLUSTERERS.register("agglomerative")
+def agglomerative(x: Tensor, # unit vectors [N, D]
+                  clusters: int = None, # how many; or give `threshold`
+                  seed: int = 0, # not used: nothing is random
+                  threshold: float = None, # join clusters whose average distance (1 - cosine, 0 to 2) is at most this; default: 0.5, where no number is given
+                  neighbours: int = None, # look at this many nearest only, the others are strangers; default: at all pairs, or at 50 beyond 12,000 points
+                  ) -> np.ndarray: # integers [N]
+    "Join the nearest clusters by average linkage until a number or a distance is reached; `ValueError` if both are given."
+    if clusters is not None and threshold is not None: raise ValueError("give either clusters or threshold, not both.")
+    if clusters is None: threshold = check_number("threshold", .5 if threshold is None else threshold, least=0)
+    return _cut(*_tree(x, neighbours), clusters, threshold)
+
 # %% ../nbs/46_clustering.ipynb #411bb8fa
 def _graph(x, k):
     "Symmetric sparse matrix of 1 - cosine to the `k` nearest, in one piece; zeros become 1e-7, since sparse matrices forget zeros."
@@ -206,42 +317,6 @@ def _bridged(x, g):
         b = csr_matrix((np.clip(1 - cosine[:, 0].astype(np.float64), 1e-7, None), (head, head[near[:, 0]])), shape=g.shape)
         g = g.maximum(b.maximum(b.T)).tocsr()
     return g
-
-# %% ../nbs/46_clustering.ipynb #4e9096b3
-def _tree(x, neighbours):
-    "All joins of average linkage: pairs `[N-1, 2]` and heights `[N-1]`."
-    x = x.cpu().contiguous().numpy()
-    if neighbours is None and len(x) <= _MOST:
-        from scipy.cluster.hierarchy import linkage
-        z = linkage(_distances(x), "average")
-        return z[:, :2].astype(np.int64), z[:, 2]
-    from sklearn.cluster import AgglomerativeClustering
-    k = min(30 if neighbours is None else int(check_number("neighbours", neighbours, least=1, whole=True)), len(x) - 1)
-    found = AgglomerativeClustering(None, metric="cosine", linkage="average", connectivity=_graph(x, k), distance_threshold=0).fit(x)
-    return found.children_, found.distances_
-
-def _cut(pairs, heights, clusters=None, threshold=None):
-    "Clusters `[N]` of a tree, by number or by height."
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-    n = len(pairs) + 1
-    keep = np.arange(n - 1) < n - clusters if clusters is not None else np.asarray(heights) <= threshold
-    both = np.concatenate([pairs[keep], np.nonzero(keep)[0][:, None] + n], 1)  # the node of a join stands for its two parts
-    edges = np.concatenate([both[:, [0, 2]], both[:, [1, 2]]])
-    return connected_components(coo_matrix((np.ones(len(edges)), edges.T), shape=(2 * n - 1,) * 2), directed=False)[1][:n]
-
-# %% ../nbs/46_clustering.ipynb #07f561d7
-@CLUSTERERS.register("agglomerative")
-def agglomerative(x: Tensor, # unit vectors [N, D]
-                  clusters: int = None, # how many; or give `threshold`
-                  seed: int = 0, # not used: nothing is random
-                  threshold: float = None, # join clusters whose average distance (1 - cosine, 0 to 2) is at most this; default: 0.5, where no number is given
-                  neighbours: int = None, # look at this many nearest only; default: at all pairs, or at 30 beyond 12,000 points
-                  ) -> np.ndarray: # integers [N]
-    "Join the nearest clusters by average linkage until a number or a distance is reached."
-    if clusters is not None and threshold is not None: raise ValueError("give either clusters or threshold, not both.")
-    if clusters is None: threshold = check_number("threshold", .5 if threshold is None else threshold, least=0)
-    return _cut(*_tree(x, neighbours), clusters, threshold)
 
 # %% ../nbs/46_clustering.ipynb #2212cb5a
 @CLUSTERERS.register("hdbscan")

@@ -33,6 +33,7 @@ def _check_table_labels(t):
     y = y[:, None] if y.ndim == 1 else y
     if y.is_floating_point() or y.dtype == torch.bool or y.ndim != 2: raise ValueError(f"labels must be integers of shape [N] or [N, L], got {y.dtype} of shape {tuple(y.shape)}.")
     if len(y) != len(t): raise ValueError(f"{len(t)} embeddings but {len(y)} rows of labels.")
+    y = y.long().cpu()
     names = _check_level_names(t.level_names or [f"level{i}" for i in range(y.shape[1])])
     if len(names) != y.shape[1]: raise ValueError(f"{len(names)} level names ({', '.join(names)}) for {y.shape[1]} columns of labels.")
     if t.class_names is not None and len(t.class_names) != len(names): raise ValueError(f"class_names must be one list for each of the {len(names)} levels, got {len(t.class_names)}.")
@@ -41,7 +42,7 @@ def _check_table_labels(t):
         if bool((bad := (y[:, i] < -1) | (y[:, i] > high)).any()):
             r = int(bad.nonzero()[0])
             raise ValueError(f"row {r}: class {int(y[r, i])} at level {n!r}; classes are 0 to {high}, and -1 means unknown.")
-    return y.long().cpu(), names
+    return y, names
 
 # %% ../nbs/45_features.ipynb #78e19162
 @dataclass(repr=False)

@@ -36,7 +36,7 @@ class HiLanderConfig:
     edge_hidden: int = 256 # width of the edge head
     attention: bool = True # False: plain graph convolution, weights = similarities that sum to 1
     self_loop: bool = True # a point is a neighbour of itself in the convolution (published: False)
-    edge_similarity: bool = True # the edge head sees the cosine too (published: False)
+    edge_similarity: bool = True # the edge head sees cosines too (published: False)
     cluster_features: bool = False # the mean of a cluster is put beside its peak's own feature
     links: str = "similarity" # of the training hierarchy: "similarity" (published) or "class"
     focal: float = 0. # exponent of the focal loss; 0 = cross-entropy
@@ -112,7 +112,8 @@ class HiLander(nn.Module):
         self.bias = nn.Parameter(torch.zeros(hidden))
         if attention: self.attend = nn.Parameter(torch.empty(2, hidden))  # of the source, of the target
         self.source, self.target = nn.Linear(hidden, edge_hidden), nn.Linear(hidden, edge_hidden)
-        if edge_similarity: self.cosine = nn.Parameter(torch.zeros(edge_hidden))
+        if edge_similarity: self.cosine = nn.Parameter(torch.empty(3, edge_hidden).uniform_(-1, 1) / 3**.5)  # of the edge, of its source's and its target's mean
+        self.register_buffer("scale", torch.tensor([0., 1.]))  # mean and deviation of the training graphs' cosines
         self.first, self.second = nn.PReLU(edge_hidden), nn.PReLU(edge_hidden)
         self.middle, self.last = nn.Linear(edge_hidden, edge_hidden), nn.Linear(edge_hidden, 2)
         for w in (self.project.weight, *([self.attend] if attention else [])): nn.init.xavier_normal_(w, gain=math.sqrt(2))
@@ -139,15 +140,23 @@ def gather(self: HiLander, h_from: Tensor, score_from: Tensor, # of the neighbou
 
 # %% ../nbs/48_hilander.ipynb #d590fe3a
 @patch
-def sides(self: HiLander, z: Tensor): # [n, H]
+def scaled(self: HiLander, similarity: Tensor):
+    "Bring cosines to mean 0 and deviation 1, as measured on the training graphs."
+    return (similarity - self.scale[0].to(similarity.dtype)) / self.scale[1].to(similarity.dtype)
+
+@patch
+def sides(self: HiLander, z: Tensor, similarity: Tensor): # [n, H], [n, k]
     "Give what a point contributes to an edge as its source and as its target, `[n, E]` each."
-    return self.source(z), self.target(z)
+    source, target = self.source(z), self.target(z)
+    if not self.options["edge_similarity"]: return source, target
+    near = self.scaled(similarity).mean(1, keepdim=True)
+    return source + (near * self.cosine[1]).to(source.dtype), target + (near * self.cosine[2]).to(target.dtype)
 
 @patch
 def edges(self: HiLander, source: Tensor, target: Tensor, similarity: Tensor): # [n, k, E], [n, E], [n, k]
     "Judge edges: logits `[n, k, 2]` (not connected, connected) and densities `[n]`."
     e = source + target[:, None]
-    if self.options["edge_similarity"]: e = e + similarity[..., None].to(e.dtype) * self.cosine.to(e.dtype)
+    if self.options["edge_similarity"]: e = e + (self.scaled(similarity)[..., None] * self.cosine[0]).to(e.dtype)
     shape = e.shape
     e = self.second(self.middle(self.first(e.flatten(0, 1))))
     logits = self.last(e).view(*shape[:2], 2)
@@ -174,7 +183,7 @@ def forward(self: HiLander, x: Tensor, # features [N, D], or [N, 2D] with cluste
     h, score = self.nodes(x)
     nb, a, rows = first
     z = self.gather(_take(h, nb), _take(score[:, 0], nb), own(h, rows), own(score, rows), a)
-    source, target = self.sides(z)
+    source, target = self.sides(z, a)
     nb, a, rows = second
     return self.edges(_take(source, nb), own(target, rows), a)
 
@@ -259,6 +268,8 @@ class _Training:
         self.cfg, self.device, self.epoch = cfg, device, 0
         self.model = build_hilander(x.shape[1], cfg).to(device)
         self.opt, self.tasks = _optimizer(self.model, cfg), _tasks(x, y, cfg, device)
+        a = torch.cat([t.graph.similarity.flatten().cpu().double() for t in self.tasks])
+        self.model.scale.copy_(torch.stack([a.mean(), a.std(correction=0).clamp(min=1e-6)]))
         most = max(len(t.x) for t in self.tasks)
         self.rounds = 1 if cfg.batch_size is None else -(-most // cfg.batch_size)
 
@@ -402,7 +413,7 @@ def predict_edges(model: HiLander, x: Tensor, # features as the model takes them
     run = lambda stage, tables, rows: _blockwise(stage, tables, rows, n, chunk, device)
     with _no_autocast(x):
         h, score = run(model.nodes, [], [x])
-        source, target = run(lambda *p: model.sides(model.gather(*p)), [(h, nb), (score[:, 0], nb)], [h, score, a])
+        source, target = run(lambda *p: model.sides(model.gather(*p), p[-1]), [(h, nb), (score[:, 0], nb)], [h, score, a])
         del h
         p, density = run(lambda *q: (lambda l, d: (l.softmax(-1)[..., 1], d))(*model.edges(*q)), [(source, nb)], [target, a])
     return p.cpu(), density.cpu()

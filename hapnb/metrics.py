@@ -679,15 +679,15 @@ def decomposability_gap(embeddings: Tensor, # [N, D], floats; normalised here
     return {"gap": float(np.mean(found)) - whole, "batch_ap": float(np.mean(found)), "whole_ap": whole}
 
 # %% ../nbs/15_metrics.ipynb #9ddf1153
-def _kmeans(x, k, seed, iterations, backend):
-    "Cluster numbers of the rows of float32 array `x`."
+def _kmeans(x, k, seed, iterations, backend, start=None):
+    "Cluster numbers of the rows of float32 array `x`; faiss begins at random rows, or at the centres `start` `[k, D]`."
     if backend == "sklearn":
         from sklearn.cluster import KMeans
         return KMeans(k, n_init=1, max_iter=iterations, random_state=seed).fit_predict(x)
     if backend != "faiss": raise ValueError(f"unknown backend {backend!r}.{nearest(backend, ['faiss', 'sklearn'])} Known: faiss, sklearn.")
     # without these limits faiss would warn about small clusters and drop points of large ones
     km = _faiss().Kmeans(x.shape[1], k, niter=iterations, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(x) + 1)
-    km.train(x)
+    km.train(x, init_centroids=start)
     return km.index.search(x, 1)[1][:, 0]
 
 # %% ../nbs/15_metrics.ipynb #1a1d0bf4

@@ -197,9 +197,14 @@ def test_evaluate_bad_files(tmp_path, call, arrays, argv, text):
 def test_doctor(call, monkeypatch):
     status, out, _ = call("doctor")
     assert status == 0 and "checksum right" in out and "torch 2." in out and "GB free" in out
+    assert "ok  faiss-" in out and "searches on" in out
     monkeypatch.setattr(cli, "_version", lambda name: "not installed")
+    assert "ok  faiss 1." in call("doctor")[1]
+    monkeypatch.setitem(sys.modules, "faiss", None)
     status, out, _ = call("doctor")
-    assert status == 1 and "!!  timm  (pip install timm)" in out and "--  faiss" in out
+    assert status == 1 and "!!  timm  (pip install timm)" in out and "!!  faiss  (pip install faiss-" in out
+    monkeypatch.setattr(cli, "_version", lambda name: "1.15.1")
+    assert "!!  faiss-gpu 1.15.1  (installed but does not load" in call("doctor")[1]
 
 
 def test_doctor_sees_a_damaged_file(monkeypatch, call):
@@ -321,3 +326,101 @@ def test_killed_command_leaves_nobody(clone, tmp_path):
     p.kill()
     p.wait()
     assert not psutil.wait_procs(family, timeout=20)[1]
+
+
+# ---- features, clusters, open world
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    "Embeddings of the toy data set by its trunk, two splits."
+    folder = tmp_path_factory.mktemp("features")
+    for split in ("train", "test"):
+        assert main(["features", "--trunk", "toy", "--image-size", "32", "--dataset", "toy", "--split", split, "--out", str(folder / f"new/{split}.parquet"), "--device", "cpu"]) == 0
+    return folder / "new"
+
+
+def test_features_of_a_run_are_its_own_and_can_be_evaluated(clone, call):
+    argv = ["--device", "cpu", "--store", "store"]
+    assert call("train", "--dataset", "toy", "--trunk", "toy", "--image-size", "32", "--embed-dim", "8", "--batch-size", "48", "--epochs", "1", "--loss", "SupAPLoss", *argv)[0] == 0
+    key = next(p.parent.name for p in (clone / "store").glob("*/metrics.json"))
+    for name in (key[:6], f"store/{key}"):
+        status, out, err = call("features", "--run", name, "--out", "f.parquet", *argv)
+        assert (status, err) == (0, "") and f"run {key}, toy/test" in out and "f.parquet: 0.0 MB" in out
+    from hapnb.features import read_features
+    from hapnb.train import Result
+    assert torch.equal(read_features("f.parquet").embeddings, Result(f"store/{key}").embeddings())
+    found = json.loads(call("evaluate", "f.parquet", "--json", "--device", "cpu")[1])
+    assert found == pytest.approx({k: v for k, v in Result(f"store/{key}").metrics.items() if k in found})
+    assert call("features", "--run", key, "--split", "train", "--levels", "shape", "--out", "t.parquet", *argv)[0] == 0
+    assert read_features("t.parquet").level_names == ("shape",)
+    Image = pytest.importorskip("PIL.Image")
+    (clone / "photos/a").mkdir(parents=True)
+    for i in range(3): Image.new("RGB", (40, 40), (80 * i, 0, 0)).save(clone / f"photos/a/{i}.png")
+    assert call("features", "--run", key, "--dataset", "folder", "--data-dir", "photos", "--split", "all", "--out", "p.parquet", *argv)[0] == 0
+    assert len(read_features("p.parquet")) == 3
+
+
+@pytest.mark.parametrize("argv, text", [
+    ([], "required"), (["--out", "f.parquet"], "either --run KEY or --trunk"), (["--trunk", "toy", "--run", "a", "--out", "f.parquet"], "either --run"), (["--trunk", "toy", "--dataset", "toy", "--out", "f.csv"], "ends in .parquet"),
+    (["--trunk", "resnet35", "--dataset", "toy", "--out", "f.parquet"], "unknown trunk"), (["--trunk", "toy", "--dataset", "toi", "--out", "f.parquet"], "Did you mean 'toy'"), (["--run", "abc", "--out", "f.parquet"], "0 finished runs"),
+    (["--trunk", "toy", "--dataset", "toy", "--split", "tets", "--out", "f.parquet"], "Did you mean 'test'"), (["--trunk", "toy", "--dataset", "toy", "--levels", "hues", "--out", "f.parquet"], "Did you mean 'hue'"),
+    (["--trunk", "toy", "--dataset", "toy", "--image-size", "0", "--out", "f.parquet"], "1 or more"), (["--trunk", "toy", "--dataset", "folder", "--data-dir", "nowhere", "--out", "f.parquet"], "no such file or folder")])
+def test_features_wrong_use(clone, call, argv, text):
+    status, out, err = call("features", *argv)
+    assert status == 2 and text in err and "Traceback" not in err and len(err.strip().splitlines()) == 1 and not (clone / "f.parquet").exists()
+
+
+@pytest.mark.parametrize("argv", [[], ["--method", "kmeans", "--clusters", "18"], ["--method", "agglomerative", "--args", '{"threshold": 0.1}'], ["--args", '{"min_cluster_size": 3}', "--level", "shape"]])
+def test_cluster_prints_and_writes(files, tmp_path, call, argv):
+    for name in ("out/c.parquet", "out/c.csv"):
+        status, out, err = call("cluster", files / "test.parquet", *argv, "--out", tmp_path / name, "--device", "cpu")
+        assert (status, err) == (0, "") and ("method hdbscan: it needs no labels" in out) == ("--method" not in argv)
+        assert "144 points" in out and ("against shape (3 classes" if "shape" in argv else "against hue (18 classes") in out
+    from hapnb.clustering import clustering_scores
+    from hapnb.features import read_features
+    a, b, table = pd.read_parquet(tmp_path / "out/c.parquet"), pd.read_csv(tmp_path / "out/c.csv"), read_features(files / "test.parquet")
+    assert a.equals(b) and a.path.tolist() == table.paths and list(a) == ["path", "cluster"]
+    s = clustering_scores(table.labels[:, 1 if "shape" in argv else 0], a.cluster)
+    assert f"{100 * s['bcubed_F']:.2f}" in out and f"{s['clusters']:,} clusters, noise {s['noise']}" in out
+
+
+def test_cluster_chooses_a_constant_on_labelled_features(files, call):
+    for method, name in (("kmeans", "points_per_cluster"), ("hdbscan", "min_cluster_size"), ("agglomerative", "threshold")):
+        status, out, err = call("cluster", files / "test.parquet", "--train", files / "train.parquet", "--method", method, "--device", "cpu")
+        assert (status, err) == (0, "") and f'train.parquet: {{"{name}": ' in out and "(pairwise F " in out
+
+
+def test_cluster_without_labels_one_point_and_copies(tmp_path, call):
+    from hapnb.features import FeatureTable, write_features
+    for x, text in ((torch.ones(1, 3), "1 points, 1 clusters"), (torch.ones(30, 3), "30 points, "), (torch.eye(3), "all points are noise: try a smaller min_cluster_size")):
+        status, out, err = call("cluster", write_features(FeatureTable(x), tmp_path / "f.parquet"), "--device", "cpu")
+        assert (status, err) == (0, "") and text in out and "no labels: no scores" in out
+    assert "no two points were put together: try a larger threshold" in call("cluster", tmp_path / "f.parquet", "--method", "agglomerative", "--device", "cpu")[1]
+
+
+def test_cluster_with_hilander(files, tmp_path, call):
+    pytest.importorskip("hapnb.hilander")
+    test, train, model = files / "test.parquet", files / "train.parquet", tmp_path / "lander"
+    status, out, _ = call("cluster", test, "--train", train, "--save-model", model, "--epochs", "8", "--k", "6", "--tau", "0.5", "--out", tmp_path / "a.parquet", "--device", "cpu")
+    assert status == 0 and f"model: {model}" in out and 'hilander {"k": 6, "tau": 0.5}' in out and "against hue" in out
+    assert call("cluster", test, "--model", model, "--k", "6", "--tau", "0.5", "--out", tmp_path / "b.parquet", "--device", "cpu")[0] == 0
+    a, b = (pd.read_parquet(tmp_path / f"{n}.parquet") for n in "ab")
+    assert a.equals(b) and list(a) == ["path", "cluster", "density"]
+    from hapnb.features import FeatureTable, write_features
+    for x, about, text in ((torch.randn(40, 5), {}, "32 dimensions and"), (torch.randn(40, 32), dict(run="abc"), "do not live in one space")):
+        status, _, err = call("cluster", write_features(FeatureTable(x, about=about), tmp_path / "o.parquet"), "--model", model, "--device", "cpu")
+        assert status == 2 and text in err and "Traceback" not in err
+    status, _, err = call("cluster", test, "--model", tmp_path / "nothing", "--device", "cpu")
+    assert status == 2 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("argv, text", [
+    (["none.parquet"], "no such file of features"), (["--method", "kmean"], "Did you mean 'kmeans'"), (["--method", "kmeans"], "number of clusters"), (["--method", "kmeans", "--clusters", "999"], "choose 1 to 144"),
+    (["--method", "hilander"], "give --train LABELLED.parquet"), (["--clusters", "5"], "by itself"), (["--tau", "0.5"], "--tau is for hilander"), (["--method", "kmeans", "--clusters", "3", "--model", "x"], "--model is for hilander"),
+    (["--train", "other.parquet"], "other.parquet has 5 dimensions"), (["--train", "bare.parquet", "--method", "hdbscan"], "has no labels to learn from"), (["--level", "hu"], "Did you mean 'hue'"), (["--args", "tau=1"], "is not JSON"),
+    (["--args", "[1]"], "must be a JSON object"), (["--args", '{"min_size": 3}'], "Did you mean 'min_samples'"), (["--out", "c.txt"], "ends in .parquet or .csv"), (["--model", "a", "--train", "b"], "either --train or --model"), (["--device", "gpu"], "unknown device")])
+def test_cluster_wrong_use(files, clone, call, argv, text):
+    from hapnb.features import FeatureTable, write_features
+    write_features(FeatureTable(torch.eye(5), torch.arange(5)), "other.parquet"); write_features(FeatureTable(torch.randn(9, 32)), "bare.parquet")
+    status, out, err = call("cluster", *([] if argv[0].endswith("parquet") else [files / "test.parquet"]), *argv)
+    assert status == 2 and text in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
