@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['class_rows', 'EpochSampler', 'RandomBatchSampler', 'MPerClassSampler', 'BalancedSampler', 'HierarchicalSampler',
-           'make_sampler', 'epoch_summary']
+           'make_sampler', 'largest_batch', 'epoch_summary']
 
 # %% ../nbs/22_samplers.ipynb #576ab753
 import inspect
@@ -271,6 +271,18 @@ def make_sampler(name: str, # "m_per_class", "hierarchical", "balanced" or "rand
     for k in args:
         if k not in known: raise ValueError(f"sampler {name!r} has no argument {k!r}.{nearest(k, known)} Known: {', '.join(known)}.")
     return cls(labels, batch_size, seed=seed, **args)
+
+# %% ../nbs/22_samplers.ipynb #b326b50f
+def largest_batch(labels, # integers [N] or [N, L]
+                  most: int = 256, # images
+                  m: int = 4, # images a class
+                  level: int = 0) -> int: # a multiple of `m`, at most `most`
+    "Find the largest batch that the sampler m_per_class can fill; `ValueError` where no two classes have `m` images."
+    _whole("m", m, 1), _whole("most", most, 2 * m)
+    labels = np.asarray(labels)
+    full = sum(len(rows) >= m for rows in class_rows(_column(labels[:, None] if labels.ndim == 1 else labels, level))[1])
+    if full < 2: raise ValueError(f"{full} class(es) of level {level} have {m} images or more, a batch needs two. Use a smaller m.")
+    return min(full, most // m) * m
 
 # %% ../nbs/22_samplers.ipynb #892c6756
 def epoch_summary(sampler: EpochSampler) -> dict: # whole batches, all processes together

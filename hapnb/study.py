@@ -709,10 +709,19 @@ def claim_better(paper, claim, measured,
     t = paired_test(two, metric, by, than, level).iloc[0]
     failed = "; ".join(f"{by} {name}: {bad} of {runs} runs failed" for name, (bad, runs) in _failures(two, metric, by).items() if bad)
     if not t.n: return Claim(paper, claim, measured, failed)
-    value = f"{t.difference * scale:+.1f} {unit} (one seed, no interval)" if t.n < 2 else f"{t.difference * scale:+.1f} {unit}, 95% interval {t.low * scale:+.1f} to {t.high * scale:+.1f} ({t.n} seeds)"
+    number = _digits((t.low, margin), (-t.high, -min(margin, 0.)), scale=scale)
+    value = f"{t.difference * scale:+.1f} {unit} (one seed, no interval)" if t.n < 2 else f"{number(t.difference)} {unit}, 95% interval {number(t.low)} to {number(t.high)} ({t.n} seeds)"
     if t.n > 1 and t.high < min(margin, 0.): value += "; the opposite"
     if failed: value += f"; {failed}"
     return Claim(paper, claim, measured, value, VERDICTS[2] if t.n < 2 else VERDICTS[0] if t.low > margin else VERDICTS[1])
+
+# %% ../nbs/60_study.ipynb #fa346d60
+def _digits(*pairs, # (bound, edge): the verdict depends on whether the bound lies above the edge
+            scale: float = 100., least: int = 1, most: int = 6):
+    "Give a function that writes a number with the fewest decimals at which each printed bound tells what the bound itself tells."
+    alike = lambda d: all((round(b * scale, d) > round(e * scale, 9)) == (b > e) for b, e in pairs)
+    d = next((d for d in range(least, most) if alike(d)), most)
+    return lambda x: f"{x * scale:+.{d}f}"
 
 # %% ../nbs/60_study.ipynb #79fd13b0
 def equivalence(rows: pd.DataFrame, # one row a run, with a column "seed"; NaN = a failed run

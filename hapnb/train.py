@@ -468,7 +468,7 @@ def _images(cfg, dataset, transform):
 # %% ../nbs/30_train.ipynb #20df6c74
 def _pack(cfg, dataset, progress=False):
     from hapnb.packed import packed
-    return packed(dataset, cfg.packed, progress=progress)
+    return packed(dataset, cfg.packed, progress=progress, format=cfg.packed_format)
 
 # %% ../nbs/30_train.ipynb #9668e46d
 @patch
@@ -567,6 +567,7 @@ class _Data:
     levels: tuple | None = None # label columns to use, finest first; default: all
     decode: str = "full" # "shrink": JPEGs no larger than the transform needs
     packed: int | None = None # read from one file of images whose shorter side is this many pixels, made once; default: the images themselves
+    packed_format: str = "raw" # form of the packed images: "raw", "webp" (lossless), "jpeg" (quality 95) or such as "jpeg80"
 
 # %% ../nbs/30_train.ipynb #413cc1a5
 @dataclass(frozen=True)
@@ -681,8 +682,15 @@ def _check_together(self: RunConfig):
     if self.miner is not None and not self.miner.startswith("pml/"): raise ValueError(f"unknown miner {self.miner!r}: give 'pml/NAME' with a miner of pytorch-metric-learning, such as 'pml/MultiSimilarityMiner'.")
     if self.freeze == "trunk" and self.freeze_blocks: raise ValueError("freeze_blocks has no effect with freeze='trunk', where the whole trunk stands still. Use freeze='bn' or 'none'.")
     if self.packed is not None and self.decode != "full": raise ValueError("packed images are small already: leave decode='full'.")
+    if self.packed_format != "raw": _check_packed_format(self)
     if self.init == "whitening" and self.embed_dim is None: raise ValueError("init='whitening' is a start of the projection, and embed_dim=None has none.")
     if self.protocol and not isinstance(self.protocol.get("kind"), str): raise ValueError(f"protocol needs a 'kind', such as {{'kind': 'leave-one-out'}}; got {dict(self.protocol)}.")
+
+# %% ../nbs/30_train.ipynb #1d86adad
+def _check_packed_format(cfg):
+    from hapnb.packed import check_format
+    check_format(cfg.packed_format)
+    if cfg.packed is None: raise ValueError(f"packed_format={cfg.packed_format!r} is the form of a packed copy, and packed is None: give packed=256, or another side in pixels.")
 
 # %% ../nbs/30_train.ipynb #40482514
 def _field_names(cls): return [f.name for f in dataclasses.fields(cls)]
@@ -757,7 +765,7 @@ def toy_trunk(pretrained=True): # the weights are the same fixed random ones eit
 # %% ../nbs/30_train.ipynb #d13617bf
 SCHEMA = 1 # raise it when the code changes what a config means: old runs are then made again
 _NOT_IN_KEY = ("data_dir",) # where things are, not what they are
-_ADDED = dict(micro_batch=None, memory={}, miner=None, miner_args={}, freeze_blocks=0, packed=None, decode="full", protocol={}) # fields that came after schema 1: in the key only where they differ from this
+_ADDED = dict(micro_batch=None, memory={}, miner=None, miner_args={}, freeze_blocks=0, packed=None, packed_format="raw", decode="full", protocol={}) # fields that came after schema 1: in the key only where they differ from this
 _SPLITS = {"test": ("train", "test"), "val": ("fit", "val")}
 
 # %% ../nbs/30_train.ipynb #c28ca7f4
@@ -969,7 +977,7 @@ def features_of(cfg: RunConfig, dataset, device="cpu", progress: bool = False) -
         whole, rows = dataset.cut
         x = features_of(cfg, whole, device, progress)
         return x[torch.as_tensor(rows, device=x.device)]
-    names = ["trunk", "trunk_args", "pretrained", "pooling", "image_size", "transform", "decode", "packed"] + ["seed"] * (cfg.pretrained is False)
+    names = ["trunk", "trunk_args", "pretrained", "pooling", "image_size", "transform", "decode", "packed", "packed_format"] + ["seed"] * (cfg.pretrained is False)
     made_by = {n: thaw(getattr(cfg, n)) for n in names} | {"pretrained": _weights_id(cfg.pretrained)}
     key = json.dumps(made_by, sort_keys=True), dataset, str(device)
     if key not in _IN_MEMORY:

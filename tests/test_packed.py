@@ -520,3 +520,27 @@ def test_a_run_from_a_packed_copy(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache/packed").glob("*.pack"))) == 2  # train and test
     full, small = (r.embeddings() for r in results)
     assert float((full * small).sum(1).min()) > 0.98  # training saw the same pixels, the test transform resizes 50 to 40 instead of 120 to 40
+    size = lambda: {p.name.split("-")[-2]: sum(q.stat().st_size for q in p.parent.glob(f"*-50-{p.name.split('-')[-2]}-*.pack")) for p in (tmp_path / "cache/packed").glob("*.pack")}
+    other = {f: run(cfg.replace(packed=50, packed_format=f), tmp_path / "runs", device="cpu", progress=False, workers=0) for f in ("webp", "jpeg", "jpeg60")}
+    assert size()["raw"] > size()["webp"] > size()["jpeg"] > size()["jpeg60"] and set(size()) == {"raw", *other}
+    assert (other["webp"].embeddings() == small).all()  # lossless
+    near = [float((other[f].embeddings() * small).sum(1).mean()) for f in ("jpeg60", "jpeg")]
+    assert 0.9 < near[0] < near[1] < 0.99999
+    assert len({r.key for r in (*results, *other.values())}) == 5
+
+
+@pytest.mark.parametrize("format, read", [("raw", ("raw", 95)), ("webp", ("webp", 95)), ("jpeg", ("jpeg", 95)), ("jpeg1", ("jpeg", 1)), ("jpeg80", ("jpeg", 80)), ("jpeg100", ("jpeg", 100))])
+def test_formats_by_name(format, read): assert module.check_format(format) == read
+
+
+@pytest.mark.parametrize("format", ["jpg", "jpeg0", "jpeg101", "jpeg080", "jpeg-80", "jpeg80.5", "", None, 95, "png"])
+def test_unknown_formats(format):
+    for f in (module.check_format, lambda f: pack_image(coded(picture(0)), 50, f), lambda f: quiet(dataset(), 50, format=f)):
+        with pytest.raises(ValueError, match=r"unknown format .*Known: raw, jpeg, webp, and jpeg1 to jpeg100"): f(format)
+
+
+def test_the_quality_is_that_of_the_name(tmp_path):
+    ds = dataset()
+    for q in (40, 80, 95):
+        stored = [bytes(quiet(ds, 50, tmp_path, format=f"jpeg{q}").store.stored(i)) for i in range(len(ds))]
+        assert stored == [coded(shrink(im, 50), quality=q) if min(im.size) > 50 else ds.store.read(i) for i, im in enumerate(map(ds.image, range(len(ds))))]

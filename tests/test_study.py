@@ -262,6 +262,20 @@ def test_claims(tmp_path):
     with pytest.raises(ValueError, match="Did you mean 'supported'"): Claim("P", "c", "m", verdict="suported")
 
 
+@pytest.mark.parametrize("low, high, margin, printed, verdict", [
+    (.0003, .0021, 0., "+0.03 to +0.21", "supported"), (.00004, .0021, 0., "+0.004 to +0.210", "supported"), (.0006, .0021, 0., "+0.1 to +0.2", "supported"), (-.0003, .0021, 0., "-0.0 to +0.2", "not supported"),
+    (-.0096, .02, -.01, "-0.96 to +2.00", "supported"), (-.0104, .02, -.01, "-1.0 to +2.0", "not supported"), (.0096, .02, .01, "+1.0 to +2.0", "not supported"), (.0104, .02, .01, "+1.04 to +2.00", "supported"),
+    (-.004, -.0003, 0., "-0.40 to -0.03", "not supported"), (-.004, .0003, 0., "-0.4 to +0.0", "not supported"), (-.03, -.0103, -.01, "-3.00 to -1.03", "not supported")])
+def test_the_printed_interval_tells_the_verdict(low, high, margin, printed, verdict):
+    "As many decimals as it takes to see on which side of the edge a bound lies, and one where that is enough."
+    half = (high - low) / 2  # of four seeds: t(0.975, 3) = 3.1824, so a spread of s gives 3.1824 s / 2
+    d = np.array([-1., -1, 1, 1]) * half * 2 / 3.182446305284263 / (4 / 3) ** .5 + (low + high) / 2
+    rows = toy_rows({"a": [.5] * 4, "b": (.5 + d).tolist()})
+    c = claim_better("P", "b beats a", "score", rows, "score", "method", "b", "a", margin=margin)
+    assert f"interval {printed} (4 seeds)" in c.value and c.verdict == verdict
+    assert c.value.endswith("; the opposite") == (high < min(margin, 0))
+
+
 def test_profiles_and_places(tmp_path, monkeypatch):
     assert profile_settings("full", full=dict(epochs=7))["epochs"] == 7 and profile_settings("quick", full=dict(epochs=7))["epochs"] != 7
     for wrong in (lambda: profile_settings("ful"), lambda: profile_settings("full", ful={}), lambda: profile_settings("always")):

@@ -80,7 +80,7 @@ def test_config_round_trip():
     (dict(memory={"sizes": 9}), "'size'"), (dict(memory={"weight": 1}), "needs a size"), (dict(memory={"size": "all"}), "'train'"), (dict(memory={"size": 256}), "no more than the batch"),
     (dict(memory={"size": 999.5}), "memory: size"), (dict(memory={"size": True}), "memory: size"), (dict(memory={"size": 999, "weight": 0}), "above 0"), (dict(memory={"size": 999, "start_epoch": -1}), "start_epoch"),
     (dict(memory={"size": 999, "unique": 1}), "true or false"), (dict(memory=9), "must be dict"), (dict(miner="TripletMarginMiner"), "'pml/NAME'"), (dict(miner_args={"a": 1}), "miner is None"),
-    (dict(freeze_blocks=2), "freeze='trunk'"), (dict(freeze="bn", freeze_blocks=-1), "0 or more"), (dict(packed=0), "1 or more"), (dict(packed=64, decode="shrink"), "small already"), (dict(decode="shrunk"), "'shrink'"),
+    (dict(freeze_blocks=2), "freeze='trunk'"), (dict(freeze="bn", freeze_blocks=-1), "0 or more"), (dict(packed=0), "1 or more"), (dict(packed=64, decode="shrink"), "small already"), (dict(packed_format="jpeg"), "packed is None: give packed=256"), (dict(packed=64, packed_format="jpg"), "Did you mean 'jpeg'"), (dict(packed=64, packed_format="jpeg101"), "jpeg1 to jpeg100"), (dict(decode="shrunk"), "'shrink'"),
     (dict(init="whitening", embed_dim=None), "start of the projection"), (dict(protocol={"repeats": 3}), "needs a 'kind'"),
     (dict(loss_args={"f": print}), "plain value"), (dict(augment={"flip": 0}), "freeze"), (dict(relevance="pot"), "'pop'"), (dict(seed=-1), "0 or more"),
 ])
@@ -113,7 +113,7 @@ def test_fields_that_came_later_leave_old_keys_alone():
     assert RunConfig().key(parts) == "b9a62cafd4ac5374"
     whole = TOY.replace(freeze="bn")
     added = [dict(memory={"size": "train"}), dict(memory={"size": 99}), dict(memory={"size": 99, "weight": 2.0}), dict(miner="pml/TripletMarginMiner"), dict(miner="pml/TripletMarginMiner", miner_args={"margin": 1}),
-             dict(freeze_blocks=1), dict(packed=64), dict(decode="shrink"), dict(protocol={"kind": "leave-one-out"})]
+             dict(freeze_blocks=1), dict(packed=64), dict(packed=64, packed_format="jpeg"), dict(packed=64, packed_format="jpeg80"), dict(decode="shrink"), dict(protocol={"kind": "leave-one-out"})]
     assert {k for c in added for k in c} | {"micro_batch"} == set(T._ADDED)
     assert len({whole.replace(**c).key(parts) for c in [{}, *added]}) == 1 + len(added)
     for c in added: assert RunConfig.from_dict(json.loads(json.dumps(whole.replace(**c).to_dict()))) == whole.replace(**c)
@@ -854,7 +854,7 @@ class Packed:
 
 def test_training_reads_a_packed_copy(tmp_path, monkeypatch, photos):
     calls = []
-    def packed(dataset, side, folder=None, progress=True):
+    def packed(dataset, side, folder=None, progress=True, format="raw"):
         calls.append((dataset.split, side))
         return Packed(dataset, side)
     monkeypatch.setitem(sys.modules, "hapnb.packed", SimpleNamespace(packed=packed))
