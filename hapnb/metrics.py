@@ -664,11 +664,13 @@ def decomposability_gap(embeddings: Tensor, # [N, D], floats; normalised here
                         batches, # lists of row numbers, as a batch sampler gives them
                         level: int = 0, # column whose AP is compared
                         max_memory="2GB", # as in `evaluate`
+                        whole_ap: float = None, # the AP on the whole set, where it is known already: other batches of the same embeddings share it
                         ) -> dict: # "gap" = "batch_ap" - "whole_ap", all as fractions
     "Compare the mean AP inside batches with the AP on the whole set; queries are never in their own list."
     emb, labels = _check_pair(embeddings, labels, "embeddings")
     name, found = f"AP_level{_check_levels([level], labels.shape[1])[0]}", []
-    whole = evaluate(emb, labels, levels=[level], metrics=name, max_memory=max_memory)[name]
+    if whole_ap is None: whole = evaluate(emb, labels, levels=[level], metrics=name, max_memory=max_memory)[name]
+    else: whole = check_number("whole_ap", whole_ap, least=0)
     for rows in batches:
         rows = torch.as_tensor(rows, dtype=torch.long)
         if len(rows) < 2: continue  # a batch of one ranks nothing

@@ -212,9 +212,10 @@ def _follow_parent():
     if parent is not None: threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/60_study.ipynb #67f1e14c
-def _start_worker(modules, gpus):
-    "Prepare a worker: one GPU of its own if there are any, one thread, and the modules that registered losses and data."
+def _start_worker(modules, gpus, environment):
+    "Prepare a worker: the parent's environment, one GPU of its own if there are any, one thread, and the modules that registered losses and data."
     _follow_parent()
+    os.environ.clear(); os.environ.update(environment)
     if gpus is not None: os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     import torch
     if gpus is None: torch.set_num_threads(1)
@@ -278,20 +279,33 @@ class _Pool:
         for i in range(64): gpus.put(names[i % len(names)])
         return gpus
 
+# %% ../nbs/60_study.ipynb #ba879b84
+_SHARED = ("hapnb.train", "hapnb.models", "hapnb.losses", "hapnb.samplers", "hapnb.protocols", "hapnb.emoji", "accelerate", "safetensors.torch")
+
+def _worker_context(device):
+    "A way to start workers; where they are forked, the server is there already or begins to import."
+    if device.type != "cpu" or sys.platform != "linux": return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_SHARED))
+    with _plain_main(), _environment(PYTHONPATH=os.pathsep.join(filter(None, sys.path)), **dict.fromkeys(_THREADS, "1")):  # it must find the same modules
+        forkserver.ensure_running()
+    return context
+
 # %% ../nbs/60_study.ipynb #8ab36764
 @patch
 def _round(self: _Pool, todo, jobs):
     "Yield results of `todo`; return the keys that were in flight when a worker died."
-    context, suspects = multiprocessing.get_context("spawn"), []
+    context, suspects = _worker_context(self.device), []
     todo, gpus = dict(todo), self._gpus(context)
-    device = "cuda" if gpus is not None else str(self.device)
+    device, threads = "cuda" if gpus is not None else str(self.device), {} if gpus else dict.fromkeys(_THREADS, "1")
     while todo:
-        pool, broken, ended = ProcessPoolExecutor(jobs, context, _start_worker, (self.modules, gpus)), False, False
+        pool, broken, ended = ProcessPoolExecutor(jobs, context, _start_worker, (self.modules, gpus, {**os.environ, **threads})), False, False
         try:
             while (todo and not broken) or self.in_flight:
                 while todo and not broken and len(self.in_flight) < jobs:
                     key, cfg = next(iter(todo.items()))
-                    with _plain_main(), _environment(**({} if gpus else dict.fromkeys(_THREADS, "1"))):
+                    with _plain_main(), _environment(**threads):
                         try: self.in_flight[pool.submit(_work, cfg, self.store, device, self.runner)] = key
                         except BrokenProcessPool: broken = True; break
                     del todo[key]
@@ -877,6 +891,7 @@ def begin(name: str, # of the notebook: "10_benchmark"
     n = settings.pop("seeds")
     out = from_root(out) if out else figures_dir(profile, dataset, store) / name
     out.mkdir(parents=True, exist_ok=True)
+    _worker_context(pick_device(device))  # the server of workers imports while the notebook does
     return Study(name, profile, dataset, str(from_root(data_dir)) if data_dir else "", seeds or n, device, jobs or None, from_root(store), out, settings)
 
 @patch

@@ -179,8 +179,7 @@ def step(self: Trainer, x, labels: Tensor, rows=None):
     norm = self._norm()
     seen = torch.stack([value.detach().float(), norm.float(), spread(emb)]).tolist()  # one wait for the GPU, not three
     self._guard(seen)
-    self.opt.step()
-    self.opt.zero_grad()
+    self._update()
     self._note(dict(loss=seen[0], grad_norm=seen[1], spread=seen[2]), getattr(self.loss, "terms", {}) if self.memory is None else self.terms)
 
 # %% ../nbs/30_train.ipynb #80d8a5dc
@@ -294,7 +293,20 @@ def _average_loss_grads(self: Trainer):
 def _prepare(self: Trainer, optimizer):
     trained = any(p.requires_grad for p in self.net.parameters())  # DDP refuses a network with nothing to train
     model = self.accelerator.prepare_model(self.net, evaluation_mode=not trained)
+    self.alone = self.accelerator.distributed_type == "NO" and not self.accelerator.scaler
     return model, self.accelerator.prepare_optimizer(optimizer) if optimizer else None
+
+@patch
+def _push(self: Trainer, value):
+    "Compute gradients: `accelerator.backward`, without its questions where the answer is known."
+    return value.backward() if self.alone else self.accelerator.backward(value)
+
+@patch
+def _update(self: Trainer):
+    "One step of the optimiser; gradients are gone afterwards."
+    if not self.alone: self.opt.step(); self.opt.zero_grad(); return
+    self.opt.optimizer.step()
+    for p in self.params: p.grad = None
 
 # %% ../nbs/30_train.ipynb #659070c8
 _MEMORY = dict(size=None, start_epoch=0, weight=1., unique=None)
@@ -346,10 +358,10 @@ def _remember(self: Trainer, emb, labels, rows):
 def _backward(self: Trainer, x, labels, rows=None):
     "Compute the gradients of a batch; give the loss, and the embeddings of all processes."
     if self.micro_batch:
-        return two_pass_backward(self.model, functools.partial(self._value, rows=rows), x, labels, self.micro_batch, backward=self.accelerator.backward, gather=gather_rows)
+        return two_pass_backward(self.model, functools.partial(self._value, rows=rows), x, labels, self.micro_batch, backward=self._push, gather=gather_rows)
     emb = gather_rows(self.model(x))
     value = self._value(emb, labels, rows)
-    self.accelerator.backward(value)
+    self._push(value)
     return value, emb
 
 # %% ../nbs/30_train.ipynb #5a11c402
@@ -1283,11 +1295,9 @@ def _cut_step(trainer, batches, clock):
         with clock("head, forward"): emb = trainer.model(x)
         leaf = emb.detach().requires_grad_()
         with clock("loss, forward"): value = trainer.loss(leaf, labels)
-        with clock("loss, backward"): trainer.accelerator.backward(value)
+        with clock("loss, backward"): trainer._push(value)
         with clock("head, backward"): emb.backward(leaf.grad)
-        with clock("optimiser"):
-            trainer.opt.step()
-            trainer.opt.zero_grad()
+        with clock("optimiser"): trainer._update()
 
 # %% ../nbs/30_train.ipynb #4ca6a7e8
 class _Stopwatch:

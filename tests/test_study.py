@@ -1,5 +1,5 @@
 """Studies: grids, statistics against scipy, the pool and its failures, tables, claims, and the notebook driver's faults."""
-import io, json, os, signal, subprocess, sys, time
+import io, json, os, signal, subprocess, sys, time, zlib
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +16,7 @@ from hapnb import study
 from hapnb.study import (Claim, Grid, RunError, StudyFailed, WrongUse, begin, check_parameters, claim_better, find_studies, grid, holm,
                          interval, make_table, made_by, paired_test, pick_studies, profile_settings, read_run, run_grid, run_study,
                          save_claims, save_figure, save_table, summarise, write_claims)
-from toy_study import PARAMETERS, Toy, toy_run, write_study
+from toy_study import PARAMETERS, Toy, toy_look, toy_run, write_study
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"A": {"loss": "a"}, "B": {"loss": "b", "args": {"x": 1}}}
@@ -120,6 +120,18 @@ def test_summarise_counts_failures():
 def tries(store): return {p.name: len(list(p.glob("try-*"))) for p in Path(store).iterdir() if p.is_dir()}
 
 
+def started(p):
+    "Whether `run_grid` started this process: a worker, or the server that workers are forked from."
+    try: return any(w in " ".join(p.cmdline()) for w in ("spawn_main", "forkserver"))
+    except psutil.Error: return False
+
+
+def workers():
+    "Workers of this process; the server stays, and has no children when they are gone."
+    found = [c for c in psutil.Process().children(recursive=True) if started(c)]
+    return [c for c in found if "spawn_main" in " ".join(c.cmdline()) or c.ppid() != os.getpid()]
+
+
 def test_pool_runs_once_one_thread_each_and_reads_back(tmp_path, monkeypatch):
     g = grid(Toy(), seeds=2, method=METHODS)
     rows = run_grid(g + g, store=tmp_path, jobs=2, device="cpu", runner=toy_run, progress=False)
@@ -129,6 +141,15 @@ def test_pool_runs_once_one_thread_each_and_reads_back(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "ProcessPoolExecutor", None)  # a second call must start nothing
     again = run_grid(g + g, store=tmp_path, jobs=2, device="cpu", runner=toy_run)
     pd.testing.assert_frame_equal(rows, again)
+
+
+def test_workers_see_the_environment_and_the_modules_of_their_parent(tmp_path, monkeypatch):
+    import hapnb
+    for n, word in enumerate(("one", "three")):  # the server was started before, with neither
+        monkeypatch.setenv("HAPNB_SEEN", word)
+        rows = run_grid(grid(Toy(args={"x": n}), seeds=2), store=tmp_path, jobs=2, device="cpu", runner=toy_look, progress=False)
+        assert rows["seen"].eq(len(word)).all() and rows["threads"].eq(1).all() and rows["code"].eq(zlib.crc32(hapnb.__file__.encode())).all()
+        assert rows["prepared"].eq(int(sys.platform == "linux")).all(), "a worker began from nothing"
 
 
 def test_failures_and_dead_workers_are_rows(tmp_path, monkeypatch):
@@ -141,7 +162,7 @@ def test_failures_and_dead_workers_are_rows(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="1 of 6 runs failed(.|\n)*loss bad, seed 1: ValueError") as e:
         run_grid(g.where(loss="a") + g.where(loss="bad"), store=tmp_path, device="cpu", runner=toy_run, progress=False)
     assert len(e.value.rows) == 6
-    assert not [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())], "a worker is left"
+    assert not workers(), "a worker is left"
 
 
 def test_killed_and_started_again(tmp_path, monkeypatch):
@@ -150,11 +171,12 @@ def test_killed_and_started_again(tmp_path, monkeypatch):
     for _ in range(600):
         if list(tmp_path.glob("*/try-*")): break
         time.sleep(0.1)
-    workers = [c for c in psutil.Process(p.pid).children(recursive=True)]
+    family = [c for c in psutil.Process(p.pid).children(recursive=True)]
+    assert sum(map(started, family)) >= 2
     p.send_signal(signal.SIGKILL)
     p.wait()
-    gone, alive = psutil.wait_procs(workers, timeout=15)
-    assert not [w for w in alive if "spawn_main" in " ".join(w.cmdline())], "workers outlive the study that was killed"
+    gone, alive = psutil.wait_procs(family, timeout=15)
+    assert not [w for w in alive if started(w)], "workers outlive the study that was killed"
     monkeypatch.setattr(study, "_is_local", lambda cfg, runner: True)
     rows = run_grid(grid(Toy(), seeds=4), store=tmp_path, device="cpu", runner=toy_run, progress=False)
     assert rows["H-AP"].tolist() == [0.3 + 0.01 * s for s in range(4)]
