@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HiLanderConfig', 'HiLander', 'edge_loss', 'build_hilander', 'train_hilander', 'load_hilander', 'predict_edges',
-           'ClusterLevel', 'Clusters', 'cluster_hilander', 'Graph', 'knn_graph', 'supervised_density']
+           'ClusterLevel', 'Clusters', 'cluster_hilander', 'hilander', 'Graph', 'knn_graph', 'supervised_density']
 
 # %% ../nbs/48_hilander.ipynb #40edf0fb
 import copy, dataclasses, hashlib, json, math, os, sys, time
@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from tqdm.auto import tqdm
 
+from .clustering import CLUSTERERS
 from .core import _no_autocast, check_embeddings, check_labels, check_number, nearest, pick_device, write_atomic
 from .graphs import (Graph, Level, _unit_rows, canonical_order, cluster_means, find_parents, find_roots, knn_graph, same_class,
                           supervised_density, training_levels)
@@ -510,3 +511,17 @@ def _finish(parents, levels, place, first):
     copies = first[place] != torch.arange(len(place))
     density = levels[0].density if levels else torch.zeros(len(parents))
     return Clusters(names[place], density[place], torch.where(copies, first[place], up), levels)
+
+# %% ../nbs/48_hilander.ipynb #d71307e2
+@CLUSTERERS.register("hilander")
+def hilander(x: Tensor, # [N, D]
+             clusters: int = None, # must stay None: the number is found
+             seed: int = 0, # nothing is random
+             model=None, # a trained `HiLander`, or the folder of a saved one
+             k: int = 10, tau: float = 0.9, distance: str = "prob", max_levels: int = 10, early_stop: bool = True, # as in `cluster_hilander`
+             batch_size: int = None, device="auto",
+             ) -> Tensor: # LongTensor [N]
+    "Cluster by a trained Hi-LANDER; a wanted number of clusters and a missing model are a `ValueError`."
+    if clusters is not None: raise ValueError(f"hilander finds the number of clusters by itself and cannot be told {clusters}; leave it out and set tau.")
+    if model is None: raise ValueError("hilander needs model=: what train_hilander gave, or the folder where it was saved.")
+    return cluster_hilander(model if isinstance(model, HiLander) else load_hilander(model), x, k, tau, distance, max_levels, early_stop, batch_size, device).labels
