@@ -247,7 +247,8 @@ def _task(level, cfg, device):
     return _Task(x.to(device), level.graph.to(device), d.to(device), level.same.to(device), counted.to(device))
 
 def _tasks(x, y, cfg, device):
-    return [_task(l, cfg, device) for k, n in zip(cfg.k, cfg.levels) for l in training_levels(x, y, k, n, cfg.links)]
+    base = knn_graph(x, max(cfg.k), device).to("cpu")  # the search is most of the work: once for all families
+    return [_task(l, cfg, device) for k, n in zip(cfg.k, cfg.levels) for l in training_levels(x, y, k, n, cfg.links, base)]
 
 # %% ../nbs/48_hilander.ipynb #fb52ec90
 def build_hilander(dim: int, config: HiLanderConfig = HiLanderConfig()) -> HiLander:
@@ -353,7 +354,7 @@ def train_hilander(x: Tensor, # features [N, D], any length
     training, key = _Training(x, y, config, device), _fingerprint(x, y, config)
     if state is not None and Path(state).exists(): training.load(state, key)
     saved, every = time.monotonic(), float(os.environ.get("TQDM_MININTERVAL") or (0.1 if sys.stderr.isatty() else 5))
-    with tqdm(total=config.epochs, initial=training.epoch, desc="Hi-LANDER", unit="epoch", disable=not progress, mininterval=every) as bar:
+    with tqdm(total=config.epochs, initial=training.epoch, desc="Hi-LANDER", unit="epoch", disable=not progress, mininterval=every) as bar, _no_autocast(training.tasks[0].x):
         while training.epoch < config.epochs:
             row = training.run_epoch()
             bar.set_postfix(edge=f"{row['edge']:.3f}", density=f"{row['density']:.4f}", refresh=False); bar.update()
@@ -412,7 +413,7 @@ def predict_edges(model: HiLander, x: Tensor, # features as the model takes them
     chunk = _BLOCK * max(1, -(-(batch_size or _BLOCK) // _BLOCK))
     x, nb, a = x.to(home), graph.neighbours.to(home), graph.similarity.to(home)
     run = lambda stage, tables, rows: _blockwise(stage, tables, rows, n, chunk, device)
-    with _no_autocast(x):
+    with _no_autocast(torch.empty(0, device=device)):
         h, score = run(model.nodes, [], [x])
         source, target = run(lambda *p: model.sides(model.gather(*p), p[-1]), [(h, nb), (score[:, 0], nb)], [h, score, a])
         del h
