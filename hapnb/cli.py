@@ -620,7 +620,7 @@ def cluster(a) -> int:
 # %% ../nbs/61_cli.ipynb #27e5846e
 @_options("openworld")
 def _(sub):
-    sub.add_argument("--recipe", default="", metavar="NAME", help="train by the settings of a paper; `hapnb train --list` names them (default: the settings for the bundled images)")
+    sub.add_argument("--recipe", default="", metavar="NAME", help="the settings of a paper: pss/inat, pss/inat-vit, or of training alone one of `hapnb train --list` (default: the settings for the bundled images)")
     sub.add_argument("--rounds", type=_count, default=None, metavar="N", help="trainings, the first one on labelled images alone (default: 5)")
     sub.add_argument("--seed", type=int, default=None, metavar="N", help="default: 0")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field of OpenWorldConfig, or an entry of one, such as decode.tau=0.8; values as JSON, words as they are; may be given many times")
@@ -643,12 +643,13 @@ def _put(values, text):
 # %% ../nbs/61_cli.ipynb #36678e2b
 def _open_config(a):
     "The `OpenWorldConfig` of the options."
-    from hapnb.openworld import OpenWorldConfig
+    from hapnb.openworld import OPEN_WORLD_RECIPES, OpenWorldConfig
+    from hapnb.recipes import RECIPES
+    known = {**OPEN_WORLD_RECIPES, **RECIPES}
+    if a.recipe and a.recipe not in known: raise WrongUse(f"unknown recipe {a.recipe!r}.{nearest(a.recipe, known)} Of open-world learning: {', '.join(OPEN_WORLD_RECIPES)}; of training alone: hapnb train --list.")
     try:
-        values = OpenWorldConfig().to_dict()
-        if a.recipe:
-            from hapnb.recipes import recipe
-            values["base"] = {k: v for k, v in recipe(a.recipe).config().to_dict().items() if k != "seed"}
+        values = (OPEN_WORLD_RECIPES[a.recipe].config() if a.recipe in OPEN_WORLD_RECIPES else OpenWorldConfig()).to_dict()
+        if a.recipe and a.recipe not in OPEN_WORLD_RECIPES: values["base"] = {k: v for k, v in RECIPES[a.recipe].config().to_dict().items() if k != "seed"}
         if a.dataset: values["base"]["dataset"] = a.dataset
         if a.data_dir: values["base"]["data_dir"] = str(Path(a.data_dir).expanduser().absolute())
         for k in ("rounds", "seed"):
@@ -675,7 +676,8 @@ def _print_rounds(result):
   hapnb openworld                                     bundled images, five rounds
   hapnb openworld --dry-run --set clusterer=kmeans
   hapnb openworld --rounds 3 --seed 1 --set decode.tau=0.8 --set base.epochs=10
-  hapnb openworld --recipe smooth-ap/inat --data-dir ~/inat --set split.labelled=l_in.txt --set split.unlabelled=u.txt
+  hapnb openworld --recipe pss/inat --data-dir ~/inat
+  hapnb openworld --recipe smoothap/emoji --set 'select={"mode": "density", "threshold": 0.6}'
 
 Each stage is kept in the store; a run that was stopped goes on with the same command.""")
 def openworld(a) -> int:
