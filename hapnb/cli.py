@@ -543,6 +543,7 @@ def _model_of(a, table):
         print(f"model: {_near(folder)}")
     return model
 
+# %% ../nbs/61_cli.ipynb #ac299190
 def _found(a, method, table): # (clusters [N], density [N] or None, the arguments used)
     "Cluster a table as the options say."
     from hapnb.clustering import choose, cluster as by_name
