@@ -985,3 +985,9 @@ def test_all_trunks_on_a_fake_gpu(name, size, head):
         for mode in (True, False):
             z = net.train(mode)(x)
             assert z.shape == (2, 4) and z.device.type == "cuda" and z.dtype == torch.float32
+
+
+def test_no_trunk_is_forgotten():
+    from hapnb.core import TRUNKS
+    ours = {n for n in TRUNKS.names() if TRUNKS.get(n).__module__ in ("hapnb.models", "hapnb.trunks")}
+    assert ours == {case[0] for case in test_all_trunks_on_a_fake_gpu.pytestmark[0].args[1]}
