@@ -84,11 +84,11 @@ def _check_place(a):
     if a.data_dir and not Path(a.data_dir).expanduser().exists(): raise WrongUse(f"--data-dir {a.data_dir}: no such file or folder (looked at {Path(a.data_dir).expanduser().absolute()}).")
     _check_store(from_root(a.store))
 
-def _check_data(dataset, data_dir):
+def _check_data(dataset, data_dir, args=None):
     "Look for images that are not bundled; `WrongUse` says what is missing."
     if dataset == "emoji": return  # `hapnb doctor` checks these
     from hapnb.data import load
-    try: load(dataset, data_dir=Path(data_dir).expanduser().absolute() if data_dir else None)
+    try: load(dataset, data_dir=Path(data_dir).expanduser().absolute() if data_dir else None, **(args or {}))
     except (ValueError, OSError) as e: raise WrongUse(f"--dataset {dataset}: {e}") from None
 
 # %% ../nbs/61_cli.ipynb #9a8954bb
@@ -283,7 +283,7 @@ def train(a) -> int:
     if a.dry_run: return _dry_run(a, cfg, origin, start)
     a.data_dir = getattr(cfg, "data_dir", "") or ""
     _check_place(a)
-    _check_data(cfg.dataset, a.data_dir)
+    _check_data(cfg.dataset, a.data_dir, cfg.to_dict()["dataset_args"])
     store = from_root(a.store)
     try: result = run(cfg, store=store, device=a.device, progress=True)
     except ValueError as e: raise WrongUse(str(e)) from None
@@ -827,7 +827,9 @@ def main(argv=None) -> int: # exit status: 0 done, 1 failed, 2 wrong use
     except WrongUse as e: code, text = 2, str(e)
     except (RunError, StudyFailed, ValueError, OSError) as e: code, text = 1, str(e)
     except KeyboardInterrupt: code, text = 130, "stopped. Finished runs are kept; the same command goes on from here."
-    except Exception: code, text = 1, traceback.format_exc() + "This is a bug in hapnb, or in what it stands on."
+    except Exception as e:
+        own = type(e).__module__.startswith("hapnb.")  # such as a training that diverged: the message says it all
+        code, text = 1, str(e) if own else traceback.format_exc() + "This is a bug in hapnb, or in what it stands on."
     print(f"hapnb: {text}", file=sys.stderr)
     return code
 

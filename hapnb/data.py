@@ -655,7 +655,7 @@ def _compare_counts(found, # dict: images, classes
     pairs = [("images", found["images"], wanted.get("images"))]
     pairs += [(f"classes at level {i}", f, w) for i, (f, w) in enumerate(zip(found["classes"], wanted.get("classes", ())))]
     if wrong := [f"{f:,} {n}, expected {w:,}" for n, f, w in pairs if w is not None and f != w]:
-        raise ValueError(f"{what} has {'; '.join(wrong)}. These are the published numbers: fetch the data again, or give counts=False if you mean to use a part of them.")
+        raise ValueError(f"{what} has {'; '.join(wrong)}. These are the published numbers: fetch the data again, or give counts=False (hapnb train: --dataset-args '{{\"counts\": false}}') if you mean to use a part of them.")
 
 def check_counts(dataset: RetrievalDataset,
                  counts: dict, # split -> {"images": n, "classes": (finest, ..., coarsest)}

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'FEATURE_FORMAT', 'CHUNK', 'TrunkInfo', 'Trunk', 'read_weights', 'load_weights', 'file_hash', 'lite0_file',
-           'lite0_state', 'lite0_trunk', 'make_trunk', 'trunk_info', 'BNInception', 'bn_inception_trunk', 'AvgPool',
-           'MaxPool', 'AvgMaxPool', 'GeMPool', 'make_pooling', 'UnitLength', 'Head', 'trunk_stages', 'RetrievalNet',
-           'ToBGR', 'train_transform', 'test_transform', 'fold_batchnorm', 'weights_hash', 'cached_features']
+           'lite0_state', 'NoWeights', 'lite0_trunk', 'make_trunk', 'trunk_info', 'BNInception', 'bn_inception_trunk',
+           'AvgPool', 'MaxPool', 'AvgMaxPool', 'GeMPool', 'make_pooling', 'UnitLength', 'Head', 'trunk_stages',
+           'RetrievalNet', 'ToBGR', 'train_transform', 'test_transform', 'fold_batchnorm', 'weights_hash',
+           'cached_features']
 
 # %% ../nbs/25_models.ipynb #d733ec7f
 import argparse, contextlib, hashlib, importlib, importlib.util, json, os, platform, re, shutil, sys, warnings
@@ -131,12 +132,14 @@ def lite0_state() -> dict: # with `classifier.weight` [1000, 1280] and `classifi
     return dict(zip(want, state.values()))
 
 # %% ../nbs/25_models.ipynb #854574e1
+class NoWeights(RuntimeError): "Pretrained weights that could not be downloaded."
+
 def _fetch(name, get):
     "Run a download; explain a failure."
     try: return get()
     except TypeError: raise  # a wrong argument is no failed download
     except Exception as e:  # every downloader has its own errors; the cause stays attached
-        raise RuntimeError(f"the ImageNet weights of {name!r} could not be downloaded ({type(e).__name__}: {str(e)[:150]}). Without a network: "
+        raise NoWeights(f"the ImageNet weights of {name!r} could not be downloaded ({type(e).__name__}: {str(e)[:150]}). Without a network: "
                            f"pretrained=False, or pretrained='file.safetensors' with weights that you have, or trunk='tf_efficientnet_lite0', whose weights are installed.") from e
 
 # %% ../nbs/25_models.ipynb #3224eda5

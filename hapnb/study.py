@@ -364,7 +364,7 @@ def run_grid(configs, # a `Grid`, or a list of `RunConfig`
              jobs: int = None, # runs at a time; default: one a core, or one a GPU
              device: str = "auto", # "auto", "cpu", "cuda", "cuda:1", "mps"
              progress: bool = True, # report runs as they finish
-             on_error: str = "raise", # "raise" a `RunError` at the end, or "keep" failed runs as rows with NaN
+             on_error: str = "raise", # "raise" a `RunError` at the end, or "keep" failed runs as rows with NaN (unless all failed)
              runner=None, # function (cfg, store, device, progress) -> object with .metrics; default `hapnb.train.run`
              ) -> pd.DataFrame: # one row a run: labels, fields that vary, metrics, seed, key, error
     "Do every run that is not finished, read the others back, and give one row a run."
@@ -378,7 +378,7 @@ def run_grid(configs, # a `Grid`, or a list of `RunConfig`
     if todo: found |= _do(todo, _names(configs, keys), store, jobs, pick_device(device), progress, runner)
     rows = _rows(configs, keys, found)
     failed = rows[rows["error"] != ""]
-    if len(failed) and on_error == "raise": raise RunError(_complaint(failed, len(rows), store), rows)
+    if len(failed) and (on_error == "raise" or len(failed) == len(rows)): raise RunError(_complaint(failed, len(rows), store), rows)
     return rows
 
 # %% ../nbs/60_study.ipynb #af3f61cc
@@ -462,6 +462,7 @@ def _complaint(failed, total, store):
     shown = failed.drop(columns=["key"]).head(5)
     names = [", ".join(f"{k} {v}" for k, v in row.items() if k != "error" and not pd.isna(v)) + f": {row['error']}" for row in shown.to_dict("records")]
     more = f"\n  and {len(failed) - 5} more" if len(failed) > 5 else ""
+    if len(failed) == total: return f"all {total} runs failed.\n  " + "\n  ".join(names) + more + "\nMend the cause and start again."
     return (f"{len(failed)} of {total} runs failed; the others are kept in {store}.\n  " + "\n  ".join(names) + more +
             "\nMend the cause and start again: only these runs are done. To go on without them: on_error='keep'.")
 

@@ -282,6 +282,27 @@ def test_wrong_use_of_data_and_recipes(call, argv, text):
     assert status == 2 and text in err and "Traceback" not in err and not out
 
 
+def test_train_on_a_part_of_a_dataset(call, tmp_path, monkeypatch):
+    "What the options say of the data counts when it is looked for, too."
+    layouts_fine.make_sop(tmp_path, 4)
+    argv = ["train", "--recipe", "happier/sop", "--data-dir", tmp_path, "--store", tmp_path / "runs", "--device", "cpu", "--batch-size", 16, "--sampler-args", '{"batches_per_pair": 1}',
+            "--image-size", 32, "--epochs", 2, "--warmup-epochs", 1, "--precision", "no"]
+    status, _, err = call(*argv)
+    assert status == 2 and "expected 59,551" in err and """--dataset-args '{"counts": false}'""" in err
+    argv += ["--dataset-args", '{"counts": false}']
+    def no_network(*a, **k): raise OSError("no route to host")
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", no_network), monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
+    status, _, err = call(*argv)
+    assert status == 1 and "could not be downloaded" in err and "pretrained=False" in err and "Traceback" not in err and "bug" not in err
+    status, out, err = call(*argv, "--trunk", "toy", "--pretrained", "false")
+    assert status == 0 and "H-AP" in out and len(list((tmp_path / "runs").glob("*/metrics.json"))) == 1
+    status, _, err = call(*argv, "--trunk", "toy", "--pretrained", "false", "--lr", 1e12, "--warmup-epochs", 0, "--groups", '{"loss": {"lr": 1e30}}', "--optimizer", "sgd")
+    assert status == 1 and ("Try a smaller learning rate" in err) and "Traceback" not in err
+    next(tmp_path.glob("*/chair_final/*.JPG")).unlink()
+    status, _, err = call(*argv)
+    assert status == 2 and "1 of 36 images of sop are missing" in err and "chair_final" in err
+
+
 def test_help_loads_nothing_heavy():
     code = "import sys; from hapnb import cli; cli.main(['--help']); assert 'torchvision' not in sys.modules and 'timm' not in sys.modules and 'hapnb.plan' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True).returncode == 0

@@ -540,6 +540,13 @@ def test_fake_tensors(name, where):
             if where == "cpu": value.backward()
 
 
+def test_no_loss_is_forgotten():
+    "Every registered loss runs on fake CUDA tensors and in autocast, here or in test_surrogates."
+    from hapnb.core import LOSSES
+    from test_surrogates import MAKE
+    assert {n for n in LOSSES.names() if LOSSES.get(n).__module__.startswith("hapnb.")} == {*NAMES, *MAKE}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_terms_are_floats(name):
     loss = by_name(name)

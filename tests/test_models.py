@@ -969,8 +969,8 @@ def test_losses_in_bfloat16(name, args):
 
 
 @pytest.mark.parametrize("name, size, head", [("resnet101", 64, dict(pooling="gem", norm="l2", init="whitening", freeze="bn")), ("googlenet", 64, dict(pooling="avg+max")), ("bn_inception", 64, {}),
-                                              ("deit_small", 96, {}), ("deit_base", 224, {}), ("vit_small", 224, {}), ("vit_base", 224, {}), ("vit_small_dino", 96, {}), ("vit_base_dino", 224, {})])
-def test_the_further_trunks_on_a_fake_gpu(name, size, head):
+                                              ("resnet34", 64, {}), ("resnet50", 64, dict(freeze="bn")), ("tf_efficientnet_lite0", 64, {}), ("deit_small", 96, {}), ("deit_base", 224, {}), ("vit_small", 224, {}), ("vit_base", 224, {}), ("vit_small_dino", 96, {}), ("vit_base_dino", 224, {})])
+def test_all_trunks_on_a_fake_gpu(name, size, head):
     from torch._subclasses.fake_tensor import FakeTensorMode
     transformer = name in TRANSFORMERS
     with torch.device("meta"): net = RetrievalNet(name, pretrained=False, embed_dim=4, freeze_blocks=11 if transformer else 1, **head, **dict(drop_path_rate=0.1) if transformer else {})
@@ -985,3 +985,9 @@ def test_the_further_trunks_on_a_fake_gpu(name, size, head):
         for mode in (True, False):
             z = net.train(mode)(x)
             assert z.shape == (2, 4) and z.device.type == "cuda" and z.dtype == torch.float32
+
+
+def test_no_trunk_is_forgotten():
+    from hapnb.core import TRUNKS
+    ours = {n for n in TRUNKS.names() if TRUNKS.get(n).__module__ in ("hapnb.models", "hapnb.trunks")}
+    assert ours == {case[0] for case in test_all_trunks_on_a_fake_gpu.pytestmark[0].args[1]}

@@ -130,6 +130,14 @@ def test_the_whole_notebook(execute, name, tmp_path, monkeypatch):
     assert "profile paper" in (tmp_path / "out/main.md").read_text() and len(list((tmp_path / "out").glob("*.png"))) >= 3
 
 
+@pytest.mark.parametrize("name", ["10_benchmark", "43_roadmap_ablation"])
+def test_without_a_gpu_the_reason_is_told(execute, name, monkeypatch):
+    "All runs stop at once, and so does the study, with their words."
+    monkeypatch.setattr(study, "_do", lambda todo, names, store, *_: {k: study._work(c, store, "cpu", None) for k, c in todo.items()})
+    def run(self, configs, **args): return study.run_grid(configs, **{"store": self.store, "device": "cpu", **args})
+    with pytest.raises(study.RunError, match="^all [0-9]+ runs failed(.|\n)*precision='fp16' needs a GPU"): execute(name, "paper", "sop", run, seeds=1)
+
+
 def test_the_benchmark_shares_its_runs(execute):
     "What the comparisons of HAPPIER and of ROADMAP have too, by the same name, is the same run."
     def run(self, configs, **args): raise Enough

@@ -162,6 +162,9 @@ def test_failures_and_dead_workers_are_rows(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="1 of 6 runs failed(.|\n)*loss bad, seed 1: ValueError") as e:
         run_grid(g.where(loss="a") + g.where(loss="bad"), store=tmp_path, device="cpu", runner=toy_run, progress=False)
     assert len(e.value.rows) == 6
+    for on_error in ("raise", "keep"):  # nothing to go on with
+        with pytest.raises(RunError, match="^all 1 runs failed(.|\n)*loss is NaN") as e:
+            run_grid([c for c in g.where(loss="bad") if c.seed == 1], store=tmp_path, device="cpu", runner=toy_run, progress=False, on_error=on_error)
     assert not workers(), "a worker is left"
 
 
