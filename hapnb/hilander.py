@@ -43,7 +43,7 @@ class HiLanderConfig:
     focal: float = 0. # exponent of the focal loss; 0 = cross-entropy
     balance: str = "weight" # positive and negative edges: "sample" as many of each (published), "weight", or "none"
     density_weight: float = 1. # of the density loss
-    epochs: int = 40 # visits of all graphs
+    epochs: int = 20 # visits of all graphs; with few labels more of them only learn the training classes by heart
     optimizer: str = "adamw" # or "sgd" (published)
     lr: float = 3e-3 # at the start; falls to min_lr along a cosine
     momentum: float = 0.9 # of sgd
