@@ -33,8 +33,8 @@ class HiLanderConfig:
     "How to build and train Hi-LANDER; a wrong name or value is a `ValueError`."
     k: tuple = (10, 5, 3) # neighbours in each family of training graphs, the point itself not counted
     levels: tuple = (2, 3, 4) # levels of each family
-    hidden: int = 512 # width of the graph convolution
-    edge_hidden: int = 256 # width of the edge head
+    hidden: int = 64 # width of the graph convolution (published: 512)
+    edge_hidden: int = 64 # width of the edge head (published: 256)
     attention: bool = True # False: plain graph convolution, weights = similarities that sum to 1
     self_loop: bool = True # a point is a neighbour of itself in the convolution (published: False)
     edge_similarity: bool = True # the edge head sees cosines too (published: False)
@@ -43,9 +43,9 @@ class HiLanderConfig:
     focal: float = 0. # exponent of the focal loss; 0 = cross-entropy
     balance: str = "weight" # positive and negative edges: "sample" as many of each (published), "weight", or "none"
     density_weight: float = 1. # of the density loss
-    epochs: int = 60 # visits of all graphs
+    epochs: int = 20 # visits of all graphs; with few labels more of them only learn the training classes by heart
     optimizer: str = "adamw" # or "sgd" (published)
-    lr: float = 1e-3 # at the start; falls to min_lr along a cosine
+    lr: float = 3e-3 # at the start; falls to min_lr along a cosine
     momentum: float = 0.9 # of sgd
     weight_decay: float = 1e-5
     min_lr: float = 1e-5
