@@ -113,7 +113,7 @@ def _say(began):
 
 # %% ../nbs/61_cli.ipynb #1a6b9488
 @_command("Make the tables and figures of studies, from the notebooks.", """examples:
-  hapnb reproduce                             all studies, bundled images, about 40 minutes on two cores
+  hapnb reproduce                             all studies, bundled images, about half an hour on two cores
   hapnb reproduce benchmark --profile smoke   does it work at all?
   hapnb reproduce --profile full --seeds 5    what figures/ is committed from
   hapnb reproduce 10 --dataset folder --data-dir ~/photos

@@ -308,7 +308,7 @@ def test_help_loads_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True).returncode == 0
 
 
-def test_reproduce_help_states_the_time(call): assert "about 40 minutes on two cores" in call("reproduce", "--help")[1]
+def test_reproduce_help_states_the_time(call): assert "about half an hour on two cores" in call("reproduce", "--help")[1]
 
 
 def test_bugs_and_interruptions(clone, call, monkeypatch):
