@@ -988,6 +988,7 @@ def test_all_trunks_on_a_fake_gpu(name, size, head):
 
 
 def test_no_trunk_is_forgotten():
+    import hapnb.trunks  # registers the transformers
     from hapnb.core import TRUNKS
     ours = {n for n in TRUNKS.names() if TRUNKS.get(n).__module__ in ("hapnb.models", "hapnb.trunks")}
     assert ours == {case[0] for case in test_all_trunks_on_a_fake_gpu.pytestmark[0].args[1]}
