@@ -54,10 +54,10 @@ def _options(name):
     return add
 
 # %% ../nbs/61_cli.ipynb #6fff5b49
-def _shared(sub, data=True):
+def _shared(sub, data=True, usual="emoji"):
     "Options that several commands have."
     if data:
-        sub.add_argument("--dataset", default="emoji", metavar="NAME", help="emoji (bundled), folder, table, or a registered name (default: emoji)")
+        sub.add_argument("--dataset", default="emoji", metavar="NAME", help=f"emoji (bundled), folder, table, or a registered name (default: {usual})")
         sub.add_argument("--data-dir", default="", metavar="DIR", help="where the data is, for sets that are not bundled")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     sub.add_argument("--store", default="runs", metavar="DIR", help="the run store; relative paths count from the project's root (default: runs)")
@@ -415,7 +415,7 @@ def _(sub):
     sub.add_argument("--split", default="test", metavar="S", help="train, fit, val, test or all (default: test)")
     sub.add_argument("--levels", default="", metavar="NAMES", help="levels of labels to keep, with commas (default: all)")
     sub.add_argument("--out", required=True, metavar="FILE", help="the file to write, .parquet")
-    _shared(sub)
+    _shared(sub, usual="that of the run, or emoji")
     sub.set_defaults(dataset="")
 
 def _check_out(path, endings):
@@ -501,6 +501,7 @@ def _method_of(a):
     if method in ("hilander", "hdbscan") and a.clusters: raise WrongUse(f"{method} finds the number of clusters by itself; --clusters is for kmeans and agglomerative.")
     return method
 
+# %% ../nbs/61_cli.ipynb #4804913e
 def _json_args(text):
     "The dict of --args."
     try: args = json.loads(text) if text else {}
@@ -542,6 +543,7 @@ def _model_of(a, table):
         print(f"model: {_near(folder)}")
     return model
 
+# %% ../nbs/61_cli.ipynb #ac299190
 def _found(a, method, table): # (clusters [N], density [N] or None, the arguments used)
     "Cluster a table as the options say."
     from hapnb.clustering import choose, cluster as by_name
@@ -585,6 +587,7 @@ def _print_scores(table, c):
     for name in ("pairwise", "bcubed"): print(f"{name:<12}" + "".join(f"{100 * s[f'{name}_{k}']:>10.2f}" for k in "PRF"))
     print(f"{'NMI':<12}{'':>20}{100 * s['NMI']:>10.2f}")
 
+# %% ../nbs/61_cli.ipynb #c9f6aca4
 def _write_clusters(path, a, method, args, table, c, density):
     "Path, cluster and density, a row a point; parquet carries a note of how it was made."
     import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
@@ -620,12 +623,12 @@ def cluster(a) -> int:
 # %% ../nbs/61_cli.ipynb #27e5846e
 @_options("openworld")
 def _(sub):
-    sub.add_argument("--recipe", default="", metavar="NAME", help="train by the settings of a paper; `hapnb train --list` names them (default: the settings for the bundled images)")
+    sub.add_argument("--recipe", default="", metavar="NAME", help="the settings of a paper: pss/inat, pss/inat-vit, or of training alone one of `hapnb train --list` (default: the settings for the bundled images)")
     sub.add_argument("--rounds", type=_count, default=None, metavar="N", help="trainings, the first one on labelled images alone (default: 5)")
     sub.add_argument("--seed", type=int, default=None, metavar="N", help="default: 0")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field of OpenWorldConfig, or an entry of one, such as decode.tau=0.8; values as JSON, words as they are; may be given many times")
     sub.add_argument("--dry-run", action="store_true", help="print every setting and how many images there are, and stop")
-    _shared(sub)
+    _shared(sub, usual="that of the recipe, or emoji")
     sub.set_defaults(dataset="")
 
 def _put(values, text):
@@ -643,12 +646,13 @@ def _put(values, text):
 # %% ../nbs/61_cli.ipynb #36678e2b
 def _open_config(a):
     "The `OpenWorldConfig` of the options."
-    from hapnb.openworld import OpenWorldConfig
+    from hapnb.openworld import OPEN_WORLD_RECIPES, OpenWorldConfig
+    from hapnb.recipes import RECIPES
+    known = {**OPEN_WORLD_RECIPES, **RECIPES}
+    if a.recipe and a.recipe not in known: raise WrongUse(f"unknown recipe {a.recipe!r}.{nearest(a.recipe, known)} Of open-world learning: {', '.join(OPEN_WORLD_RECIPES)}; of training alone: hapnb train --list.")
     try:
-        values = OpenWorldConfig().to_dict()
-        if a.recipe:
-            from hapnb.recipes import recipe
-            values["base"] = {k: v for k, v in recipe(a.recipe).config().to_dict().items() if k != "seed"}
+        values = (OPEN_WORLD_RECIPES[a.recipe].config() if a.recipe in OPEN_WORLD_RECIPES else OpenWorldConfig()).to_dict()
+        if a.recipe and a.recipe not in OPEN_WORLD_RECIPES: values["base"] = {k: v for k, v in RECIPES[a.recipe].config().to_dict().items() if k != "seed"}
         if a.dataset: values["base"]["dataset"] = a.dataset
         if a.data_dir: values["base"]["data_dir"] = str(Path(a.data_dir).expanduser().absolute())
         for k in ("rounds", "seed"):
@@ -662,7 +666,7 @@ def _print_rounds(result):
     names = {"R@1_level0": "R@1", "H-AP": "H-AP", "selected": "selected", "selected_precision": "precision", "pairwise_F_in": "F known", "pairwise_F_out": "F new"}
     rounds = result.rounds
     shown = [k for k in names if k in rounds]
-    print(f"{'round':<8}" + "".join(f"{names[k]:>11}" for k in shown) + "   (in percent, but selected)")
+    print(f"{'round':<8}" + "".join(f"{names[k]:>11}" for k in shown) + "   (selected: images; the others in percent)")
     for r, row in rounds.iterrows():
         cell = lambda k: "-" if row[k] != row[k] else f"{row[k]:.0f}" if k == "selected" else f"{100 * row[k]:.2f}"
         print(f"{r:<8}" + "".join(f"{cell(k):>11}" for k in shown))
@@ -675,7 +679,8 @@ def _print_rounds(result):
   hapnb openworld                                     bundled images, five rounds
   hapnb openworld --dry-run --set clusterer=kmeans
   hapnb openworld --rounds 3 --seed 1 --set decode.tau=0.8 --set base.epochs=10
-  hapnb openworld --recipe smooth-ap/inat --data-dir ~/inat --set split.labelled=l_in.txt --set split.unlabelled=u.txt
+  hapnb openworld --recipe pss/inat --data-dir ~/inat
+  hapnb openworld --recipe smoothap/emoji --set 'select={"mode": "density", "threshold": 0.6}'
 
 Each stage is kept in the store; a run that was stopped goes on with the same command.""")
 def openworld(a) -> int:

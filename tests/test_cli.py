@@ -418,9 +418,36 @@ def test_cluster_with_hilander(files, tmp_path, call):
     (["none.parquet"], "no such file of features"), (["--method", "kmean"], "Did you mean 'kmeans'"), (["--method", "kmeans"], "number of clusters"), (["--method", "kmeans", "--clusters", "999"], "choose 1 to 144"),
     (["--method", "hilander"], "give --train LABELLED.parquet"), (["--clusters", "5"], "by itself"), (["--tau", "0.5"], "--tau is for hilander"), (["--method", "kmeans", "--clusters", "3", "--model", "x"], "--model is for hilander"),
     (["--train", "other.parquet"], "other.parquet has 5 dimensions"), (["--train", "bare.parquet", "--method", "hdbscan"], "has no labels to learn from"), (["--level", "hu"], "Did you mean 'hue'"), (["--args", "tau=1"], "is not JSON"),
-    (["--args", "[1]"], "must be a JSON object"), (["--args", '{"min_size": 3}'], "Did you mean 'min_samples'"), (["--out", "c.txt"], "ends in .parquet or .csv"), (["--model", "a", "--train", "b"], "either --train or --model"), (["--device", "gpu"], "unknown device")])
+    (["--args", "[1]"], "must be a JSON object"), (["--args", '{"min_size": 3}'], "Did you mean 'min_cluster_size'"), (["--out", "c.txt"], "ends in .parquet or .csv"), (["--model", "a", "--train", "b"], "either --train or --model"), (["--device", "gpu"], "unknown device")])
 def test_cluster_wrong_use(files, clone, call, argv, text):
     from hapnb.features import FeatureTable, write_features
     write_features(FeatureTable(torch.eye(5), torch.arange(5)), "other.parquet"); write_features(FeatureTable(torch.randn(9, 32)), "bare.parquet")
     status, out, err = call("cluster", *([] if argv[0].endswith("parquet") else [files / "test.parquet"]), *argv)
+    assert status == 2 and text in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
+
+
+TOY = ["--dataset", "toy", "--rounds", "2", "--device", "cpu", "--store", "store", *(w for s in (
+    "base.trunk=toy", "base.image_size=32", "base.embed_dim=8", "base.batch_size=24", "base.epochs=1", 'base.loss=SmoothAPLoss', "base.dataset_args.hues=24", "hilander.epochs=2", "decode.k=4", "decode.tau=0.5",
+    'select={"mode": "all"}', 'split={"known": 0.5}') for w in ("--set", s))]
+
+
+def test_openworld_prints_a_row_a_round(clone, call):
+    openworld = pytest.importorskip("hapnb.openworld")
+    status, out, _ = call("openworld", "--dry-run", *TOY)
+    assert status == 0 and '  rounds = 2\n' in out and '"epochs": 1' in out and "labelled; pool of" in out and "nothing was trained" in out and not list((clone / "store").iterdir())
+    status, out, err = call("openworld", *TOY)
+    assert status == 0, err
+    result = openworld.OpenWorldResult(next((clone / "store").glob("*/round_0")).parent)
+    rows = [line.split() for line in out.splitlines() if line[:2] in ("0 ", "1 ")]
+    assert len(rows) == 2 and rows[1][1] == f"{100 * result.rounds['R@1_level0'][1]:.2f}" and f"run: store/{result.key}" in out
+    assert f"selection of round 0: store/{result.key}/round_0/selection.parquet" in out and (result.path / "round_0/selection.parquet").exists()
+    assert call("openworld", *TOY)[1].splitlines()[-len(rows):] == out.splitlines()[-len(rows):], "a finished run is read back"
+
+
+@pytest.mark.parametrize("argv, text", [
+    (["--set", "clusterer=kmean"], "Did you mean 'kmeans'"), (["--set", "base.los=x"], "Did you mean 'loss'"), (["--set", "round=3"], "Did you mean 'rounds'"), (["--set", "rounds"], "write KEY=VALUE"), (["--set", "rounds.x=1"], "not a dictionary"),
+    (["--recipe", "pss/inatt"], "Did you mean 'pss/inat'"), (["--rounds", "0"], "1 or more"), (["--dataset", "emojy"], "Did you mean 'emoji'"), (["--data-dir", "nowhere"], "no such file or folder"), (["--device", "gpu"], "unknown device")])
+def test_openworld_wrong_use(clone, call, argv, text):
+    pytest.importorskip("hapnb.openworld")
+    status, out, err = call("openworld", "--dry-run", *argv)
     assert status == 2 and text in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
