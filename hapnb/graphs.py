@@ -40,6 +40,9 @@ class Graph:
     def k(self) -> int:
         "Neighbours of each point."
         return self.neighbours.shape[1]
+    def first(self, k: int) -> "Graph":
+        "Keep the `k` best neighbours of each point."
+        return Graph(self.neighbours[:, :k], self.similarity[:, :k])
     def to(self, device) -> "Graph":
         "Move both tables."
         return Graph(self.neighbours.to(device), self.similarity.to(device))
@@ -160,12 +163,13 @@ def training_levels(x: Tensor, labels, # [N, D] and integers [N]
                     k: int = 10, # neighbours
                     levels: int = 2, # at most; 1 = the base graph alone
                     links: str = "similarity", # a point follows its most similar denser neighbour; "class": of its own class only
+                    base: Graph = None, # of x with `k` neighbours or more, if it was made before
                     ) -> list: # of Level, on the CPU
     "Build the graphs of a training set with ground-truth densities: each level's peaks are the next one's points."
     x, y = _unit_rows(x).cpu(), check_labels(labels)[:, 0].cpu()
     nodes, roots, out = torch.arange(len(x)), torch.arange(len(x)), []
     while len(nodes) > 1 and len(out) < levels:
-        graph = knn_graph(x[nodes], k)
+        graph = knn_graph(x[nodes], k) if out or base is None else base.first(k)
         level = Level(nodes, x[nodes], cluster_means(x, roots, nodes), graph, supervised_density(graph, y[nodes]), same_class(graph, y[nodes]))
         parents = find_parents(graph, level.density, allowed=level.same if links == "class" else None)
         out.append(level)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HiLanderConfig', 'HiLander', 'edge_loss', 'build_hilander', 'train_hilander', 'load_hilander', 'predict_edges',
-           'ClusterLevel', 'Clusters', 'cluster_hilander', 'Graph', 'knn_graph', 'supervised_density']
+           'ClusterLevel', 'Clusters', 'cluster_hilander', 'hilander', 'Graph', 'knn_graph', 'supervised_density']
 
 # %% ../nbs/48_hilander.ipynb #40edf0fb
 import copy, dataclasses, hashlib, json, math, os, sys, time
@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from tqdm.auto import tqdm
 
+from .clustering import CLUSTERERS
 from .core import _no_autocast, check_embeddings, check_labels, check_number, nearest, pick_device, write_atomic
 from .graphs import (Graph, Level, _unit_rows, canonical_order, cluster_means, find_parents, find_roots, knn_graph, same_class,
                           supervised_density, training_levels)
@@ -32,8 +33,8 @@ class HiLanderConfig:
     "How to build and train Hi-LANDER; a wrong name or value is a `ValueError`."
     k: tuple = (10, 5, 3) # neighbours in each family of training graphs, the point itself not counted
     levels: tuple = (2, 3, 4) # levels of each family
-    hidden: int = 512 # width of the graph convolution
-    edge_hidden: int = 256 # width of the edge head
+    hidden: int = 64 # width of the graph convolution (published: 512)
+    edge_hidden: int = 64 # width of the edge head (published: 256)
     attention: bool = True # False: plain graph convolution, weights = similarities that sum to 1
     self_loop: bool = True # a point is a neighbour of itself in the convolution (published: False)
     edge_similarity: bool = True # the edge head sees cosines too (published: False)
@@ -42,9 +43,9 @@ class HiLanderConfig:
     focal: float = 0. # exponent of the focal loss; 0 = cross-entropy
     balance: str = "weight" # positive and negative edges: "sample" as many of each (published), "weight", or "none"
     density_weight: float = 1. # of the density loss
-    epochs: int = 60 # visits of all graphs
+    epochs: int = 20 # visits of all graphs; with few labels more of them only learn the training classes by heart
     optimizer: str = "adamw" # or "sgd" (published)
-    lr: float = 1e-3 # at the start; falls to min_lr along a cosine
+    lr: float = 3e-3 # at the start; falls to min_lr along a cosine
     momentum: float = 0.9 # of sgd
     weight_decay: float = 1e-5
     min_lr: float = 1e-5
@@ -246,7 +247,8 @@ def _task(level, cfg, device):
     return _Task(x.to(device), level.graph.to(device), d.to(device), level.same.to(device), counted.to(device))
 
 def _tasks(x, y, cfg, device):
-    return [_task(l, cfg, device) for k, n in zip(cfg.k, cfg.levels) for l in training_levels(x, y, k, n, cfg.links)]
+    base = knn_graph(x, max(cfg.k), device).to("cpu")  # the search is most of the work: once for all families
+    return [_task(l, cfg, device) for k, n in zip(cfg.k, cfg.levels) for l in training_levels(x, y, k, n, cfg.links, base)]
 
 # %% ../nbs/48_hilander.ipynb #fb52ec90
 def build_hilander(dim: int, config: HiLanderConfig = HiLanderConfig()) -> HiLander:
@@ -352,7 +354,7 @@ def train_hilander(x: Tensor, # features [N, D], any length
     training, key = _Training(x, y, config, device), _fingerprint(x, y, config)
     if state is not None and Path(state).exists(): training.load(state, key)
     saved, every = time.monotonic(), float(os.environ.get("TQDM_MININTERVAL") or (0.1 if sys.stderr.isatty() else 5))
-    with tqdm(total=config.epochs, initial=training.epoch, desc="Hi-LANDER", unit="epoch", disable=not progress, mininterval=every) as bar:
+    with tqdm(total=config.epochs, initial=training.epoch, desc="Hi-LANDER", unit="epoch", disable=not progress, mininterval=every) as bar, _no_autocast(training.tasks[0].x):
         while training.epoch < config.epochs:
             row = training.run_epoch()
             bar.set_postfix(edge=f"{row['edge']:.3f}", density=f"{row['density']:.4f}", refresh=False); bar.update()
@@ -411,7 +413,7 @@ def predict_edges(model: HiLander, x: Tensor, # features as the model takes them
     chunk = _BLOCK * max(1, -(-(batch_size or _BLOCK) // _BLOCK))
     x, nb, a = x.to(home), graph.neighbours.to(home), graph.similarity.to(home)
     run = lambda stage, tables, rows: _blockwise(stage, tables, rows, n, chunk, device)
-    with _no_autocast(x):
+    with _no_autocast(torch.empty(0, device=device)):
         h, score = run(model.nodes, [], [x])
         source, target = run(lambda *p: model.sides(model.gather(*p), p[-1]), [(h, nb), (score[:, 0], nb)], [h, score, a])
         del h
@@ -510,3 +512,17 @@ def _finish(parents, levels, place, first):
     copies = first[place] != torch.arange(len(place))
     density = levels[0].density if levels else torch.zeros(len(parents))
     return Clusters(names[place], density[place], torch.where(copies, first[place], up), levels)
+
+# %% ../nbs/48_hilander.ipynb #d71307e2
+@CLUSTERERS.register("hilander")
+def hilander(x: Tensor, # [N, D]
+             clusters: int = None, # must stay None: the number is found
+             seed: int = 0, # nothing is random
+             model=None, # a trained `HiLander`, or the folder of a saved one
+             k: int = 10, tau: float = 0.9, distance: str = "prob", max_levels: int = 10, early_stop: bool = True, # as in `cluster_hilander`
+             batch_size: int = None, device="auto",
+             ) -> Tensor: # LongTensor [N]
+    "Cluster by a trained Hi-LANDER; a wanted number of clusters and a missing model are a `ValueError`."
+    if clusters is not None: raise ValueError(f"hilander finds the number of clusters by itself and cannot be told {clusters}; leave it out and set tau.")
+    if model is None: raise ValueError("hilander needs model=: what train_hilander gave, or the folder where it was saved.")
+    return cluster_hilander(model if isinstance(model, HiLander) else load_hilander(model), x, k, tau, distance, max_levels, early_stop, batch_size, device).labels
