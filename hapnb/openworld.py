@@ -7,9 +7,10 @@ __all__ = ['BASE', 'HILANDER', 'DECODE', 'SELECT', 'SCHEMA', 'PARTS', 'OPEN_WORL
            'read_image_list', 'load_parts', 'class_distance', 'closeness', 'check_select', 'select_samples',
            'OpenWorldConfig', 'training_part', 'never_drawn', 'choose_args', 'selection_scores', 'purity', 'run_rounds',
            'OpenWorldResult', 'found_classes', 'pick_clusters', 'show_clusters', 'OpenWorldRecipe', 'recipe',
-           'base_for', 'rounds_table']
+           'base_for', 'rounds_table', 'HiLander', 'HiLanderConfig', 'train_hilander', 'cluster_hilander',
+           'load_hilander', 'cluster', 'clustering_scores', 'pairwise_scores', 'bcubed_scores']
 
-# %% ../nbs/50_openworld.ipynb #c6772471
+# %% ../nbs/50_openworld.ipynb #855e0cbe
 import dataclasses, functools, hashlib, inspect, json, math, os, shutil
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -30,7 +31,10 @@ from .features import extract_features
 from .clustering import CLUSTERERS, bcubed_scores, choose, cluster, clustering_scores, find_clusterer, pairwise_scores
 from .hilander import HiLander, HiLanderConfig, cluster_hilander, load_hilander, train_hilander
 
-# %% ../nbs/50_openworld.ipynb #ab3fe635
+# %% ../nbs/50_openworld.ipynb #822424e9
+_all_ = ["HiLander", "HiLanderConfig", "train_hilander", "cluster_hilander", "load_hilander", "cluster", "clustering_scores", "pairwise_scores", "bcubed_scores"]
+
+# %% ../nbs/50_openworld.ipynb #6ff4b0ad
 @dataclass(frozen=True)
 class Parts:
     "The images of an open-world run: rows of the training part, and the evaluation part."
@@ -49,7 +53,7 @@ class Parts:
         known = int(self.known.sum())
         return f"Parts({self.whole.name}: {len(self.labelled)} labelled; pool of {len(self.pool)}, {known} of them of known classes; {len(self.test)} for testing)"
 
-# %% ../nbs/50_openworld.ipynb #cd26cd18
+# %% ../nbs/50_openworld.ipynb #4c80b8c5
 def image_paths(dataset: RetrievalDataset,
                 data_dir=None, # where the images are; paths become relative to it
                 ) -> list: # one text an image, with "/"
@@ -61,7 +65,7 @@ def image_paths(dataset: RetrievalDataset,
     root = f"{(root.parent if root.is_file() else root).as_posix()}/"
     return [n.removeprefix(root) for n in names]
 
-# %% ../nbs/50_openworld.ipynb #50b005b2
+# %% ../nbs/50_openworld.ipynb #5383159e
 def read_image_list(file, # a text file, one relative path a line
                     rows: dict, # path -> row
                     test=(), # paths of the evaluation part, which may not be there
@@ -79,7 +83,7 @@ def read_image_list(file, # a text file, one relative path a line
     if not out: raise ValueError(f"{file} names no image.")
     return out
 
-# %% ../nbs/50_openworld.ipynb #c9ee5bd2
+# %% ../nbs/50_openworld.ipynb #011eda4a
 def _from_lists(split, data_dir, whole, test, everything):
     "Rows of `whole` by label lists; `everything` also holds what was taken away for validation."
     at = lambda name: p if (p := Path(name).expanduser()).is_absolute() or data_dir is None else Path(data_dir).expanduser() / p
@@ -93,7 +97,7 @@ def _from_lists(split, data_dir, whole, test, everything):
     lists.setdefault("unlabelled", [i for i in range(len(paths)) if i not in lists["labelled"]])
     return [np.array(sorted(own[paths[i]] for i in lists[k] if paths[i] in own), dtype=np.int64) for k in ("labelled", "unlabelled")]
 
-# %% ../nbs/50_openworld.ipynb #8f8171c0
+# %% ../nbs/50_openworld.ipynb #9372fd40
 def _dealt(split, whole, data_dir):
     "Rows by the dataset's own column, or by hashes of names."
     if not split and "open_world" in whole.meta: part = whole.meta["open_world"].tolist()
@@ -106,7 +110,7 @@ def _dealt(split, whole, data_dir):
     part = np.array(part)
     return np.flatnonzero(part == "labelled"), np.flatnonzero(np.char.startswith(part, "unlabelled"))
 
-# %% ../nbs/50_openworld.ipynb #805b7b6a
+# %% ../nbs/50_openworld.ipynb #3b4b505a
 _SPLIT = ("labelled", "unlabelled", "known", "salt")
 
 def _check_open_split(split):
@@ -116,7 +120,7 @@ def _check_open_split(split):
     if "unlabelled" in split and not lists: raise ValueError("split: a list of unlabelled images needs a list of labelled ones: {'labelled': 'L_in.txt', 'unlabelled': 'U.txt'}.")
     if lists and {"known", "salt"} & set(split): raise ValueError("split: 'known' and 'salt' deal images by a rule, and 'labelled' names a list; give one or the other.")
 
-# %% ../nbs/50_openworld.ipynb #e383dfcd
+# %% ../nbs/50_openworld.ipynb #622cc121
 def load_parts(cfg) -> Parts: # of an `OpenWorldConfig`
     "Load and cut the data of an open-world run; `ValueError` for a part that is empty, and for lists as `read_image_list`."
     base, split = cfg.run_config(), thaw(cfg.split)
@@ -130,7 +134,7 @@ def load_parts(cfg) -> Parts: # of an `OpenWorldConfig`
         if not len(rows): raise ValueError(f"{whole.name}/{whole.split} has no {name} images (split={split}): {parts}.")
     return parts
 
-# %% ../nbs/50_openworld.ipynb #fc033323
+# %% ../nbs/50_openworld.ipynb #8d847337
 def class_distance(z: Tensor, # unit embeddings [N, D]
                    known: Tensor, # unit embeddings of the images that have a class [M, D]
                    labels: Tensor, # their classes [M], 0 or more
@@ -142,7 +146,7 @@ def class_distance(z: Tensor, # unit embeddings [N, D]
     prototypes = F.normalize(sums, dim=1).to(z.dtype)
     return torch.cat([(1 - (b @ prototypes.T).amax(1)) / 2 for b in z.split(block)]).clamp(0, 1)
 
-# %% ../nbs/50_openworld.ipynb #2f4443a3
+# %% ../nbs/50_openworld.ipynb #1508cafe
 def closeness(z: Tensor, # unit embeddings [N, D]
               clusters: Tensor, # LongTensor [N], -1 = noise
               ) -> Tensor: # float [N], -1 to 1
@@ -153,7 +157,7 @@ def closeness(z: Tensor, # unit embeddings [N, D]
     alone = (size[of] < 2) | (clusters < 0)
     return (others * z.double()).sum(1).float().masked_fill(alone.to(z.device), -1.)
 
-# %% ../nbs/50_openworld.ipynb #27bece98
+# %% ../nbs/50_openworld.ipynb #83532a57
 _SELECT = dict(mode="density", threshold=None, share=None, distance=None, smallest=1)
 _MODES = ("density", "recluster", "all")
 
@@ -171,7 +175,7 @@ def check_select(select: dict) -> dict: # with all entries
     if s["mode"] != "all" and (s["threshold"] is None) == (s["share"] is None): raise ValueError(f"select: mode {s['mode']!r} needs a threshold of density or a share of the pool, one of the two.")
     return s
 
-# %% ../nbs/50_openworld.ipynb #ff3b70e0
+# %% ../nbs/50_openworld.ipynb #b79c482e
 def select_samples(clusters: Tensor, # LongTensor [N], -1 = noise, never selected
                    density: Tensor, # float [N]: how sure
                    distance: Tensor = None, # float [N], of `class_distance`; needed where select["distance"] is set
@@ -194,13 +198,13 @@ def select_samples(clusters: Tensor, # LongTensor [N], -1 = noise, never selecte
         chosen = chosen & (size[of] >= s["smallest"])
     return chosen, torch.where(chosen, clusters, -1)
 
-# %% ../nbs/50_openworld.ipynb #22930c25
-BASE = dict(loss="SmoothAPLoss", lr=3e-2, epochs=30, batch_size=256, sampler_args={"m": 4}, embed_dim=128)
-HILANDER = dict(epochs=50)
+# %% ../nbs/50_openworld.ipynb #f59c2a92
+BASE = dict(loss="SmoothAPLoss", lr=1e-3, epochs=20, batch_size=256, sampler_args={"m": 2}, embed_dim=128) # for the bundled images, chosen on validation concepts
+HILANDER = {} # the defaults of `HiLanderConfig` are for a few thousand images
 DECODE = dict(k=10, tau=0.9)
-SELECT = {"hilander": dict(mode="density", threshold=0.5), "kmeans": dict(mode="density", share=0.5), "hdbscan": dict(mode="all"), "agglomerative": dict(mode="all", smallest=2)}
+SELECT = {"hilander": dict(threshold=0.5, smallest=2), "kmeans": dict(share=0.5, smallest=2), "hdbscan": dict(mode="all"), "agglomerative": dict(mode="all", smallest=2)} # clusterer -> selection where none is given
 
-# %% ../nbs/50_openworld.ipynb #d1444b42
+# %% ../nbs/50_openworld.ipynb #287d7705
 @dataclass(frozen=True)
 class OpenWorldConfig:
     "Everything that decides an open-world run, as plain values; `ValueError` for values that do not fit."
@@ -221,7 +225,7 @@ class OpenWorldConfig:
         for f in dataclasses.fields(self): object.__setattr__(self, f.name, freeze_value(getattr(self, f.name), f.name))
         self._check()
 
-# %% ../nbs/50_openworld.ipynb #30105e4e
+# %% ../nbs/50_openworld.ipynb #e4c25b49
 @patch
 def _check(self: OpenWorldConfig):
     for f in dataclasses.fields(self):
@@ -242,7 +246,7 @@ def _check(self: OpenWorldConfig):
     self.selection()
     _check_open_split(self.split)
 
-# %% ../nbs/50_openworld.ipynb #ab7d12c9
+# %% ../nbs/50_openworld.ipynb #3d432d71
 @patch
 def run_config(self: OpenWorldConfig, round: int = 0) -> RunConfig:
     "Give the `RunConfig` of a round; all rounds start from the same seed."
@@ -258,7 +262,7 @@ def selection(self: OpenWorldConfig) -> dict:
     "Give the settings of the selection, those of the clusterer where nothing is said."
     return check_select(thaw(self.select) or SELECT.get(self.clusterer, dict(mode="all")))
 
-# %% ../nbs/50_openworld.ipynb #e053fa43
+# %% ../nbs/50_openworld.ipynb #b917ffb8
 @patch
 def to_dict(self: OpenWorldConfig) -> dict:
     "Give all fields as plain values that JSON can hold and that you may change."
@@ -277,7 +281,7 @@ def replace(self: OpenWorldConfig, **changes):
     "Make a config that differs in some fields."
     return OpenWorldConfig.from_dict({**self.to_dict(), **changes})
 
-# %% ../nbs/50_openworld.ipynb #1649c437
+# %% ../nbs/50_openworld.ipynb #a8f15c24
 SCHEMA = 1 # raise it when the code changes what a config means
 
 @patch
@@ -290,7 +294,7 @@ def key(self: OpenWorldConfig, parts: Parts = None) -> str: # 16 hexadecimal dig
     values["parts"] = [hashlib.sha256(np.ascontiguousarray(r).tobytes()).hexdigest() for r in (parts.labelled, parts.pool)]
     return hashlib.sha256(json.dumps(dict(schema=SCHEMA, open_world=values), sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/50_openworld.ipynb #6c94362c
+# %% ../nbs/50_openworld.ipynb #1adb3d0b
 def training_part(whole: RetrievalDataset,
                   rows, # of `whole`
                   classes: Tensor, # LongTensor [n]: their classes, any numbers
@@ -307,7 +311,7 @@ def training_part(whole: RetrievalDataset,
     out.cut, out.at_least = part.cut, part.at_least
     return out
 
-# %% ../nbs/50_openworld.ipynb #189e77dd
+# %% ../nbs/50_openworld.ipynb #84a4b917
 def never_drawn(labels: Tensor, # classes [N]
                 cfg: RunConfig,
                 ) -> int: # images
@@ -316,7 +320,7 @@ def never_drawn(labels: Tensor, # classes [N]
     size = labels.bincount()
     return int(size[(size > 0) & (size < m)].sum())
 
-# %% ../nbs/50_openworld.ipynb #872004af
+# %% ../nbs/50_openworld.ipynb #f7455479
 _DAMAGED = (OSError, ValueError, KeyError, EOFError)  # what readers raise on a damaged file
 
 def _sha(path):
@@ -346,7 +350,7 @@ class _State:
         self.token = hashlib.sha256(f"{self.token} {name} {_sha(path)}".encode()).hexdigest()
         return found
 
-# %% ../nbs/50_openworld.ipynb #3ad9e0d9
+# %% ../nbs/50_openworld.ipynb #d44cd407
 @patch
 def _fits(self: _State, path, note):
     "Whether a file belongs to this chain; `ValueError` if it belongs to other data."
@@ -357,7 +361,7 @@ def _fits(self: _State, path, note):
     self.say(f"{path} was made from other results than those before it; it is made again.")
     return False
 
-# %% ../nbs/50_openworld.ipynb #9d766e6e
+# %% ../nbs/50_openworld.ipynb #d5ea4388
 def _write_json(path, values, note): write_atomic(path, json.dumps({"note": note, **values}, indent=1, sort_keys=True, allow_nan=False) + "\n")
 def _read_json(path):
     values = json.loads(path.read_text())
@@ -373,7 +377,7 @@ def _read_tensors(path):
         with safe_open(path, framework="pt") as f: return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["hapnb"])
     except SafetensorError as e: raise ValueError(str(e)) from e
 
-# %% ../nbs/50_openworld.ipynb #53a5f194
+# %% ../nbs/50_openworld.ipynb #22abcfda
 def _write_table(path, frame, note):
     import pyarrow as pa, pyarrow.parquet as pq
     table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata({"hapnb": json.dumps(note)})
@@ -385,7 +389,7 @@ def _read_table(path):
     except pa.ArrowException as e: raise ValueError(str(e)) from e
     return table.to_pandas(), json.loads(table.schema.metadata[b"hapnb"])
 
-# %% ../nbs/50_openworld.ipynb #8acb7b84
+# %% ../nbs/50_openworld.ipynb #1bdfc600
 def _write_model(path, model, note):
     "Keep a Hi-LANDER: a folder that appears all at once."
     part = path.with_name(f".{path.name}.part")
@@ -397,7 +401,7 @@ def _write_model(path, model, note):
 
 def _read_model(path): return load_hilander(path), json.loads((path / "note.json").read_text())
 
-# %% ../nbs/50_openworld.ipynb #29d34a6e
+# %% ../nbs/50_openworld.ipynb #e1084798
 class _Round:
     "What a round knows and makes."
     def __init__(self, run, number, before=None): # before: the selection of the round before
@@ -422,7 +426,7 @@ class _Round:
         T = self.T.numpy()
         return training_part(self.parts.whole, self.rows[T], self.classes[self.T], self.run.names, f"round {self.number}")
 
-# %% ../nbs/50_openworld.ipynb #3f4b5ebf
+# %% ../nbs/50_openworld.ipynb #a97a9bd5
 @patch
 def fit_run(self: _Round):
     "Train as any run is trained, and note which one."
@@ -445,7 +449,7 @@ def embed(self: _Round):
         return dict(embeddings=extract_features(self.result, part, self.run.device, workers=self.run.workers, progress=self.run.progress).embeddings)
     self.z = self.state.stage(self.name("embeddings.safetensors"), make, _write_tensors, _read_tensors)["embeddings"]
 
-# %% ../nbs/50_openworld.ipynb #fac03512
+# %% ../nbs/50_openworld.ipynb #160d22b8
 @patch
 def fit_clusterer(self: _Round):
     "Train Hi-LANDER, or choose the constant of another clusterer, on what has a class."
@@ -460,7 +464,7 @@ def fit_clusterer(self: _Round):
     make = lambda: dict(args=choose_args(z, y, self.cfg.clusterer, seed, **thaw(self.cfg.cluster_args)))
     self.model = self.state.stage(self.name("clusterer.json"), make, _write_json, _read_json)["args"]
 
-# %% ../nbs/50_openworld.ipynb #c7c9d757
+# %% ../nbs/50_openworld.ipynb #c473b1d9
 _CONSTANTS = {"kmeans": ("points_per_cluster", "clusters"), "agglomerative": ("threshold", "clusters"), "hdbscan": ("min_cluster_size",)}
 
 def choose_args(z: Tensor, # unit embeddings [N, D] of images with a class
@@ -473,7 +477,7 @@ def choose_args(z: Tensor, # unit embeddings [N, D] of images with a class
     if clusterer not in _CONSTANTS or any(k in args for k in _CONSTANTS[clusterer]): return args
     return choose(z, y, clusterer, score="bcubed_F", seed=seed, **args).args
 
-# %% ../nbs/50_openworld.ipynb #d674521b
+# %% ../nbs/50_openworld.ipynb #6ed10208
 @patch
 def clusters_of(self: _Round, z, *purpose) -> tuple: # LongTensor [n], float [n]
     "Cluster rows; give the clusters and how sure each image is."
@@ -484,7 +488,7 @@ def clusters_of(self: _Round, z, *purpose) -> tuple: # LongTensor [n], float [n]
     found = cluster(z, self.cfg.clusterer, seed=seed, **self.model).cpu()
     return found, closeness(z, found)
 
-# %% ../nbs/50_openworld.ipynb #059afcfe
+# %% ../nbs/50_openworld.ipynb #d3150200
 @patch
 def find_clusters(self: _Round):
     "Cluster the pool, and L_in together with the pool, which only scores."
@@ -498,7 +502,7 @@ def find_clusters(self: _Round):
         return frame
     self.clusters = self.state.stage(self.name("clusters.parquet"), make, _write_table, _read_table)
 
-# %% ../nbs/50_openworld.ipynb #1a6cf065
+# %% ../nbs/50_openworld.ipynb #bd2bee3a
 @patch
 def choose(self: _Round):
     "Choose images and give them classes."
@@ -517,7 +521,7 @@ def choose(self: _Round):
         return frame
     self.selection = self.state.stage(self.name("selection.parquet"), make, _write_table, _read_table)
 
-# %% ../nbs/50_openworld.ipynb #c9b8862a
+# %% ../nbs/50_openworld.ipynb #736cf8f6
 PARTS = ("labelled", "in", "out", "pool", "all", "selected", "unselected")
 
 def selection_scores(frame: pd.DataFrame, # of `OpenWorldResult.selection`, with a column `together`
@@ -537,7 +541,7 @@ def selection_scores(frame: pd.DataFrame, # of `OpenWorldResult.selection`, with
         if mask.any(): out |= {f"{k}_{part}": v for k, v in clustering_scores(y[mask], c[mask]).items()}
     return out | _counts(y, chosen, known, new, frame["pseudo_label"].to_numpy()) | dict(selected_total=int((~new).sum()) - labelled + int(chosen.sum()))
 
-# %% ../nbs/50_openworld.ipynb #eeb6db79
+# %% ../nbs/50_openworld.ipynb #d526f038
 def _counts(y, chosen, known, new, label):
     "How many were selected, and how right their clusters are."
     out = dict(pool=int(new.sum()), selected=int(chosen.sum()), selected_in=int((chosen & known).sum()), selected_out=int((chosen & ~known).sum()),
@@ -550,7 +554,7 @@ def purity(labels, clusters) -> float:
     table = pd.DataFrame(dict(cluster=np.asarray(clusters), label=np.asarray(labels))).value_counts(sort=False)
     return float(table.groupby(level="cluster").max().sum() / table.sum())
 
-# %% ../nbs/50_openworld.ipynb #807db317
+# %% ../nbs/50_openworld.ipynb #4c1f8a8e
 @patch
 def finish(self: _Round, last: bool) -> dict: # with "stopped": why training ends here, or None
     "Do all stages of this round and score it; `last`: nobody trains on its selection."
@@ -575,7 +579,7 @@ def make_selection(self: _Round):
     s, sure = self.cfg.selection(), self.clusters["density"].max()
     return f"no image of {left} was selected ({', '.join(f'{k} {v}' for k, v in s.items() if v is not None)}; highest density {sure:.3f})"
 
-# %% ../nbs/50_openworld.ipynb #baa931ee
+# %% ../nbs/50_openworld.ipynb #7c4ac161
 class _Run:
     "An open-world run on its way."
     def __init__(self, cfg, parts, path, store, device, progress, workers):
@@ -605,7 +609,7 @@ class _Run:
         make = lambda: dict(run=last["run"], why=why, stopped=1, of_training=last["of_training"], of_selection=dict(selected=0))
         return self.state.stage(f"round_{r}/metrics.json", make, _write_json, _read_json)
 
-# %% ../nbs/50_openworld.ipynb #40192394
+# %% ../nbs/50_openworld.ipynb #6d409432
 def run_rounds(cfg: OpenWorldConfig,
                store = "runs", # the folder of all runs
                device = "auto", # as in `pick_device`
@@ -630,7 +634,7 @@ def _finish(run):
     flat |= Result(run.store / rounds[-1]["run"]).metrics  # of the last model, under their usual names
     write_atomic(run.state.path / "metrics.json", json.dumps(flat, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
-# %% ../nbs/50_openworld.ipynb #328e18dd
+# %% ../nbs/50_openworld.ipynb #9cbe7c3d
 class OpenWorldResult:
     "A finished open-world run: what was asked, what came out of each round."
     def __init__(self, path): # the run's folder
@@ -658,7 +662,7 @@ class OpenWorldResult:
 
     def __repr__(self): return f"OpenWorldResult({self.key}: {self.config.clusterer}, {self.config.rounds} rounds, seed {self.config.seed}; R@1 {self.metrics.get('R@1_level0', float('nan')):.4f})"
 
-# %% ../nbs/50_openworld.ipynb #49403c26
+# %% ../nbs/50_openworld.ipynb #2d3c1f28
 @patch
 def training(self: OpenWorldResult, round: int) -> Result:
     "Give the training run of a round."
@@ -682,14 +686,14 @@ def _number(result, round):
     if round not in range(-result.config.rounds, result.config.rounds): raise ValueError(f"round {round!r} does not exist: the run has rounds 0 to {result.config.rounds - 1}.")
     return range(result.config.rounds)[round]
 
-# %% ../nbs/50_openworld.ipynb #50d6455a
+# %% ../nbs/50_openworld.ipynb #0198b230
 @patch
 def _repr_markdown_(self: OpenWorldResult):
     columns = [c for c in ("R@1_level0", "AP_level0", "H-AP", "classes", "selected", "selected_precision", "bcubed_F_in", "bcubed_F_out") if c in self.rounds]
     rows = "".join("| " + " | ".join([str(r), *("-" if pd.isna(v) else f"{v:.4f}" if isinstance(v, float) and v % 1 else f"{v:.0f}" for v in self.rounds.loc[r, columns])]) + " |\n" for r in self.rounds.index)
     return f"**{self.config.clusterer}**, seed {self.config.seed} (`{self.key}`)\n\n| round | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}\n{rows}"
 
-# %% ../nbs/50_openworld.ipynb #610c5078
+# %% ../nbs/50_openworld.ipynb #b03623d1
 def found_classes(result: OpenWorldResult,
                   round: int = 0,
                   unseen: bool = True, # only those whose commonest class has no labelled image
@@ -697,7 +701,7 @@ def found_classes(result: OpenWorldResult,
     "List the pseudo-classes that a round selected, with the true class that each has most of."
     frame, whole = result.selection(round), result.parts.whole
     frame = frame[frame["selected"]]
-    y = whole.labels[frame["row"].to_numpy()][:, 0].numpy()
+    y = whole.labels[:, 0].numpy()[frame["row"].to_numpy()]
     table = pd.DataFrame(dict(pseudo_label=frame["pseudo_label"].to_numpy(), label=y)).value_counts().rename("right").reset_index().drop_duplicates("pseudo_label")  # value_counts puts the largest first
     table = table.set_index("pseudo_label").sort_index()
     table["size"] = frame["pseudo_label"].value_counts()
@@ -705,7 +709,7 @@ def found_classes(result: OpenWorldResult,
     table["unseen"] = ~np.isin(table["label"], whole.labels[result.parts.labelled][:, 0].numpy())
     return table[table["unseen"]] if unseen else table
 
-# %% ../nbs/50_openworld.ipynb #ddd1d8d5
+# %% ../nbs/50_openworld.ipynb #9b8fecc6
 def pick_clusters(table: pd.DataFrame, # of `found_classes`
                   good: int = 4, bad: int = 4, # how many at most
                   smallest: int = 3, # images
@@ -716,7 +720,7 @@ def pick_clusters(table: pd.DataFrame, # of `found_classes`
     mixed = table[table["purity"] < 1].sort_values(["purity", "size", "pseudo_label"], ascending=[True, False, True])
     return pure["pseudo_label"].tolist()[:good], mixed["pseudo_label"].tolist()[:bad]
 
-# %% ../nbs/50_openworld.ipynb #9b203af1
+# %% ../nbs/50_openworld.ipynb #f5cb5d0a
 def show_clusters(result: OpenWorldResult,
                   round: int = 0,
                   good: int = 4, bad: int = 4, # how many clusters of each kind
@@ -733,7 +737,7 @@ def show_clusters(result: OpenWorldResult,
     if not rows: raise ValueError(f"round {round} of {result.key} selected no cluster{' of unseen concepts' if unseen else ''}.")
     return _drawn(_draw_clusters)(result.parts.whole, frame[frame["selected"]], table.loc[rows], columns, size, width, title)
 
-# %% ../nbs/50_openworld.ipynb #ee62888b
+# %% ../nbs/50_openworld.ipynb #71c0d4a9
 def _draw_clusters(whole, frame, table, columns, size, width, title):
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
@@ -751,7 +755,7 @@ def _draw_clusters(whole, frame, table, columns, size, width, title):
     fig.legend([Line2D([], [], **l) for l in looks[::-1]], [f"the {whole.level_names[0]} named on the left", "another one"], ncol=2, loc="upper center", bbox_to_anchor=(.5, 1 - (.36 if title else .03) / fig.get_figheight()))
     return fig
 
-# %% ../nbs/50_openworld.ipynb #6df8e9b5
+# %% ../nbs/50_openworld.ipynb #e986cfe2
 OPEN_WORLD_RECIPES = {}
 
 @dataclass(frozen=True)
@@ -768,7 +772,7 @@ def recipe(name: str) -> OpenWorldRecipe: # a copy, yours to change
     if name not in OPEN_WORLD_RECIPES: raise ValueError(f"unknown open-world recipe {name!r}.{nearest(name, OPEN_WORLD_RECIPES)} Known: {', '.join(OPEN_WORLD_RECIPES)}.")
     return deepcopy(OPEN_WORLD_RECIPES[name])
 
-# %% ../nbs/50_openworld.ipynb #3a27a22b
+# %% ../nbs/50_openworld.ipynb #4475bd2b
 SOURCES["Hi-LANDER"] = "github.com/dmlc/dgl, examples/pytorch/hilander: models, dataset, utils and scripts"
 
 def _published(name, threshold, source):

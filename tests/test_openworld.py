@@ -196,12 +196,12 @@ def test_the_loop(result):
         before = s
         row = result.rounds.loc[r]
         z, chosen = result.embeddings(r), s["selected"].to_numpy()
-        y = parts.whole.labels[s["row"].to_numpy().copy()][:, 0].numpy()
+        y = parts.whole.labels[:, 0].numpy()[s["row"].to_numpy()]
         assert row["selected"] == chosen.sum() and row["pool"] == (s["mask"] > 0).sum() and row["selected_total"] == (s["mask"] == 0).sum() - len(parts.labelled) + chosen.sum()
         out = (s["mask"] > 0).to_numpy() & ~np.isin(y, y[:len(parts.labelled)])
         assert row["bcubed_F_out"] == clustering_scores(y[out], s["cluster"][out])["bcubed_F"] and row["points_out"] == out.sum()
         assert row["selected_precision"] == pytest.approx(sum(np.bincount(g).max() for _, g in pd.Series(y[chosen]).groupby(s["pseudo_label"][chosen].to_numpy())) / chosen.sum())
-        far = ow.class_distance(z[(s["mask"] > 0).to_numpy()], z[(s["mask"] == 0).to_numpy()], torch.tensor(T_classes.to_numpy()))
+        far = ow.class_distance(z[(s["mask"] > 0).to_numpy()], z[(s["mask"] == 0).to_numpy()], torch.tensor(T_classes.tolist()))
         assert np.allclose(s["distance"][s["mask"] > 0], far)
     with pytest.raises(ValueError, match="rounds 0, 1 did"): result.selection(2)
     with pytest.raises(ValueError, match="rounds 0 to 2"): result.selection(3)
