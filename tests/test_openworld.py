@@ -201,7 +201,7 @@ def test_the_loop(result):
         out = (s["mask"] > 0).to_numpy() & ~np.isin(y, y[:len(parts.labelled)])
         assert row["bcubed_F_out"] == clustering_scores(y[out], s["cluster"][out])["bcubed_F"] and row["points_out"] == out.sum()
         assert row["selected_precision"] == pytest.approx(sum(np.bincount(g).max() for _, g in pd.Series(y[chosen]).groupby(s["pseudo_label"][chosen].to_numpy())) / chosen.sum())
-        far = ow.class_distance(z[(s["mask"] > 0).to_numpy()], z[(s["mask"] == 0).to_numpy()], torch.tensor(T_classes.tolist()))
+        far = ow.class_distance(z[(s["mask"] > 0).to_numpy(copy=True)], z[(s["mask"] == 0).to_numpy(copy=True)], torch.tensor(T_classes.tolist()))
         assert np.allclose(s["distance"][s["mask"] > 0], far)
     with pytest.raises(ValueError, match="rounds 0, 1 did"): result.selection(2)
     with pytest.raises(ValueError, match="rounds 0 to 2"): result.selection(3)
