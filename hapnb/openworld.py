@@ -201,7 +201,7 @@ def select_samples(clusters: Tensor, # LongTensor [N], -1 = noise, never selecte
 # %% ../nbs/50_openworld.ipynb #f59c2a92
 BASE = dict(loss="SmoothAPLoss", lr=1e-3, epochs=20, batch_size=256, sampler_args={"m": 2}, embed_dim=128) # for the bundled images, chosen on validation concepts
 HILANDER = {} # the defaults of `HiLanderConfig` are for a few thousand images
-DECODE = dict(k=10, tau=0.9)
+DECODE = dict(k=5, tau=0.8) # a concept of the pool has fewer images than the published k; study 51 varies tau and the threshold
 SELECT = {"hilander": dict(threshold=0.5, smallest=2), "kmeans": dict(share=0.5, smallest=2), "hdbscan": dict(mode="all"), "agglomerative": dict(mode="all", smallest=2)} # clusterer -> selection where none is given
 
 # %% ../nbs/50_openworld.ipynb #287d7705
@@ -793,7 +793,7 @@ _published("pss/inat-vit", 0.65, "PSS ViT")
 
 # %% ../nbs/50_openworld.ipynb #33af7a9f
 DISTANCE = 0.15  # (1 - cosine) / 2 to the nearest class: the cut that the released code draws and never applies
-_SHORT = {"smoke": dict(base=dict(epochs=2), hilander=dict(epochs=3), select=dict(threshold=-1.), rounds=2), "network": dict(base=dict(freeze="bn", epochs=20, lr=1e-4, weight_decay=1e-4, groups={"trunk": {"lr": 5e-5}}))}
+_SHORT = {"smoke": dict(base=dict(epochs=2), hilander=dict(epochs=3), select=dict(threshold=-1.), rounds=2), "full": dict(base=dict(epochs=40)), "network": dict(base=dict(freeze="bn", epochs=20, lr=1e-4, weight_decay=1e-4, groups={"trunk": {"lr": 5e-5}}))}
 
 def base_for(study, # a `hapnb.study.Study`: its profile and dataset decide
              **changes, # fields of `OpenWorldConfig` on top; dicts are merged
@@ -825,4 +825,4 @@ def rounds_table(rows: pd.DataFrame, # of `study.run_grid` with `run_rounds`
         own = {k: v for k, v in row.items() if k not in result.metrics and k not in result.rounds and k != "error"}
         out.append(pd.concat([pd.DataFrame(own, index=result.rounds.index), result.rounds], axis=1))
     if not out: raise ValueError(f"none of {len(rows)} runs finished, so there are no rounds to show.")
-    return pd.concat(out, ignore_index=True)
+    return pd.concat(out, ignore_index=True).copy()  # in one piece, or pandas warns of fragments
