@@ -793,7 +793,7 @@ _published("pss/inat-vit", 0.65, "PSS ViT")
 
 # %% ../nbs/50_openworld.ipynb #33af7a9f
 DISTANCE = 0.15  # (1 - cosine) / 2 to the nearest class: the cut that the released code draws and never applies
-_SHORT = {"smoke": dict(base=dict(epochs=2), hilander=dict(epochs=3), select=dict(threshold=-1.), rounds=2), "full": dict(base=dict(epochs=40)), "network": dict(base=dict(freeze="bn", epochs=20, lr=1e-4, weight_decay=1e-4, groups={"trunk": {"lr": 5e-5}}))}
+_SHORT = {"smoke": dict(base=dict(epochs=2), hilander=dict(epochs=3), select=dict(threshold=-1.), rounds=2), "network": dict(base=dict(freeze="bn", epochs=20, lr=1e-4, weight_decay=1e-4, groups={"trunk": {"lr": 5e-5}}))}
 
 def base_for(study, # a `hapnb.study.Study`: its profile and dataset decide
              **changes, # fields of `OpenWorldConfig` on top; dicts are merged

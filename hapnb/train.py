@@ -1013,7 +1013,7 @@ def _commit():
     try: found = git("rev-parse", "HEAD")
     except (OSError, subprocess.TimeoutExpired): return None  # no git on this machine
     if found.returncode or "__file__" in globals() and git("ls-files", "--error-unmatch", Path(__file__).name).returncode: return None  # somebody else's checkout
-    return found.stdout.strip() + ("+changes" if git("status", "--porcelain", "-uno").stdout.strip() else "")
+    return found.stdout.strip() + ("+changes" if git("status", "--porcelain", "-uno", "--", ".").stdout.strip() else "")
 
 # %% ../nbs/30_train.ipynb #4fdb6f78
 def environment(accelerator=None) -> dict:
