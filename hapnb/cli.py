@@ -498,6 +498,7 @@ def _method_of(a):
     for option, value in (("--model", a.model), ("--save-model", a.save_model), ("--k", a.k), ("--tau", a.tau), ("--epochs", a.epochs)):
         if method != "hilander" and value: raise WrongUse(f"{option} is for hilander; the method is {method}.")
     if a.model and (a.save_model or a.epochs): raise WrongUse(f"{'--save-model' if a.save_model else '--epochs'} goes with --train: the model of --model is ready.")
+    if method == "kmeans" and not (a.clusters or a.train or a.args): raise WrongUse("kmeans must be told the number of clusters: give --clusters N, or --train LABELLED.parquet, where it is chosen.")
     if method in ("hilander", "hdbscan") and a.clusters: raise WrongUse(f"{method} finds the number of clusters by itself; --clusters is for kmeans and agglomerative.")
     return method
 
@@ -546,7 +547,7 @@ def _model_of(a, table):
 # %% ../nbs/61_cli.ipynb #ac299190
 def _found(a, method, table): # (clusters [N], density [N] or None, the arguments used)
     "Cluster a table as the options say."
-    from hapnb.clustering import choose, cluster as by_name
+    from hapnb.clustering import _CONSTANTS, choose, cluster as by_name
     args = _json_args(a.args)
     if method == "hilander":
         from hapnb.hilander import cluster_hilander
@@ -555,7 +556,8 @@ def _found(a, method, table): # (clusters [N], density [N] or None, the argument
         except (ValueError, TypeError) as e: raise WrongUse(f"{a.file}: {e}") from None
         return found.labels, found.density, args
     try:
-        if a.train and a.clusters is None:
+        if a.train:
+            if method in _CONSTANTS and (own := [k for k in (_CONSTANTS[method], "clusters") if k in args] + ["--clusters"] * (a.clusters is not None)): raise WrongUse(f"--train chooses {_CONSTANTS[method]} of {method}, and {own[0]} is given: leave one of the two out.")
             train = _labelled(a, table)
             best = choose(train.embeddings, train.labels[:, 0], method, seed=a.seed, **args)
             args = best.args

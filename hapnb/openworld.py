@@ -28,8 +28,8 @@ from .data import RetrievalDataset, deal_open_world, fingerprint_of, read_text, 
 from .train import Result, RunConfig, derive_seed, freeze_value, is_finished, environment, load_splits, run, thaw, _launched, _lock, _world
 from .recipes import RECIPES, SOURCES, Recipe
 from .features import extract_features
-from .clustering import CLUSTERERS, bcubed_scores, choose, cluster, clustering_scores, find_clusterer, pairwise_scores
-from .hilander import HiLander, HiLanderConfig, cluster_hilander, load_hilander, train_hilander
+from .clustering import CLUSTERERS, bcubed_scores, choose, cluster, clustering_scores, find_clusterer, pairwise_scores, _check_own
+from .hilander import HiLander, HiLanderConfig, cluster_hilander, load_hilander, train_hilander, _check_decode
 
 # %% ../nbs/50_openworld.ipynb #822424e9
 _all_ = ["HiLander", "HiLanderConfig", "train_hilander", "cluster_hilander", "load_hilander", "cluster", "clustering_scores", "pairwise_scores", "bcubed_scores"]
@@ -248,6 +248,8 @@ def _check(self: OpenWorldConfig):
     known = [p for p in inspect.signature(cluster_hilander).parameters if p not in ("model", "x", "device", "progress")]
     for k in self.decode:
         if k not in known: raise ValueError(f"decode has no entry {k!r}.{nearest(k, known)} Known: {', '.join(known)}.")
+    _check_decode(**self.decode)  # now, not after the first training
+    if self.clusterer != "hilander": _check_own(find_clusterer(self.clusterer), self.clusterer, self.cluster_args)
     self.selection()
     _check_open_split(self.split)
 
@@ -287,7 +289,7 @@ def replace(self: OpenWorldConfig, **changes):
     return OpenWorldConfig.from_dict({**self.to_dict(), **changes})
 
 # %% ../nbs/50_openworld.ipynb #a8f15c24
-SCHEMA = 1 # raise it when the code changes what a config means
+SCHEMA = 1 # raise it when the code changes what a config means; other defaults of Hi-LANDER or of the selection do
 
 @patch
 def key(self: OpenWorldConfig, parts: Parts = None) -> str: # 16 hexadecimal digits
@@ -326,7 +328,7 @@ def never_drawn(labels: Tensor, # classes [N]
     return int(size[(size > 0) & (size < m)].sum())
 
 # %% ../nbs/50_openworld.ipynb #f7455479
-_DAMAGED = (OSError, ValueError, KeyError, EOFError)  # what readers raise on a damaged file
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, TypeError)  # what readers raise on a damaged file
 
 def _sha(path):
     "SHA-256 of a file, or of all files of a folder."

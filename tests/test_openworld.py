@@ -179,7 +179,8 @@ def test_bad_selections(select, message):
 @pytest.mark.parametrize("changes, message", [
     (dict(clusterer="kmean"), "Did you mean 'kmeans'"), (dict(rounds=0), "rounds must be"), (dict(pool_labels="truth"), "Did you mean 'true'"), (dict(base={**TOY, "seed": 3}), "OpenWorldConfig.seed"),
     (dict(finetune={"split": "val"}), "belongs to base"), (dict(finetune={"weigth_decay": 1.}), "Did you mean 'weight_decay'"), (dict(base={**TOY, "levels": (0, 1)}), "levels=None"), (dict(hilander={"hiden": 3}), "Did you mean 'hidden'"),
-    (dict(split={"label": "x"}), "Did you mean 'labelled'"), (dict(split={"unlabelled": "x"}), "needs a list of labelled"), (dict(split={"labelled": "x", "known": .5}), "one or the other"), (dict(decode={"kk": 3}), "Did you mean 'k'"), (dict(base=3), "must be a dict")])
+    (dict(split={"label": "x"}), "Did you mean 'labelled'"), (dict(split={"unlabelled": "x"}), "needs a list of labelled"), (dict(split={"labelled": "x", "known": .5}), "one or the other"), (dict(decode={"kk": 3}), "Did you mean 'k'"),
+    (dict(decode={"tau": 7}), "tau must be 0 to 1"), (dict(decode={"distance": "probs"}), "Did you mean 'prob'"), (dict(clusterer="hdbscan", cluster_args={"min_size": 3}), "Did you mean 'min_cluster_size'"), (dict(base=3), "must be a dict")])
 def test_bad_configs(changes, message):
     with pytest.raises(ValueError, match=message): CFG.replace(**changes)
 
@@ -191,6 +192,14 @@ def test_config_is_a_plain_value():
     assert len(keys | {CFG.key()}) == 8
     with pytest.raises(ValueError, match="Did you mean 'rounds'"): ow.OpenWorldConfig.from_dict(dict(round=3))
     assert [CFG.hilander_config(r).seed for r in (0, 1)] == [CFG.replace(rounds=2).hilander_config(r).seed for r in (0, 1)] and CFG.hilander_config(0).seed != CFG.hilander_config(1).seed
+
+
+def test_defaults_that_are_not_in_the_key():
+    "An empty dict stands for the defaults, so other defaults need another SCHEMA, or old results would be read back for new settings."
+    import hashlib, inspect
+    decoding = {p.name: p.default for p in inspect.signature(ow.cluster_hilander).parameters.values() if p.name in ("k", "tau", "distance", "max_levels", "early_stop")}
+    known = json.dumps([ow.SCHEMA, HiLanderConfig().to_dict(), decoding, ow.SELECT, ow._SELECT], sort_keys=True)
+    assert hashlib.sha256(known.encode()).hexdigest()[:16] == "e66d55c3d5118fe7", "defaults have changed: raise hapnb.openworld.SCHEMA, then write the new hash here"
 
 
 # ---- the rounds
