@@ -377,8 +377,7 @@ def evaluate(a) -> int:
         import torch
         metrics = _measure(*map(torch.from_numpy, read_embeddings(a.file, a.labels)), a, a.file)
     else:
-        from hapnb.train import Result
-        run = Result(_find_run(from_root(a.store), a.run_key))
+        run = _result(_find_run(from_root(a.store), a.run_key))
         metrics = _measure(run.embeddings(), run.labels(), a, run.key) if a.ks or a.relevance else run.metrics
     if a.json: print(json.dumps(metrics, indent=1))
     else: _print_metrics(metrics)
@@ -405,6 +404,16 @@ def _find_run(store, key):
     if len(hits) != 1: raise WrongUse(f"{len(hits)} finished runs in {store} begin with {key!r}" + (f": {', '.join(hits[:5])}." if hits else f"; there are {len(keys)}." + nearest(key, keys)))
     return store / hits[0]
 
+def _result(folder):
+    "The run in a folder; of an open-world run, the last training."
+    from hapnb.train import Result
+    asked = folder / "config.json"
+    if not asked.exists() or "clusterer" not in json.loads(asked.read_text()): return Result(folder)
+    from hapnb.openworld import OpenWorldResult
+    last = OpenWorldResult(folder).training(-1)
+    print(f"{folder.name} is an open-world run: its last training is {last.key}", file=sys.stderr)
+    return last
+
 # %% ../nbs/61_cli.ipynb #093fb672
 @_options("features")
 def _(sub):
@@ -428,9 +437,9 @@ def _check_out(path, endings):
 
 def _run_of(a):
     "The finished run that --run names."
-    from hapnb.train import Result, is_finished
+    from hapnb.train import is_finished
     folder = Path(a.run_key).expanduser()
-    return Result(folder if is_finished(folder) else _find_run(from_root(a.store), a.run_key))
+    return _result(folder if is_finished(folder) else _find_run(from_root(a.store), a.run_key))
 
 # %% ../nbs/61_cli.ipynb #f72b868d
 @_command("Write the embeddings of a data set to a file: of a run, or of a pretrained trunk.", """examples:

@@ -465,6 +465,11 @@ def test_openworld_prints_a_row_a_round(clone, call):
     assert len(rows) == 2 and rows[1][1] == f"{100 * result.rounds['R@1_level0'][1]:.2f}" and f"run: store/{result.key}" in out
     assert f"selection of round 0: store/{result.key}/round_0/selection.parquet" in out and (result.path / "round_0/selection.parquet").exists()
     assert call("openworld", *TOY)[1].splitlines()[-len(rows):] == out.splitlines()[-len(rows):], "a finished run is read back"
+    last, run = result.training(-1), ("--run", result.key[:6], "--store", "store", "--device", "cpu")
+    status, out, err = call("features", *run, "--out", "f.parquet")
+    assert status == 0 and f"its last training is {last.key}" in err and f"run {last.key}" in out
+    status, out, err = call("evaluate", *run, "--json")
+    assert status == 0 and json.loads(out) == last.metrics
 
 
 @pytest.mark.parametrize("argv, text", [
