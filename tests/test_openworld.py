@@ -351,7 +351,7 @@ def test_other_clusterers(clusterer, tmp_path):
     assert set(args) == {dict(kmeans="points_per_cluster", agglomerative="threshold", hdbscan="min_cluster_size")[clusterer]} and 0 < s["selected"].sum() <= 228
     if clusterer == "kmeans": assert s["selected"].sum() <= 114
     if clusterer == "hdbscan": assert (s["selected"] == (s["cluster"] >= 0)).all()
-    z, new = r.embeddings(0), (s["mask"] > 0).to_numpy()
+    z, new = r.embeddings(0), (s["mask"] > 0).to_numpy(copy=True)
     assert np.allclose(s["density"][new], ow.closeness(z[new], torch.tensor(s["cluster"][new].to_numpy().copy())), atol=1e-6)
 
 
