@@ -377,8 +377,7 @@ def evaluate(a) -> int:
         import torch
         metrics = _measure(*map(torch.from_numpy, read_embeddings(a.file, a.labels)), a, a.file)
     else:
-        from hapnb.train import Result
-        run = Result(_find_run(from_root(a.store), a.run_key))
+        run = _result(_find_run(from_root(a.store), a.run_key))
         metrics = _measure(run.embeddings(), run.labels(), a, run.key) if a.ks or a.relevance else run.metrics
     if a.json: print(json.dumps(metrics, indent=1))
     else: _print_metrics(metrics)
@@ -405,6 +404,16 @@ def _find_run(store, key):
     if len(hits) != 1: raise WrongUse(f"{len(hits)} finished runs in {store} begin with {key!r}" + (f": {', '.join(hits[:5])}." if hits else f"; there are {len(keys)}." + nearest(key, keys)))
     return store / hits[0]
 
+def _result(folder):
+    "The run in a folder; of an open-world run, the last training."
+    from hapnb.train import Result
+    asked = folder / "config.json"
+    if not asked.exists() or "clusterer" not in json.loads(asked.read_text()): return Result(folder)
+    from hapnb.openworld import OpenWorldResult
+    last = OpenWorldResult(folder).training(-1)
+    print(f"{folder.name} is an open-world run: its last training is {last.key}", file=sys.stderr)
+    return last
+
 # %% ../nbs/61_cli.ipynb #093fb672
 @_options("features")
 def _(sub):
@@ -428,9 +437,9 @@ def _check_out(path, endings):
 
 def _run_of(a):
     "The finished run that --run names."
-    from hapnb.train import Result, is_finished
+    from hapnb.train import is_finished
     folder = Path(a.run_key).expanduser()
-    return Result(folder if is_finished(folder) else _find_run(from_root(a.store), a.run_key))
+    return _result(folder if is_finished(folder) else _find_run(from_root(a.store), a.run_key))
 
 # %% ../nbs/61_cli.ipynb #f72b868d
 @_command("Write the embeddings of a data set to a file: of a run, or of a pretrained trunk.", """examples:
@@ -498,6 +507,7 @@ def _method_of(a):
     for option, value in (("--model", a.model), ("--save-model", a.save_model), ("--k", a.k), ("--tau", a.tau), ("--epochs", a.epochs)):
         if method != "hilander" and value: raise WrongUse(f"{option} is for hilander; the method is {method}.")
     if a.model and (a.save_model or a.epochs): raise WrongUse(f"{'--save-model' if a.save_model else '--epochs'} goes with --train: the model of --model is ready.")
+    if method == "kmeans" and not (a.clusters or a.train or a.args): raise WrongUse("kmeans must be told the number of clusters: give --clusters N, or --train LABELLED.parquet, where it is chosen.")
     if method in ("hilander", "hdbscan") and a.clusters: raise WrongUse(f"{method} finds the number of clusters by itself; --clusters is for kmeans and agglomerative.")
     return method
 
@@ -546,7 +556,7 @@ def _model_of(a, table):
 # %% ../nbs/61_cli.ipynb #ac299190
 def _found(a, method, table): # (clusters [N], density [N] or None, the arguments used)
     "Cluster a table as the options say."
-    from hapnb.clustering import choose, cluster as by_name
+    from hapnb.clustering import _CONSTANTS, choose, cluster as by_name
     args = _json_args(a.args)
     if method == "hilander":
         from hapnb.hilander import cluster_hilander
@@ -555,7 +565,8 @@ def _found(a, method, table): # (clusters [N], density [N] or None, the argument
         except (ValueError, TypeError) as e: raise WrongUse(f"{a.file}: {e}") from None
         return found.labels, found.density, args
     try:
-        if a.train and a.clusters is None:
+        if a.train:
+            if method in _CONSTANTS and (own := [k for k in (_CONSTANTS[method], "clusters") if k in args] + ["--clusters"] * (a.clusters is not None)): raise WrongUse(f"--train chooses {_CONSTANTS[method]} of {method}, and {own[0]} is given: leave one of the two out.")
             train = _labelled(a, table)
             best = choose(train.embeddings, train.labels[:, 0], method, seed=a.seed, **args)
             args = best.args

@@ -379,6 +379,8 @@ def load_hilander(folder) -> HiLander: # on the CPU, ready to use
     "Read a model that `save` wrote; a damaged or foreign folder is a `ValueError`, a missing file an `OSError`."
     from safetensors.torch import load
     folder = Path(folder)
+    for name in ("hilander.json", "hilander.safetensors"):
+        if not (folder / name).is_file(): raise FileNotFoundError(f"{folder.absolute()} holds no Hi-LANDER model: {name} is missing. Give a folder that HiLander.save wrote (hapnb cluster --train F --save-model DIR).")
     try: about = json.loads((folder / "hilander.json").read_text())
     except ValueError as e: raise ValueError(f"{folder / 'hilander.json'} is damaged ({e}); train again.") from e
     weights = (folder / "hilander.safetensors").read_bytes()
@@ -467,10 +469,13 @@ def _decode_level(model, u, nodes, roots, k, tau, distance, batch_size, device):
     return graph, density, find_parents(graph, density, far, below=1 - tau)
 
 # %% ../nbs/48_hilander.ipynb #eee515f4
-def _check_decoding(model, x, k, tau, distance, max_levels, batch_size):
+def _check_decode(k=10, tau=.9, distance="prob", max_levels=10, early_stop=True, batch_size=None):
     if distance not in ("prob", "sim"): raise ValueError(f"unknown distance {distance!r}.{nearest(distance, ('prob', 'sim'))} Known: prob, sim.")
-    check_number("tau", tau, least=0); check_number("k", k, least=1, whole=True); check_number("max_levels", max_levels, least=1, whole=True)
+    if check_number("tau", tau, least=0) > 1: raise ValueError(f"tau must be 0 to 1, got {tau}: it is compared with a probability or a cosine.")
+    check_number("k", k, least=1, whole=True); check_number("max_levels", max_levels, least=1, whole=True)
     if batch_size is not None: check_number("batch_size", batch_size, least=1, whole=True)
+
+def _check_points(model, x):
     x = check_embeddings(torch.as_tensor(x), "x", unit=True)
     if len(x) == 0: raise ValueError("x has no rows: there is nothing to cluster.")
     if x.shape[1] != model.options["dim"]: raise ValueError(f"x has {x.shape[1]} dimensions, but the model was trained on {model.options['dim']}; use features of the same kind, or train again.")
@@ -488,7 +493,8 @@ def cluster_hilander(model: HiLander, x: Tensor, # features [N, D], any length
                      progress: bool = False, # show a bar
                      ) -> Clusters:
     "Cluster by peaks, level by level; deterministic, whatever the order of rows and the batch size. Exact copies go together."
-    x, device = _check_decoding(model, x, k, tau, distance, max_levels, batch_size), pick_device(device)
+    _check_decode(k, tau, distance, max_levels, early_stop, batch_size)
+    x, device = _check_points(model, x), pick_device(device)
     u, place, first = canonical_order(x)
     model = copy.deepcopy(model).to(device).eval()
     parents, nodes, levels, before = torch.full((len(u),), -1), torch.arange(len(u)), [], None

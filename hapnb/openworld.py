@@ -25,11 +25,11 @@ from fastcore.basics import patch
 
 from .core import atomic_path, check_number, nearest, pick_device, write_atomic
 from .data import RetrievalDataset, deal_open_world, fingerprint_of, read_text, renumber
-from .train import Result, RunConfig, derive_seed, freeze_value, is_finished, load_splits, run, thaw, _lock
+from .train import Result, RunConfig, derive_seed, freeze_value, is_finished, environment, load_splits, run, thaw, _launched, _lock, _world
 from .recipes import RECIPES, SOURCES, Recipe
 from .features import extract_features
-from .clustering import CLUSTERERS, bcubed_scores, choose, cluster, clustering_scores, find_clusterer, pairwise_scores
-from .hilander import HiLander, HiLanderConfig, cluster_hilander, load_hilander, train_hilander
+from .clustering import CLUSTERERS, bcubed_scores, choose, cluster, clustering_scores, find_clusterer, pairwise_scores, _check_own
+from .hilander import HiLander, HiLanderConfig, cluster_hilander, load_hilander, train_hilander, _check_decode
 
 # %% ../nbs/50_openworld.ipynb #822424e9
 _all_ = ["HiLander", "HiLanderConfig", "train_hilander", "cluster_hilander", "load_hilander", "cluster", "clustering_scores", "pairwise_scores", "bcubed_scores"]
@@ -102,12 +102,14 @@ def _dealt(split, whole, data_dir):
     "Rows by the dataset's own column, or by hashes of names."
     if not split and "open_world" in whole.meta: part = whole.meta["open_world"].tolist()
     else:
-        y, last = whole.labels.numpy(), whole.labels.shape[1] > 1
-        classes = [whole.class_names[0][c] for c in y[:, 0]]
-        parents = [whole.class_names[1][c] for c in y[:, 1]] if last else [""] * len(y)
+        y, paths = whole.labels.numpy(), image_paths(whole, data_dir)
+        has = np.flatnonzero(y[:, 0] >= 0)  # without a class an image can only be in the pool
+        classes = [whole.class_names[0][c] for c in y[has, 0]]
+        parents = [whole.class_names[1][c] for c in y[has, 1]] if y.shape[1] > 1 else [""] * len(has)
         args = {k: v for k, v in split.items() if k in ("known", "labelled", "salt")}
-        part = deal_open_world(classes, parents, image_paths(whole, data_dir), **args)
-    part = np.array(part)
+        part = np.full(len(y), "unlabelled", dtype=object)
+        part[has] = deal_open_world(classes, parents, [paths[i] for i in has], **args)
+    part = np.array(part, dtype=str)
     return np.flatnonzero(part == "labelled"), np.flatnonzero(np.char.startswith(part, "unlabelled"))
 
 # %% ../nbs/50_openworld.ipynb #3b4b505a
@@ -132,6 +134,9 @@ def load_parts(cfg) -> Parts: # of an `OpenWorldConfig`
     parts = Parts(whole, test, labelled, pool, len(whole) - len(labelled) - len(pool))
     for name, rows in (("labelled", labelled), ("unlabelled", pool)):
         if not len(rows): raise ValueError(f"{whole.name}/{whole.split} has no {name} images (split={split}): {parts}.")
+    need = {"a labelled image": labelled, **({"pool_labels='true'": pool} if cfg.pool_labels == "true" else {})}  # -1 in the pool: nobody knows, and nobody asks
+    for what, rows in need.items():
+        if len(bad := rows[whole.labels[rows, 0].numpy() < 0]): raise ValueError(f"{what} needs a class, and {len(bad)} have none, first {image_paths(whole, base.data_dir)[bad[0]]!r}.")
     return parts
 
 # %% ../nbs/50_openworld.ipynb #8d847337
@@ -243,6 +248,8 @@ def _check(self: OpenWorldConfig):
     known = [p for p in inspect.signature(cluster_hilander).parameters if p not in ("model", "x", "device", "progress")]
     for k in self.decode:
         if k not in known: raise ValueError(f"decode has no entry {k!r}.{nearest(k, known)} Known: {', '.join(known)}.")
+    _check_decode(**self.decode)  # now, not after the first training
+    if self.clusterer != "hilander": _check_own(find_clusterer(self.clusterer), self.clusterer, self.cluster_args)
     self.selection()
     _check_open_split(self.split)
 
@@ -282,7 +289,7 @@ def replace(self: OpenWorldConfig, **changes):
     return OpenWorldConfig.from_dict({**self.to_dict(), **changes})
 
 # %% ../nbs/50_openworld.ipynb #a8f15c24
-SCHEMA = 1 # raise it when the code changes what a config means
+SCHEMA = 1 # raise it when the code changes what a config means; other defaults of Hi-LANDER or of the selection do
 
 @patch
 def key(self: OpenWorldConfig, parts: Parts = None) -> str: # 16 hexadecimal digits
@@ -321,7 +328,7 @@ def never_drawn(labels: Tensor, # classes [N]
     return int(size[(size > 0) & (size < m)].sum())
 
 # %% ../nbs/50_openworld.ipynb #f7455479
-_DAMAGED = (OSError, ValueError, KeyError, EOFError)  # what readers raise on a damaged file
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, TypeError)  # what readers raise on a damaged file
 
 def _sha(path):
     "SHA-256 of a file, or of all files of a folder."
@@ -407,8 +414,7 @@ class _Round:
     def __init__(self, run, number, before=None): # before: the selection of the round before
         self.run, self.number, self.cfg, self.parts, self.state = run, number, run.cfg, run.parts, run.state
         self.config = self.cfg.run_config(number)
-        self.rows = np.concatenate([self.parts.labelled, self.parts.pool])  # L_in, then U
-        self.paths = run.paths
+        self.rows, self.paths = run.rows, run.paths
         if before is None: self.classes = torch.cat([run.truth, torch.full((len(self.parts.pool),), -1)])
         else: self.classes = torch.tensor(before["pseudo_label"].to_numpy(dtype=np.int64))
         self.T, self.pool = self.classes >= 0, self.classes < 0
@@ -528,7 +534,7 @@ def selection_scores(frame: pd.DataFrame, # of `OpenWorldResult.selection`, with
                      truth, # class of each row, for scoring
                      labelled: int, # the first so many rows are L_in
                      ) -> dict: # flat: "pairwise_F_in", "selected", "selected_precision", ...
-    "Score a round's clusters and selection against the true classes."
+    "Score a round's clusters and selection against the true classes; images whose class nobody knows (-1) are left out, and count in `pool` and `selected` alone."
     y, new = np.asarray(truth), frame["mask"].to_numpy() > 0
     first = np.arange(len(y)) < labelled
     known, chosen = np.isin(y, y[first]), frame["selected"].to_numpy()
@@ -538,15 +544,15 @@ def selection_scores(frame: pd.DataFrame, # of `OpenWorldResult.selection`, with
     out = {}
     for part in PARTS:
         mask, c = rows[part]
-        if mask.any(): out |= {f"{k}_{part}": v for k, v in clustering_scores(y[mask], c[mask]).items()}
+        if (y[mask] >= 0).any(): out |= {f"{k}_{part}": v for k, v in clustering_scores(y[mask], c[mask]).items()}
     return out | _counts(y, chosen, known, new, frame["pseudo_label"].to_numpy()) | dict(selected_total=int((~new).sum()) - labelled + int(chosen.sum()))
 
 # %% ../nbs/50_openworld.ipynb #d526f038
 def _counts(y, chosen, known, new, label):
     "How many were selected, and how right their clusters are."
-    out = dict(pool=int(new.sum()), selected=int(chosen.sum()), selected_in=int((chosen & known).sum()), selected_out=int((chosen & ~known).sum()),
+    out = dict(pool=int(new.sum()), selected=int(chosen.sum()), selected_in=int((chosen & known).sum()), selected_out=int((chosen & ~known & (y >= 0)).sum()),
                new_classes=len(np.unique(label[chosen])))
-    if chosen.any(): out["selected_precision"] = purity(y[chosen], label[chosen])
+    if (told := chosen & (y >= 0)).any(): out["selected_precision"] = purity(y[told], label[told])
     return out
 
 def purity(labels, clusters) -> float:
@@ -588,10 +594,10 @@ class _Run:
         self.state = _State(path, path.name, fingerprint, progress)
         y, names = renumber(parts.whole.labels[parts.labelled][:, :1], parts.whole.class_names[:1])
         self.truth, self.names = y[:, 0], dict(enumerate(names[0]))
-        rows = np.concatenate([parts.labelled, parts.pool])
+        self.rows = np.concatenate([parts.labelled, parts.pool])  # L_in, then U
         paths = image_paths(parts.whole, cfg.base.get("data_dir"))
-        self.paths = [paths[i] for i in rows]
-        self.all_truth = parts.whole.labels[rows][:, 0].numpy()
+        self.paths = [paths[i] for i in self.rows]
+        self.all_truth = parts.whole.labels[self.rows][:, 0].numpy()
 
     def rounds(self) -> list:
         "Do the rounds that are not done; one dict a round."
@@ -616,10 +622,12 @@ def run_rounds(cfg: OpenWorldConfig,
                progress: bool = True, # say how it goes
                workers: int = None, # processes that load images; default: one a core, at most 8
                ) -> "OpenWorldResult":
-    "Do the rounds of a config; a finished run is read back, an interrupted one goes on, with the same result to the last bit on a CPU."
+    "Do the rounds of a config; a finished run is read back, an interrupted one goes on, with the same result to the last bit on a CPU. `ValueError` for a pool that is too small, a state of other data, several processes."
     parts = load_parts(cfg)
     path = Path(store).expanduser() / cfg.key(parts)
     if is_finished(path): return OpenWorldResult(path)
+    if _launched() or _world()[1] > 1: raise ValueError("open-world rounds work in one process, and this one is of several (torchrun, accelerate launch): start without a launcher. "
+                                                        "Several GPUs do several runs at once: study.run_grid(..., runner=run_rounds).")
     k = cfg.decode.get("k", 10)
     if cfg.clusterer == "hilander" and cfg.rounds > 1 and len(parts.pool) <= k:
         raise ValueError(f"the pool has {len(parts.pool)} images, and {k} neighbours each are asked for; give more images, or decode={{'k': {max(len(parts.pool) - 1, 1)}}}.")
@@ -632,6 +640,8 @@ def _finish(run):
     rounds = run.rounds()
     flat = {f"{k}_round{r}": v for r, row in enumerate(rounds) for k, v in {**row["of_training"], **row["of_selection"], "stopped": row["stopped"]}.items()}
     flat |= Result(run.store / rounds[-1]["run"]).metrics  # of the last model, under their usual names
+    about = environment(run.device) | dict(data=dict(name=run.parts.whole.name, images=len(run.rows), fingerprint=run.state.fingerprint))
+    write_atomic(run.state.path / "environment.json", json.dumps(about, indent=1, sort_keys=True) + "\n")
     write_atomic(run.state.path / "metrics.json", json.dumps(flat, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 # %% ../nbs/50_openworld.ipynb #9cbe7c3d
@@ -646,6 +656,9 @@ class OpenWorldResult:
 
     @functools.cached_property
     def config(self) -> OpenWorldConfig: return OpenWorldConfig.from_dict(json.loads((self.path / "config.json").read_text()))
+
+    @functools.cached_property
+    def environment(self) -> dict: return json.loads((self.path / "environment.json").read_text())
 
     @functools.cached_property
     def rounds(self) -> pd.DataFrame:
@@ -698,9 +711,10 @@ def found_classes(result: OpenWorldResult,
                   round: int = 0,
                   unseen: bool = True, # only those whose commonest class has no labelled image
                   ) -> pd.DataFrame: # index pseudo_label; size, right (images of the commonest class), purity, label, name, unseen
-    "List the pseudo-classes that a round selected, with the true class that each has most of."
+    "List the pseudo-classes that a round selected, with the true class that each has most of; images whose class nobody knows are left out."
     frame, whole = result.selection(round), result.parts.whole
     frame = frame[frame["selected"]]
+    frame = frame[whole.labels[:, 0].numpy()[frame["row"].to_numpy()] >= 0]
     y = whole.labels[:, 0].numpy()[frame["row"].to_numpy()]
     table = pd.DataFrame(dict(pseudo_label=frame["pseudo_label"].to_numpy(), label=y)).value_counts().rename("right").reset_index().drop_duplicates("pseudo_label")  # value_counts puts the largest first
     table = table.set_index("pseudo_label").sort_index()

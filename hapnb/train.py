@@ -11,7 +11,7 @@ __all__ = ['PARTS', 'OPTIMIZERS', 'PRECISIONS', 'SCHEMA', 'param_groups', 'make_
            'environment', 'is_finished', 'Result', 'run', 'profile_run']
 
 # %% ../nbs/30_train.ipynb #ce1e90bd
-import contextlib, dataclasses, functools, hashlib, io, json, math, os, pickle, platform, random, socket, subprocess, time, types, typing, warnings
+import contextlib, copy, dataclasses, functools, hashlib, io, json, math, os, pickle, platform, random, socket, subprocess, time, types, typing, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -479,8 +479,14 @@ def _images(cfg, dataset, transform):
 
 # %% ../nbs/30_train.ipynb #20df6c74
 def _pack(cfg, dataset, progress=False):
+    "The dataset from a packed copy; a part that shares with its whole reads the whole's, which is made once."
     from hapnb.packed import packed
-    return packed(dataset, cfg.packed, progress=progress, format=cfg.packed_format)
+    if getattr(dataset, "cut", None) is None: return packed(dataset, cfg.packed, progress=progress, format=cfg.packed_format)
+    whole, rows = dataset.cut
+    whole, part = _pack(cfg, whole, progress), copy.copy(dataset)
+    part.store, part.index, part.cut, part.at_least, part._pixels = whole.store, whole.index[rows], None, None, None
+    part.fingerprint = hashlib.sha256(f"{dataset.fingerprint} from {whole.fingerprint}".encode()).hexdigest()
+    return part
 
 # %% ../nbs/30_train.ipynb #9668e46d
 @patch
@@ -1016,14 +1022,15 @@ def _commit():
     return found.stdout.strip() + ("+changes" if git("status", "--porcelain", "-uno", "--", ".").stdout.strip() else "")
 
 # %% ../nbs/30_train.ipynb #4fdb6f78
-def environment(accelerator=None) -> dict:
+def environment(accelerator=None, # or a device; default: the CPU
+                ) -> dict:
     "Describe what computes: versions, commit, device, threads."
     from importlib.metadata import PackageNotFoundError, version
     out = dict(python=platform.python_version(), system=platform.platform(), host=socket.gethostname(), commit=_commit_once())
     for name in ("hapnb", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "faiss-gpu"):
         try: out[name] = version(name)
         except PackageNotFoundError: out[name] = None
-    device = accelerator.device if accelerator else torch.device("cpu")
+    device = getattr(accelerator, "device", None) or torch.device(accelerator or "cpu")
     out |= dict(device=str(device), device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
                 processes=_world()[1], threads=torch.get_num_threads(), cores=os.cpu_count())
     return out

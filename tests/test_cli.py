@@ -1,5 +1,5 @@
 """The command: exit statuses, nearest names, a study that works, fails, is repeated; evaluate on files; doctor."""
-import dataclasses, json, os, subprocess, sys, time
+import dataclasses, json, os, shutil, subprocess, sys, time
 from pathlib import Path
 
 import layouts_fine
@@ -439,10 +439,12 @@ def test_cluster_with_hilander(files, tmp_path, call):
     (["none.parquet"], "no such file of features"), (["--method", "kmean"], "Did you mean 'kmeans'"), (["--method", "kmeans"], "number of clusters"), (["--method", "kmeans", "--clusters", "999"], "choose 1 to 144"),
     (["--method", "hilander"], "give --train LABELLED.parquet"), (["--clusters", "5"], "by itself"), (["--tau", "0.5"], "--tau is for hilander"), (["--method", "kmeans", "--clusters", "3", "--model", "x"], "--model is for hilander"),
     (["--train", "other.parquet"], "other.parquet has 5 dimensions"), (["--train", "bare.parquet", "--method", "hdbscan"], "has no labels to learn from"), (["--level", "hu"], "Did you mean 'hue'"), (["--args", "tau=1"], "is not JSON"),
-    (["--args", "[1]"], "must be a JSON object"), (["--args", '{"min_size": 3}'], "Did you mean 'min_cluster_size'"), (["--out", "c.txt"], "ends in .parquet or .csv"), (["--model", "a", "--train", "b"], "either --train or --model"), (["--device", "gpu"], "unknown device")])
+    (["--args", "[1]"], "must be a JSON object"), (["--args", '{"min_size": 3}'], "Did you mean 'min_cluster_size'"), (["--out", "c.txt"], "ends in .parquet or .csv"), (["--model", "a", "--train", "b"], "either --train or --model"), (["--device", "gpu"], "unknown device"),
+    (["--model", "nowhere"], "nowhere holds no Hi-LANDER model"), (["--method", "kmeans"], "give --clusters N, or --train LABELLED.parquet"), (["--train", "mine.parquet", "--method", "kmeans", "--clusters", "3"], "--train chooses points_per_cluster of kmeans, and --clusters is given"),
+    (["--train", "mine.parquet", "--method", "agglomerative", "--args", '{"threshold": 0.1}'], "--train chooses threshold of agglomerative, and threshold is given")])
 def test_cluster_wrong_use(files, clone, call, argv, text):
     from hapnb.features import FeatureTable, write_features
-    write_features(FeatureTable(torch.eye(5), torch.arange(5)), "other.parquet"); write_features(FeatureTable(torch.randn(9, 32)), "bare.parquet")
+    write_features(FeatureTable(torch.eye(5), torch.arange(5)), "other.parquet"); write_features(FeatureTable(torch.randn(9, 32)), "bare.parquet"); shutil.copy(files / "train.parquet", "mine.parquet")
     status, out, err = call("cluster", *([] if argv[0].endswith("parquet") else [files / "test.parquet"]), *argv)
     assert status == 2 and text in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
 
@@ -463,6 +465,11 @@ def test_openworld_prints_a_row_a_round(clone, call):
     assert len(rows) == 2 and rows[1][1] == f"{100 * result.rounds['R@1_level0'][1]:.2f}" and f"run: store/{result.key}" in out
     assert f"selection of round 0: store/{result.key}/round_0/selection.parquet" in out and (result.path / "round_0/selection.parquet").exists()
     assert call("openworld", *TOY)[1].splitlines()[-len(rows):] == out.splitlines()[-len(rows):], "a finished run is read back"
+    last, run = result.training(-1), ("--run", result.key[:6], "--store", "store", "--device", "cpu")
+    status, out, err = call("features", *run, "--out", "f.parquet")
+    assert status == 0 and f"its last training is {last.key}" in err and f"run {last.key}" in out
+    status, out, err = call("evaluate", *run, "--json")
+    assert status == 0 and json.loads(out) == last.metrics
 
 
 @pytest.mark.parametrize("argv, text", [

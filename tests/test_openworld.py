@@ -119,6 +119,21 @@ def test_features_of_parts_are_computed_once(monkeypatch):
     assert part.fingerprint == whole.subset([5, 1, 9, 1], relabel=True).fingerprint and cfg.key((part, test)) == cfg.key((whole.subset([5, 1, 9, 1], relabel=True), test))
 
 
+def test_parts_read_the_packed_copy_of_the_whole(tmp_path, monkeypatch):
+    "One copy of the training images and one of the test images, however many parts are cut; the same pixels as without."
+    monkeypatch.setenv("HAPNB_CACHE", str(tmp_path / "cache"))
+    base = {**TOY, "freeze": "bn", "epochs": 1, "lr": 1e-4, "packed": 40}
+    r = quiet(CFG.replace(base=base, select=dict(mode="all"), rounds=2), tmp_path / "store")
+    assert len(list((tmp_path / "cache/packed").glob("*.pack"))) == 2 and r.rounds["images"].is_monotonic_increasing and r.rounds["selected"][0] > 0
+    cfg = T.RunConfig.from_dict(base)
+    whole, _ = T.load_splits(cfg)
+    part = ow.training_part(whole, [5, 80, 9, 5], torch.tensor([4, 4, 2, 2]))
+    small = T._pack(cfg, part)
+    assert [small.image(i).tobytes() for i in range(4)] == [whole.image(i).tobytes() for i in (5, 80, 9, 5)] and torch.equal(small.labels, part.labels)
+    assert small.store.path == T._pack(cfg, whole).store.path and small.fingerprint not in (part.fingerprint, T._pack(cfg, whole.subset([5, 80], share=True)).fingerprint)
+    assert [small.store.name(int(i)) for i in small.index] == [whole.store.name(int(whole.index[i])) for i in (5, 80, 9, 5)]
+
+
 def test_training_part():
     whole = load("toy", "train")
     part = ow.training_part(whole, [3, 40, 4, 80], torch.tensor([7, 30, 7, 12]), {7: "disc 00"})
@@ -164,7 +179,8 @@ def test_bad_selections(select, message):
 @pytest.mark.parametrize("changes, message", [
     (dict(clusterer="kmean"), "Did you mean 'kmeans'"), (dict(rounds=0), "rounds must be"), (dict(pool_labels="truth"), "Did you mean 'true'"), (dict(base={**TOY, "seed": 3}), "OpenWorldConfig.seed"),
     (dict(finetune={"split": "val"}), "belongs to base"), (dict(finetune={"weigth_decay": 1.}), "Did you mean 'weight_decay'"), (dict(base={**TOY, "levels": (0, 1)}), "levels=None"), (dict(hilander={"hiden": 3}), "Did you mean 'hidden'"),
-    (dict(split={"label": "x"}), "Did you mean 'labelled'"), (dict(split={"unlabelled": "x"}), "needs a list of labelled"), (dict(split={"labelled": "x", "known": .5}), "one or the other"), (dict(decode={"kk": 3}), "Did you mean 'k'"), (dict(base=3), "must be a dict")])
+    (dict(split={"label": "x"}), "Did you mean 'labelled'"), (dict(split={"unlabelled": "x"}), "needs a list of labelled"), (dict(split={"labelled": "x", "known": .5}), "one or the other"), (dict(decode={"kk": 3}), "Did you mean 'k'"),
+    (dict(decode={"tau": 7}), "tau must be 0 to 1"), (dict(decode={"distance": "probs"}), "Did you mean 'prob'"), (dict(clusterer="hdbscan", cluster_args={"min_size": 3}), "Did you mean 'min_cluster_size'"), (dict(base=3), "must be a dict")])
 def test_bad_configs(changes, message):
     with pytest.raises(ValueError, match=message): CFG.replace(**changes)
 
@@ -176,6 +192,14 @@ def test_config_is_a_plain_value():
     assert len(keys | {CFG.key()}) == 8
     with pytest.raises(ValueError, match="Did you mean 'rounds'"): ow.OpenWorldConfig.from_dict(dict(round=3))
     assert [CFG.hilander_config(r).seed for r in (0, 1)] == [CFG.replace(rounds=2).hilander_config(r).seed for r in (0, 1)] and CFG.hilander_config(0).seed != CFG.hilander_config(1).seed
+
+
+def test_defaults_that_are_not_in_the_key():
+    "An empty dict stands for the defaults, so other defaults need another SCHEMA, or old results would be read back for new settings."
+    import hashlib, inspect
+    decoding = {p.name: p.default for p in inspect.signature(ow.cluster_hilander).parameters.values() if p.name in ("k", "tau", "distance", "max_levels", "early_stop")}
+    known = json.dumps([ow.SCHEMA, HiLanderConfig().to_dict(), decoding, ow.SELECT, ow._SELECT], sort_keys=True)
+    assert hashlib.sha256(known.encode()).hexdigest()[:16] == "e66d55c3d5118fe7", "defaults have changed: raise hapnb.openworld.SCHEMA, then write the new hash here"
 
 
 # ---- the rounds
@@ -225,6 +249,17 @@ def test_read_back_and_round_zero_is_shared(result, tmp_path):
     assert one.rounds["run"][0] == result.rounds["run"][0] and len(one.rounds) == 1 and one.metrics["H-AP"] == result.metrics["H-AP_round0"]
     with pytest.raises(ValueError, match="no round did"): one.selection(0)
     with pytest.raises(FileNotFoundError, match="no finished run"): ow.OpenWorldResult(tmp_path)
+
+
+def test_where_it_was_made_is_kept(result):
+    assert {"torch", "commit", "device", "threads"} <= set(result.environment) and result.environment["device"] == "cpu" and result.environment["data"]["images"] == 288
+    assert result.training(0).environment["torch"] in study.made_by("smoke", "toy", store=result.path.parent, keys=[result.key])
+
+
+def test_one_process_only(tmp_path, result, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process.*without a launcher"): quiet(CFG, tmp_path)
+    assert not list(tmp_path.iterdir()) and quiet(CFG, result.path.parent).metrics == result.metrics  # a finished run is read by all
 
 
 def contents(result): return {str(p.relative_to(result.path)): p.read_bytes() for p in sorted(result.path.rglob("*")) if p.is_file() and p.name != ".lock"}
@@ -316,7 +351,7 @@ def test_other_clusterers(clusterer, tmp_path):
     assert set(args) == {dict(kmeans="points_per_cluster", agglomerative="threshold", hdbscan="min_cluster_size")[clusterer]} and 0 < s["selected"].sum() <= 228
     if clusterer == "kmeans": assert s["selected"].sum() <= 114
     if clusterer == "hdbscan": assert (s["selected"] == (s["cluster"] >= 0)).all()
-    z, new = r.embeddings(0), (s["mask"] > 0).to_numpy()
+    z, new = r.embeddings(0), (s["mask"] > 0).to_numpy(copy=True)
     assert np.allclose(s["density"][new], ow.closeness(z[new], torch.tensor(s["cluster"][new].to_numpy().copy())), atol=1e-6)
 
 
@@ -361,6 +396,29 @@ def test_labels_of_the_pool_do_not_leak(tmp_path, clusterer):
 
 
 # ---- odd data
+
+def test_a_pool_that_nobody_can_score(tmp_path, monkeypatch, result):
+    "Images without any class (-1) are clustered and selected like others; what cannot be known is not scored."
+    parts, cfg = ow.load_parts(CFG), CFG.replace(rounds=2)
+    def hidden(rows):
+        whole = parts.whole.subset(np.arange(len(parts.whole)))
+        whole.labels = whole.labels.clone().index_fill_(0, torch.from_numpy(rows), -1)
+        whole.fingerprint = f"hidden {len(rows)}"
+        return whole
+    (tmp_path / "L.txt").write_text("\n".join(np.array(ow.image_paths(parts.whole))[parts.labelled]))
+    cfg = cfg.replace(split=dict(labelled=str(tmp_path / "L.txt")))
+    monkeypatch.setattr(ow, "load_splits", lambda c: (hidden(parts.pool), parts.test))
+    r = quiet(cfg, tmp_path)
+    pd.testing.assert_frame_equal(r.selection(0), result.selection(0))
+    assert r.rounds["pool"][0] == len(parts.pool) and {"selected_in", "bcubed_F_labelled"} <= set(r.rounds) and not {"selected_precision", "bcubed_F_pool", "bcubed_F_out"} & set(r.rounds)
+    assert r.rounds["selected_out"][0] == r.rounds["selected_in"][0] == 0 < r.rounds["selected"][0] and not len(ow.found_classes(r, 0))
+    with pytest.raises(ValueError, match="pool_labels='true' needs a class, and 228 have none"): quiet(cfg.replace(pool_labels="true"), tmp_path)
+    monkeypatch.setattr(ow, "load_splits", lambda c: (hidden(parts.labelled[3:5]), parts.test))
+    with pytest.raises(ValueError, match=f"labelled image needs a class, and 2 have none, first '{ow.image_paths(parts.whole)[parts.labelled[3]]}'"): quiet(cfg, tmp_path)
+    monkeypatch.setattr(ow, "load_splits", lambda c: (hidden(parts.pool[:9]), parts.test))
+    dealt = ow.load_parts(CFG)  # by the rule, an image without a class is in the pool
+    assert set(parts.pool[:9]) <= set(dealt.pool) and len(dealt.pool) + len(dealt.labelled) == len(parts.whole)
+
 
 def test_nan_features_are_named(tmp_path, monkeypatch):
     real, parts = hapnb.features.features_of, ow.load_parts(CFG)
