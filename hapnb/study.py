@@ -307,11 +307,12 @@ def _worker_context(device):
 @patch
 def _round(self: _Pool, todo, jobs):
     "Yield results of `todo`; return the keys that were in flight when a worker died."
-    context, suspects = _worker_context(self.device), []
-    todo, gpus = dict(todo), self._gpus(context)
+    todo, suspects, gpus = dict(todo), [], self._gpus(multiprocessing.get_context("spawn"))
     device, threads = "cuda" if gpus is not None else str(self.device), {} if gpus else dict.fromkeys(_THREADS, "1")
-    given = self.modules, gpus, {**os.environ, **threads} if context.get_start_method() == "forkserver" else None
     while todo:
+        context = _worker_context(self.device)
+        forked = context.get_start_method() == "forkserver"
+        given = self.modules, gpus, {**os.environ, **threads} if forked else None
         pool, broken, ended = ProcessPoolExecutor(jobs, context, _start_worker, given), False, False
         try:
             while (todo and not broken) or self.in_flight:
@@ -320,6 +321,10 @@ def _round(self: _Pool, todo, jobs):
                     with _plain_main(), _environment(**threads):
                         try: self.in_flight[pool.submit(_work, cfg, self.store, device, self.runner)] = key
                         except BrokenProcessPool: broken = True; break
+                        except (EOFError, ConnectionError):  # the server is dead: interrupted while it imported, or killed
+                            if not forked: raise
+                            _SERVER["read"], broken = None, True  # go on without it
+                            break
                     del todo[key]
                 for f in wait(self.in_flight, timeout=60, return_when=FIRST_COMPLETED).done:
                     key = self.in_flight.pop(f)

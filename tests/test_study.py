@@ -176,6 +176,20 @@ def test_workers_are_not_forked_from_an_old_server(tmp_path, monkeypatch):
     finally: os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
 
 
+@pytest.mark.skipif(sys.platform != "linux" or sys.version_info < (3, 11), reason="workers start from nothing")
+@pytest.mark.parametrize("error", [EOFError, ConnectionRefusedError])
+def test_a_server_that_died_costs_time_only(tmp_path, monkeypatch, error):
+    submit, methods = study.ProcessPoolExecutor.submit, []
+    def first_fails(self, *args):
+        methods.append(self._mp_context.get_start_method())
+        if len(methods) == 1: raise error
+        return submit(self, *args)
+    monkeypatch.setattr(study, "_SERVER", {})
+    monkeypatch.setattr(study.ProcessPoolExecutor, "submit", first_fails)
+    rows = run_grid(grid(Toy(), seeds=2), store=tmp_path, jobs=1, device="cpu", runner=toy_run, progress=False)
+    assert rows["H-AP"].tolist() == [0.3, 0.31] and methods == ["forkserver", "spawn", "spawn"] and set(tries(tmp_path).values()) == {1}
+
+
 def test_failures_and_dead_workers_are_rows(tmp_path, monkeypatch):
     g = grid(Toy(), seeds=3, loss=["a", "bad", "dies"])
     rows = run_grid(g, store=tmp_path, jobs=2, device="cpu", runner=toy_run, progress=False, on_error="keep")
