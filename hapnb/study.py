@@ -212,10 +212,10 @@ def _follow_parent():
     if parent is not None: threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/60_study.ipynb #67f1e14c
-def _start_worker(modules, gpus, environment):
-    "Prepare a worker: the parent's environment, one GPU of its own if there are any, one thread, and the modules that registered losses and data."
+def _start_worker(modules, gpus, environment=None):
+    "Prepare a worker: the parent's environment (if it was forked from a server, which has an older one), one GPU of its own if there are any, one thread, and the modules that registered losses and data."
     _follow_parent()
-    os.environ.clear(); os.environ.update(environment)
+    if environment is not None: os.environ.clear(); os.environ.update(environment)
     if gpus is not None: os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     import torch
     if gpus is None: torch.set_num_threads(1)
@@ -282,13 +282,24 @@ class _Pool:
 # %% ../nbs/60_study.ipynb #ba879b84
 _SHARED = ("hapnb.train", "hapnb.models", "hapnb.losses", "hapnb.samplers", "hapnb.protocols", "hapnb.emoji", "accelerate", "safetensors.torch")
 
+_READ_EARLY = ("ACCELERATE", "ARROW", "ATEN", "HF_", "HOME", "HUGGING", "KMP_", "LANG", "LC_", "LD_", "PYTHON", "PYTORCH", "TIMM", "TORCH", "TZ", "XDG_")
+_SERVER = {}  # what its imports read when it was started
+
+def _read_early():
+    "What the server's imports depend on: variables, and the files of this package."
+    files = Path(sys.modules[pick_device.__module__].__file__).parent.glob("*.py")
+    return {k: v for k, v in os.environ.items() if k.startswith(_READ_EARLY)}, {f.name: f.stat().st_mtime_ns for f in files}
+
 def _worker_context(device):
     "A way to start workers; where they are forked, the server is there already or begins to import."
-    if device.type != "cpu" or sys.platform != "linux": return multiprocessing.get_context("spawn")
+    fresh = multiprocessing.get_context("spawn")
+    if device.type != "cpu" or sys.platform != "linux" or sys.version_info < (3, 11): return fresh
+    if _SERVER.setdefault("read", now := _read_early()) != now: return fresh
     from multiprocessing import forkserver
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_SHARED))
-    with _plain_main(), _environment(PYTHONPATH=os.pathsep.join(filter(None, sys.path)), **dict.fromkeys(_THREADS, "1")):  # it must find the same modules
+    places = os.pathsep.join(p or os.getcwd() for p in sys.path)  # it must find the same modules, in the same order
+    with _plain_main(), _environment(PYTHONPATH=places, PYTHONSAFEPATH="1", JE_ARROW_MALLOC_CONF="background_thread:false", **dict.fromkeys(_THREADS, "1")):
         forkserver.ensure_running()
     return context
 
@@ -296,11 +307,13 @@ def _worker_context(device):
 @patch
 def _round(self: _Pool, todo, jobs):
     "Yield results of `todo`; return the keys that were in flight when a worker died."
-    context, suspects = _worker_context(self.device), []
-    todo, gpus = dict(todo), self._gpus(context)
+    todo, suspects, gpus = dict(todo), [], self._gpus(multiprocessing.get_context("spawn"))
     device, threads = "cuda" if gpus is not None else str(self.device), {} if gpus else dict.fromkeys(_THREADS, "1")
     while todo:
-        pool, broken, ended = ProcessPoolExecutor(jobs, context, _start_worker, (self.modules, gpus, {**os.environ, **threads})), False, False
+        context = _worker_context(self.device)
+        forked = context.get_start_method() == "forkserver"
+        given = self.modules, gpus, {**os.environ, **threads} if forked else None
+        pool, broken, ended = ProcessPoolExecutor(jobs, context, _start_worker, given), False, False
         try:
             while (todo and not broken) or self.in_flight:
                 while todo and not broken and len(self.in_flight) < jobs:
@@ -308,6 +321,10 @@ def _round(self: _Pool, todo, jobs):
                     with _plain_main(), _environment(**threads):
                         try: self.in_flight[pool.submit(_work, cfg, self.store, device, self.runner)] = key
                         except BrokenProcessPool: broken = True; break
+                        except (EOFError, ConnectionError):  # the server is dead: interrupted while it imported, or killed
+                            if not forked: raise
+                            _SERVER["read"], broken = None, True  # go on without it
+                            break
                     del todo[key]
                 for f in wait(self.in_flight, timeout=60, return_when=FIRST_COMPLETED).done:
                     key = self.in_flight.pop(f)

@@ -293,7 +293,8 @@ def _average_loss_grads(self: Trainer):
 def _prepare(self: Trainer, optimizer):
     trained = any(p.requires_grad for p in self.net.parameters())  # DDP refuses a network with nothing to train
     model = self.accelerator.prepare_model(self.net, evaluation_mode=not trained)
-    self.alone = self.accelerator.distributed_type == "NO" and not self.accelerator.scaler
+    a = self.accelerator
+    self.alone = a.distributed_type == "NO" and not a.scaler and a.gradient_accumulation_steps == 1
     return model, self.accelerator.prepare_optimizer(optimizer) if optimizer else None
 
 @patch

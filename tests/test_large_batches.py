@@ -648,18 +648,34 @@ def test_batch_norm_that_learns_is_named(tmp_path):
     with pytest.raises(ValueError, match="BatchNorm.*freeze='bn'"): toy_run(WHOLE.replace(freeze="none", micro_batch=7), tmp_path)
 
 
-def test_the_trainers_scaler_is_used():
-    "A stand-in for fp16's scaler, which needs a GPU: gradients are scaled once, and unscaled before they are measured and used."
-    plain, t = (make_trainer(lr=0.1, optimizer="sgd", micro_batch=m) for m in (None, 5))
-    t.accelerator.backward = lambda v: (1024 * v).backward()
-    def unscale(opt):
-        for p in t.params: p.grad /= 1024
-    t.accelerator.unscale_gradients = unscale
+def scaled_accelerator():
+    "fp16's scaler on the CPU, where accelerate has none; the network itself stays in float32."
+    acc = T.make_accelerator("cpu")
+    acc.scaler, acc.native_amp, acc.state._mixed_precision = torch.amp.GradScaler("cpu", init_scale=1024.), True, "fp16"
+    acc.prepare_model = lambda net, **_: net
+    return acc
+
+
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_the_trainers_scaler_is_used(micro_batch):
+    "Gradients are scaled once, and unscaled before they are measured, cut and used; a step with an infinite one is left out."
+    plain, t = make_trainer(lr=0.1, optimizer="sgd", clip_norm=0.01), make_trainer(lr=0.1, optimizer="sgd", clip_norm=0.01, micro_batch=micro_batch, accelerator=scaled_accelerator())
+    scale, seen = t.accelerator.scaler, []
+    assert plain.alone and not t.alone
+    first = t.params[0].register_hook(lambda g: seen.append(g.norm()))
     for each in (plain, t):
         each.begin_epoch()
-        each.step(*data())
-    assert t.sums == pytest.approx(plain.sums, rel=1e-4)
+        for _ in range(3): each.step(*data())
+    first.remove()
+    assert t.sums == pytest.approx(plain.sums, rel=1e-4) and max(seen) > 100 * t.sums["grad_norm"] / 3
     for p, q in zip(plain.params, t.params): torch.testing.assert_close(p, q)
+    before = [p.detach().clone() for p in t.params]
+    broken = t.params[0].register_hook(lambda g: g * float("inf"))
+    t.step(*data())
+    broken.remove()
+    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(t.params, before)) and scale.get_scale() == 512
+    t.step(*data())
+    assert not any(torch.equal(p, q) for p, q in zip(t.params, before))
 
 
 def test_profile_asks_for_one_pass():

@@ -152,7 +152,7 @@ def test_published_counts_decide(name, images, classes, test, steps):
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if not n.endswith("/emoji")])
 def test_every_recipe_has_a_plan(name):
-    p = plan(recipe(name).config(trunk="toy", pretrained=False, image_size=32, augment={}, embed_dim=16), device="cpu", probe=0)
+    p = plan(recipe(name).config(trunk="toy", trunk_args={}, freeze_blocks=0, pretrained=False, image_size=32, augment={}, embed_dim=16), device="cpu", probe=0)  # a toy has no blocks
     assert "loss" in p.parameters and p.memory["loss"][0] > 0 and p.source == "published" and str(p) and p._repr_markdown_()
 
 

@@ -43,16 +43,19 @@ MAKE = {"cub": lambda d: layouts_fine.make_cub(d, 4), "cars": lambda d: layouts_
         **{f"dyml-{k}": lambda d, k=k: bigger_dyml(d, k) for k in ("vehicle", "animal", "product")}}
 
 
-@pytest.fixture(scope="session")
-def trees(tmp_path_factory):
-    "Folder of a dataset's small tree, made when first asked for."
+def grown(tmp_path_factory, make):
+    "Function (dataset) -> folder of its small tree, made when first asked for."
     made = {}
     def tree(name):
         if name not in made:
             root = tmp_path_factory.mktemp(name)
-            made[name] = MAKE[name](root) or root
+            made[name] = make[name](root) or root
         return str(made[name])
     return tree
+
+
+@pytest.fixture(scope="session")
+def trees(tmp_path_factory): return grown(tmp_path_factory, MAKE)
 
 
 class OneStep:

@@ -10,7 +10,7 @@ import layouts_fine
 import matplotlib
 import numpy as np
 import pytest
-from test_recipes_run import MAKE, OneStep
+from test_recipes_run import MAKE, OneStep, grown
 
 import hapnb.data, hapnb.study as study, hapnb.train as T
 from hapnb.recipes import recipe
@@ -23,15 +23,7 @@ STUDIES = {"10_benchmark": ("sop", "inat-base", "inat-full", "cub", "inshop"), "
 
 
 @pytest.fixture(scope="module")
-def trees(tmp_path_factory):
-    "Folder of a dataset's small tree, made when first asked for."
-    made = {}
-    def tree(name):
-        if name not in made:
-            root = tmp_path_factory.mktemp(name)
-            made[name] = (sop if name == "sop" else MAKE[name])(root) or root
-        return str(made[name])
-    return tree
+def trees(tmp_path_factory): return grown(tmp_path_factory, {**MAKE, "sop": sop})
 
 
 def sop(root):

@@ -9,10 +9,12 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import torch
 from hypothesis import given, strategies as st
 from scipy import stats
 
 from hapnb import study
+from hapnb.core import write_atomic
 from hapnb.study import (Claim, Grid, RunError, StudyFailed, WrongUse, begin, check_parameters, claim_better, find_studies, grid, holm,
                          interval, make_table, made_by, paired_test, pick_studies, profile_settings, read_run, run_grid, run_study,
                          save_claims, save_figure, save_table, summarise, write_claims)
@@ -149,7 +151,43 @@ def test_workers_see_the_environment_and_the_modules_of_their_parent(tmp_path, m
         monkeypatch.setenv("HAPNB_SEEN", word)
         rows = run_grid(grid(Toy(args={"x": n}), seeds=2), store=tmp_path, jobs=2, device="cpu", runner=toy_look, progress=False)
         assert rows["seen"].eq(len(word)).all() and rows["threads"].eq(1).all() and rows["code"].eq(zlib.crc32(hapnb.__file__.encode())).all()
-        assert rows["prepared"].eq(int(sys.platform == "linux")).all(), "a worker began from nothing"
+        forked = study._worker_context(torch.device("cpu")).get_start_method() == "forkserver"
+        assert rows["prepared"].eq(int(forked)).all() and (not forked or rows["server_threads"].eq(1).all()), "a worker began from nothing, or a process with threads was forked"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or sys.version_info < (3, 11), reason="workers start from nothing")
+def test_workers_are_not_forked_from_an_old_server(tmp_path, monkeypatch):
+    def method(device="cpu"): return study._worker_context(torch.device(device)).get_start_method()
+    monkeypatch.setattr(study, "_SERVER", {})
+    assert (method(), method("cuda"), method()) == ("forkserver", "spawn", "forkserver")
+    monkeypatch.setenv("HAPNB_SEEN", "read when it is needed")
+    assert method() == "forkserver"
+    with monkeypatch.context() as m:
+        m.setenv("HF_HOME", str(tmp_path))
+        assert method() == "spawn", "a library reads the variable while it is imported"
+    assert method() == "forkserver"
+    file = Path(study.__file__)
+    seen = file.stat()
+    os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns + 1000))
+    try:
+        assert method() == "spawn", "the library was edited"
+        rows = run_grid(grid(Toy(args={"x": 7}), seeds=1), store=tmp_path, jobs=1, device="cpu", runner=toy_look, progress=False)
+        assert rows["prepared"].eq(0).all() and rows["seen"].eq(22).all() and rows["threads"].eq(1).all()
+    finally: os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+
+
+@pytest.mark.skipif(sys.platform != "linux" or sys.version_info < (3, 11), reason="workers start from nothing")
+@pytest.mark.parametrize("error", [EOFError, ConnectionRefusedError])
+def test_a_server_that_died_costs_time_only(tmp_path, monkeypatch, error):
+    submit, methods = study.ProcessPoolExecutor.submit, []
+    def first_fails(self, *args):
+        methods.append(self._mp_context.get_start_method())
+        if len(methods) == 1: raise error
+        return submit(self, *args)
+    monkeypatch.setattr(study, "_SERVER", {})
+    monkeypatch.setattr(study.ProcessPoolExecutor, "submit", first_fails)
+    rows = run_grid(grid(Toy(), seeds=2), store=tmp_path, jobs=1, device="cpu", runner=toy_run, progress=False)
+    assert rows["H-AP"].tolist() == [0.3, 0.31] and methods == ["forkserver", "spawn", "spawn"] and set(tries(tmp_path).values()) == {1}
 
 
 def test_failures_and_dead_workers_are_rows(tmp_path, monkeypatch):
@@ -170,7 +208,9 @@ def test_failures_and_dead_workers_are_rows(tmp_path, monkeypatch):
 
 def test_killed_and_started_again(tmp_path, monkeypatch):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    p = subprocess.Popen([sys.executable, str(ROOT / "tests/toy_study.py"), str(tmp_path)], env=env, stderr=subprocess.DEVNULL)
+    trap = tmp_path.with_name(f"{tmp_path.name}-elsewhere")
+    write_atomic(trap / "hapnb/__init__.py", "open('read', 'w')")  # where the command is typed lies another package of that name
+    p = subprocess.Popen([sys.executable, str(ROOT / "tests/toy_study.py"), str(tmp_path)], env=env, cwd=trap, stderr=subprocess.DEVNULL)
     for _ in range(600):
         if list(tmp_path.glob("*/try-*")): break
         time.sleep(0.1)
@@ -180,6 +220,7 @@ def test_killed_and_started_again(tmp_path, monkeypatch):
     p.wait()
     gone, alive = psutil.wait_procs(family, timeout=15)
     assert not [w for w in alive if started(w)], "workers outlive the study that was killed"
+    assert not (trap / "read").exists(), "the server of workers imported another package"
     monkeypatch.setattr(study, "_is_local", lambda cfg, runner: True)
     rows = run_grid(grid(Toy(), seeds=4), store=tmp_path, device="cpu", runner=toy_run, progress=False)
     assert rows["H-AP"].tolist() == [0.3 + 0.01 * s for s in range(4)]

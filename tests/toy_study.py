@@ -35,9 +35,9 @@ def toy_run(cfg, store, device, progress):
 
 def toy_look(cfg, store, device, progress):
     "A run that notes what its process was given."
-    prepared = int("hapnb.models" in sys.modules)
+    prepared, tasks = int("hapnb.models" in sys.modules), Path(f"/proc/{os.getppid()}/task")
     import hapnb, torch
-    return SimpleNamespace(metrics={"prepared": prepared, "seen": len(os.environ.get("HAPNB_SEEN", "")), "threads": torch.get_num_threads(), "code": zlib.crc32(hapnb.__file__.encode())})
+    return SimpleNamespace(metrics={"prepared": prepared, "server_threads": len(list(tasks.iterdir())) if tasks.exists() else 0, "seen": len(os.environ.get("HAPNB_SEEN", "")), "threads": torch.get_num_threads(), "code": zlib.crc32(hapnb.__file__.encode())})
 
 
 PARAMETERS = "seeds: int = 2  # how many\nlr: float = 0.1  # step\nflag: bool = False  # yes or no\nstore: str = 'runs'  # where\n"
