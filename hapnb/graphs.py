@@ -194,6 +194,18 @@ def canonical_order(x: Tensor, # [N, D], any length
     return unit[again], place, lowest
 
 def _unique_rows(x):
-    bytes_ = np.ascontiguousarray(x.numpy()).view(np.dtype((np.void, x.shape[1] * x.element_size())))[:, 0]
-    _, first, place = np.unique(bytes_, return_index=True, return_inverse=True)
-    return torch.from_numpy(first), torch.from_numpy(place.reshape(-1))
+    "First row of each different one, sorted by bytes, and which of them each row is."
+    raw = np.ascontiguousarray(x.numpy()).view(np.uint8).reshape(len(x), -1)
+    head = np.zeros((len(raw), 8), np.uint8)
+    head[:, :raw.shape[1]] = raw[:, :8]
+    head = head.view(">u8")[:, 0].astype(np.uint64)  # eight bytes settle nearly all, and numbers sort much faster than rows
+    order = head.argsort(kind="stable")
+    tied = head[order[1:]] == head[order[:-1]]
+    both = np.append(tied, False) | np.insert(tied, 0, False)
+    some = order[both]
+    order[both] = some[raw[some].view(f"V{raw.shape[1]}")[:, 0].argsort(kind="stable")]
+    new, at = np.ones(len(raw), bool), np.flatnonzero(tied)
+    new[at + 1] = (raw[order[at + 1]] != raw[order[at]]).any(1)
+    place = np.empty(len(raw), np.int64)
+    place[order] = new.cumsum() - 1
+    return torch.from_numpy(order[new]), torch.from_numpy(place)
