@@ -66,8 +66,10 @@ def _search_blocks(x, k, block=2**24):
 def _edge_cosines(x, neighbours, block=None):
     "Cosines of unit rows with their neighbours, each a sum of D products in the same order."
     block = block or (128 if x.device.type == "cpu" else 2048)  # a processor's cache holds the small one; the sums are the same
-    flat = [(x[lo:lo + block, None] * x.index_select(0, nb.reshape(-1)).view(*nb.shape, -1)).sum(2) for lo, nb in zip(range(0, len(x), block), neighbours.split(block))]
-    return torch.cat(flat).clamp(max=1)
+    out = x.new_empty(neighbours.shape)  # filled in place: small pieces kept between large ones would leave holes in memory
+    for rows, nb, a in zip(x.split(block), neighbours.split(block), out.split(block)):
+        torch.sum(rows[:, None] * x.index_select(0, nb.reshape(-1)).view(*nb.shape, -1), 2, out=a)
+    return out.clamp_(max=1)
 
 def _unit_rows(x, name="x"):
     "Checked float32 rows of unit length."
