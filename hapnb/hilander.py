@@ -326,10 +326,12 @@ def _fingerprint(x, y, cfg):
 
 @patch
 def save(self: _Training, path, key):
+    "Write where the training stands."
     save_state(path, dict(kind="hilander", key=key, epoch=self.epoch, model=self.model.state_dict(), opt=self.opt.state_dict(), history=self.model.history))
 
 @patch
 def load(self: _Training, path, key):
+    "Go on from where `save` was called; a file of something else is a `ValueError`."
     try: state = load_state(path)
     except Exception as e: raise ValueError(f"{path} is no readable state of a training ({type(e).__name__}: {str(e)[:120]}); delete it to start again.") from e
     if not isinstance(state, dict) or state.get("kind") != "hilander": raise ValueError(f"{path} is no state of a Hi-LANDER training; give another path, or delete it to start again.")
