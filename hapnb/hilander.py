@@ -19,7 +19,7 @@ from torch import nn, Tensor
 from tqdm.auto import tqdm
 
 from .clustering import CLUSTERERS
-from .core import _no_autocast, check_embeddings, check_labels, check_number, nearest, pick_device, write_atomic
+from .core import _no_autocast, check_embeddings, check_labels, check_fields, check_number, nearest, pick_device, write_atomic
 from .graphs import (Graph, Level, _unit_rows, canonical_order, cluster_means, find_parents, find_roots, knn_graph, same_class,
                           supervised_density, training_levels)
 from .train import Diverged, _seeded, derive_seed, load_state, save_state
@@ -83,9 +83,7 @@ def to_dict(self: HiLanderConfig) -> dict:
 @patch(cls_method=True)
 def from_dict(cls: HiLanderConfig, values: dict):
     "Build from `to_dict`'s values; an unknown field is a `ValueError` with the nearest known one."
-    known = [f.name for f in dataclasses.fields(cls)]
-    for k in values:
-        if k not in known: raise ValueError(f"HiLanderConfig has no field {k!r}.{nearest(k, known)} Known: {', '.join(known)}.")
+    check_fields("HiLanderConfig", values, [f.name for f in dataclasses.fields(cls)])
     return cls(**values)
 
 @patch(cls_method=True)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
 
-from .core import atomic_path, check_number, nearest, pick_device, write_atomic
+from .core import atomic_path, check_fields, check_number, nearest, pick_device, write_atomic
 from .data import RetrievalDataset, deal_open_world, fingerprint_of, read_text, renumber
 from .train import Result, RunConfig, derive_seed, freeze_value, is_finished, environment, load_splits, run, thaw, _launched, _lock, _world
 from .recipes import RECIPES, SOURCES, Recipe
@@ -278,9 +278,7 @@ def to_dict(self: OpenWorldConfig) -> dict:
 @patch(cls_method=True)
 def from_dict(cls: OpenWorldConfig, d: dict):
     "Make a config from a dict of some fields; `ValueError` names the nearest field to an unknown one."
-    known = [f.name for f in dataclasses.fields(cls)]
-    for n in d:
-        if n not in known: raise ValueError(f"OpenWorldConfig has no field {n!r}.{nearest(n, known)} Known: {', '.join(known)}.")
+    check_fields("OpenWorldConfig", d, [f.name for f in dataclasses.fields(cls)])
     return cls(**d)
 
 @patch

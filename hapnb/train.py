@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
 
-from .core import (DATASETS, TRUNKS, SAMPLERS, LOSSES, EmbeddingLoss, as_relevance, check_labels, check_number, nearest, pick_device,
+from .core import (DATASETS, TRUNKS, SAMPLERS, LOSSES, EmbeddingLoss, as_relevance, check_labels, check_fields, check_number, nearest, pick_device,
                         shared_levels, write_atomic)
 from .large_batches import EmbeddingMemory, memory_part, two_pass_backward
 
@@ -713,10 +713,7 @@ def _check_packed_format(cfg):
 
 # %% ../nbs/30_train.ipynb #40482514
 def _field_names(cls): return [f.name for f in dataclasses.fields(cls)]
-def _check_names(names):
-    for n in names:
-        if n not in _field_names(RunConfig):
-            raise ValueError(f"RunConfig has no field {n!r}.{nearest(n, _field_names(RunConfig))} Known: {', '.join(_field_names(RunConfig))}.")
+def _check_names(names): check_fields("RunConfig", names, _field_names(RunConfig))
 
 # %% ../nbs/30_train.ipynb #ab1e177f
 @patch
