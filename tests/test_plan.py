@@ -110,6 +110,17 @@ def test_against_a_memory_it_is_a_line(loss):
     assert guess == pytest.approx(P._peak(P._loss_step(trainer, batch, P._full_memory(trainer, labels, 4000))), rel=0.1)
 
 
+def test_what_ran_before_does_not_count():
+    "The rank engine keeps memory between calls: a probe finds the same peak after a large loss as after a small one, and none of that memory."
+    trainer = P._parts(TOY.replace(loss="ROADMAPLoss"), labels := class_table((400, 12)), make_accelerator("cpu"))[0]
+    peaks = []
+    for n in (8, 384):
+        P._loss_step(trainer, labels[torch.arange(n) // 4])()
+        torch.manual_seed(0)
+        peaks.append(P._peak(P._loss_step(trainer, labels[torch.arange(192) // 4])))
+    assert peaks[0] == peaks[1]
+
+
 def test_a_full_gpu(monkeypatch):
     def f(b):
         if b > 5: raise torch.OutOfMemoryError("CUDA out of memory")
