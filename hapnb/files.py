@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARCHIVES', 'BROKEN', 'file_hash', 'check_hash', 'download', 'Entry', 'name_parts', 'check_link', 'check_entries',
-           'unpack']
+           'is_unpacked', 'unpack']
 
 # %% ../nbs/19_files.ipynb #37b4c895
 import hashlib, http.client, json, os, re, shutil, stat, tarfile, tempfile, urllib.error, urllib.request, zipfile, zlib
@@ -236,51 +236,69 @@ def _write(source, to: Path, size: int, what: str):
         shutil.copyfileobj(source, f, 2**20)
         if f.tell() != size: raise EOFError(f"{what}: {f.tell():,} of {size:,} bytes")
 
-def _places(entries, folder: Path):
-    "Check that no folder on disk leads outside, and that the disk has room."
+def _places(entries, folder: Path, again: bool):
+    "Check that no folder on disk leads outside, and that the disk has room for what is still to be written."
     top = folder.resolve()
     for parents in {p[:-1] for _, p in entries}:
         real = folder.joinpath(*parents).resolve()
         if real != top and top not in real.parents: raise ValueError(f"{folder.joinpath(*parents)} is a link that leads out of {folder}; nothing was written.")
-    need, free = sum(e.size for e, _ in entries), shutil.disk_usage(folder).free
+    need, free = sum(e.size for e, p in entries if not (again and _there(e, folder.joinpath(*p)))), shutil.disk_usage(folder).free
     if need > free: raise OSError(f"unpacking needs {need / 1e9:,.1f} GB, but {folder} has {free / 1e9:,.1f} GB free; nothing was written.")
+
+def _there(entry, to: Path) -> bool:
+    "Did an earlier run write this file? It has its name only when it is whole."
+    return entry.kind == "file" and to.is_file() and not to.is_symlink() and to.stat().st_size == entry.size
 
 # %% ../nbs/19_files.ipynb #e3911302
 def _extract(entries, opener, folder: Path, again: bool, bar):
-    "Write all entries; `again`: skip the files that an interrupted run wrote."
+    "Write all entries; `again`: skip the files that an earlier run wrote."
     for e, parts in sorted(entries, key=lambda pair: ("folder", "file", "hardlink", "symlink").index(pair[0].kind)):  # stable: keeps the archive's order
         to = folder.joinpath(*parts)
         if e.kind == "folder": to.mkdir(parents=True, exist_ok=True)
         elif e.kind == "symlink":
             to.parent.mkdir(parents=True, exist_ok=True); to.unlink(missing_ok=True)
             os.symlink(e.target, to)
-        elif not (again and to.is_file() and not to.is_symlink() and e.kind == "file" and to.stat().st_size == e.size):
+        elif not (again and _there(e, to)):
             with opener(e) as source:
                 size = e.size if e.kind == "file" else folder.joinpath(*name_parts(e.target)).stat().st_size
                 _write(source, to, size, e.name)
         bar.update(1)
 
+# %% ../nbs/19_files.ipynb #2e26df2c
+def _mark(archive, folder): return Path(folder).expanduser() / f".unpacked-{Path(archive).name}.json"
+def _noted(mark): return json.loads(mark.read_text()) if mark.is_file() else {}
+
+def is_unpacked(archive, # its path; it need not be there any more
+                folder, # where it was unpacked
+                ) -> bool:
+    "Was this archive unpacked here to its end?"
+    archive, note = Path(archive).expanduser(), _noted(_mark(archive, folder))
+    return bool(note.get("done")) and (not archive.is_file() or note.get("size") == archive.stat().st_size)
+
+def _unpack(archive, folder, mark, progress):
+    "Check and write all entries; those that were written from this very archive are kept."
+    this, note = dict(archive=archive.name, size=archive.stat().st_size), _noted(mark)
+    begun = {**note, "done": False} == {**this, "done": False}
+    with _opened(archive) as (listed, opener):
+        entries = check_entries(listed, archive)
+        _places(entries, folder, begun)
+        write_atomic(mark, json.dumps({**this, "done": False}))
+        with tqdm(total=len(entries), desc=archive.name, unit="file", disable=not progress) as bar: _extract(entries, opener, folder, begun, bar)
+        write_atomic(mark, json.dumps({**this, "done": True}))
+
 # %% ../nbs/19_files.ipynb #67c7dbf2
 def unpack(archive, # a zip, tar, tgz, tar.bz2 or tar.xz file
            folder, # where to
            progress: bool = True, # show a bar
+           again: bool = False, # True: also after a finished run, write the files that are missing or have another size
            ) -> Path: # the folder
-    "Unpack an archive after checking every entry; an interrupted run is continued, a finished one is not repeated."
+    "Unpack an archive after checking every entry; an interrupted run is continued, a finished one is repeated only `again`."
     archive, folder = Path(archive).expanduser(), Path(folder).expanduser()
-    mark = folder / f".unpacked-{archive.name}.json"
-    note = json.loads(mark.read_text()) if mark.is_file() else {}
-    if not archive.is_file():
-        if note.get("done"): return folder
-        raise FileNotFoundError(f"there is no archive {archive}.")
-    this = dict(archive=archive.name, size=archive.stat().st_size)
-    if note == {**this, "done": True}: return folder
+    if is_unpacked(archive, folder) and not again: return folder
+    if not archive.is_file(): raise FileNotFoundError(f"there is no archive {archive}.")
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(mark) + ".lock"), _opened(archive) as (listed, opener):
-        entries = check_entries(listed, archive)
-        _places(entries, folder)
-        write_atomic(mark, json.dumps({**this, "done": False}))
-        with tqdm(total=len(entries), desc=archive.name, unit="file", disable=not progress) as bar:
-            _extract(entries, opener, folder, note == {**this, "done": False}, bar)
-        write_atomic(mark, json.dumps({**this, "done": True}))
+    mark = _mark(archive, folder)
+    with FileLock(str(mark) + ".lock"):
+        if again or not is_unpacked(archive, folder): _unpack(archive, folder, mark, progress)  # somebody else may have done it meanwhile
     Path(str(mark) + ".lock").unlink(missing_ok=True)
     return folder

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.io import savemat
 
 from hapnb import benchmarks, data
@@ -375,3 +376,48 @@ def test_fetch_leaves_tables_alone_and_says_what_is_left(tmp_path, monkeypatch, 
     assert {p.name for p in (tmp_path / "gldv2").iterdir()} == {a["name"] for a in source_of("gldv2").archives}
     said = capsys.readouterr().out
     assert "not all of Google Landmarks v2" in said and "train | images/train, index | images/index, test | images/test are missing" in said
+
+
+def test_a_deleted_archive_is_not_fetched_again(tmp_path, monkeypatch):
+    "120 GB of archive may go once it is unpacked; lost images come back only when asked for."
+    asked = []
+    def fake(url, path, sha256, md5, progress):
+        asked.append(url)
+        return path if path.is_file() else Path(shutil.copy(tmp_path / "x.tar.gz", path))
+    monkeypatch.setattr(data, "download", fake)
+    make_cub(tmp_path / "made")
+    shutil.make_archive(str(tmp_path / "x"), "gztar", tmp_path / "made")
+    (got := tmp_path / "got").mkdir()
+    data.fetch("cub", got, progress=False)
+    (got / "CUB_200_2011.tgz").unlink()
+    data.fetch("cub", got, progress=False)
+    assert len(asked) == 1
+    next(got.glob("CUB_200_2011/images/*/*.jpg")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"Unpack the archive again: hapnb.data.fetch\('cub', DIR, again=True\)\."): load("cub", "train", got, counts=False)
+    data.fetch("cub", got, progress=False, again=True)
+    assert len(asked) == 2 and missing("cub", got, counts=False) == []
+
+
+@pytest.mark.parametrize("name, how", [("cars", False), ("sop", True)])
+def test_the_way_to_unpack_again_is_named_where_there_is_one(tmp_path, name, how):
+    root = MAKE[name](tmp_path)
+    for p in root.rglob("*.[jJ][pP][gG]"): p.unlink()
+    with pytest.raises(FileNotFoundError) as e: load(name, "train", root, counts=False)
+    assert ("hapnb.data.fetch" in str(e.value)) == how
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_lies_beside_the_data_does_not_matter(tmp_path, name):
+    "A folder that was on a Mac, with its archive still there, read-only and reached through a link."
+    root = MAKE[name](tmp_path / "disk")
+    before = load(name, "all", root, counts=False)
+    for p in [root, *(p for p in root.rglob("*") if p.is_dir())]: (p / ".DS_Store").write_bytes(b"\0\0\0\1Bud1"), (p / "Thumbs.db").write_bytes(b"x")
+    for p in [p for p in root.rglob("*") if p.is_file()]: (p.parent / f"._{p.name}").write_bytes(b"\0\5\26\7")
+    (root / "all.tar.gz").write_bytes(b"half an archive"), (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "data").symlink_to(root.parent, target_is_directory=True)
+    for p in root.rglob("*"): p.chmod(0o555 if p.is_dir() else 0o444)
+    root.chmod(0o555)
+    try: after = load(name, "all", tmp_path / "home" / "data", counts=False)
+    finally:
+        for p in [root, *root.rglob("*")]: p.chmod(0o755)
+    assert after.check() and (len(after), after.fingerprint) == (len(before), before.fingerprint) and torch.equal(after.labels, before.labels)

@@ -1,5 +1,5 @@
 "Datasets: splits, loaders, bad input, the bundled images and their recipe."
-import hashlib, importlib.util, io, json, os, shutil, sys, tarfile
+import hashlib, importlib.util, io, json, os, re, shutil, sys, tarfile
 
 import numpy as np
 import pandas as pd
@@ -210,6 +210,22 @@ def test_folder_with_its_own_split(tree, tmp_path):
     with pytest.raises(ValueError, match="smaller `val`"): load("folder", "val", tmp_path / "own")
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "dev"])
+def test_folder_split_by_other_names(tree, tmp_path, name):
+    for part, k in (("train", "bird/owl"), (name, "bird/swan"), ("test", "fish/eel")): shutil.copytree(tree / k, tmp_path / "own" / part / k)
+    found = {s: load("folder", s, tmp_path / "own") for s in ("fit", "val", "train", "test")}
+    assert {s: classes(d) for s, d in found.items()} == {"fit": {"bird/owl"}, "val": {"bird/swan"}, "train": {"bird/owl", "bird/swan"}, "test": {"fish/eel"}}
+    assert found["test"].level_names == ("level0", "level1")
+
+
+def test_folder_with_something_beside_its_splits(tree, tmp_path):
+    "Taken for classes, train/owl and test/owl would be two, and half of the test images would be trained on."
+    for part, k in (("train", "owl"), ("test", "swan"), ("unsorted", "crow")): shutil.copytree(tree / "bird" / k, tmp_path / "own" / part / k)
+    with pytest.raises(ValueError, match="train and test stand beside 'unsorted'"): load("folder", "train", tmp_path / "own")
+    shutil.rmtree(tmp_path / "own" / "test")
+    assert load("folder", "all", tmp_path / "own").class_names[1] == ["train", "unsorted"]  # a train may be a class
+
+
 def test_folder_depth(tree):
     Image.new("RGB", (8, 8)).save(tree / "bird" / "lost.png")
     with pytest.raises(ValueError, match=r"same depth.*bird/lost\.png"): load("folder", "all", tree)
@@ -242,6 +258,17 @@ def test_truncation_is_seen_in_each_format(kind):
     good, cut = (RetrievalDataset(BytesStore([d], ["x"]), torch.zeros(1, 1).long(), [["a"]], ("c",)) for d in (data, data[:len(data) // 2]))
     assert not good.bad_images() and not good.bad_images(decoding=False)
     assert len(cut.bad_images()) == len(cut.bad_images(decoding=False)) == 1
+
+
+def test_a_message_does_not_wait_for_a_whole_large_set(tree, monkeypatch):
+    "Of a set with 300,000 photographs a thousand are looked at."
+    ds, reads = load("folder", "all", tree), []
+    monkeypatch.setattr(data, "_LOOK", 5)
+    monkeypatch.setattr(data.FileStore, "read", lambda self, i: reads.append(i) or b"\xff\xd8\xff" + bytes(50) if i % 2 else encode(Image.new("RGB", (8, 8))))
+    with pytest.raises(OSError, match="cannot read image 7 of folder/all") as e: ds.image(7)
+    assert re.search(r"5 of 6 images that were looked at, of 24, look bad", str(e.value)) and len(reads) <= 7
+    with pytest.raises(OSError, match="image -1 of"): ds.image(-1)
+    assert [b[0] for b in ds.bad_images(rows=[2, 3, 9])] == [3, 9] and len(ds.bad_images()) == 12
 
 
 def test_file_that_vanished(tree):
@@ -298,6 +325,26 @@ def test_table_errors(tree):
     with pytest.raises(FileNotFoundError, match=r"(?s)2 of 24 image files.*gone\.png \(missing\)"): load("table", data_dir=path)
     frame.assign(species="other").to_csv(path, index=False)
     with pytest.raises(ValueError, match="not a tree"): load("table", data_dir=path)
+
+
+def test_table_files_that_are_none(tree):
+    "The file is named, and the line where there is one; blanks at the end make no other class."
+    frame, path = table_of(tree), tree / "t.csv"
+    frame.to_csv(path, index=False)
+    good = path.read_bytes()
+    before = load("table", "all", path)
+    for bad, says in ((good.replace(b",owl,", b",h\xfcbou,", 1), r"t\.csv, line 8: not UTF-8 text \(byte 0xfc\)"), (good.replace(b",owl,bird", b",owl,bird,more", 1), r"t\.csv cannot be read as a CSV table .*line 8"),
+                      (b"", r"t\.csv cannot be read as a CSV"), (good[:200] + b"\0" * 50, r"t\.csv, line \d+: holds zero bytes"), (b"path,species\n", "has no rows"), (good.replace(b",owl,", b",\" \",", 1), "no value in column .species.")):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=says): load("table", "all", path)
+    path.write_bytes(b"\xef\xbb\xbf" + good.replace(b",owl,", b", owl ,", 1).replace(b"path,species", b"path, species ").replace(b"\n", b"\r\n"))
+    after = load("table", "all", path)
+    assert (after.class_names, after.level_names) == (before.class_names, before.level_names) and torch.equal(after.labels, before.labels)
+    frame.to_parquet(tree / "t.parquet")
+    whole = (tree / "t.parquet").read_bytes()
+    for bad in (whole[:len(whole) // 2], b"", good):
+        (tree / "t.parquet").write_bytes(bad)
+        with pytest.raises(ValueError, match=r"t\.parquet cannot be read as a parquet table"): load("table", "all", tree / "t.parquet")
 
 
 def test_table_with_images_inside(parts):

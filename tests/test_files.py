@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from hapnb import files
-from hapnb.files import download, file_hash, unpack
+from hapnb.files import download, file_hash, is_unpacked, unpack
 
 DATA = os.urandom(300_000)
 SHA, MD5 = hashlib.sha256(DATA).hexdigest(), hashlib.md5(DATA).hexdigest()
@@ -305,3 +305,44 @@ def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda p: type("Usage", (), dict(free=100)))
     with pytest.raises(OSError, match="nothing was written"): unpack(tar(tmp_path / "a.tgz", GOOD), tmp_path / "out", progress=False)
     assert not made(tmp_path / "out")
+
+
+def test_a_disk_that_has_room_for_the_rest_only(tmp_path, monkeypatch):
+    "What an interrupted run wrote is not counted once more."
+    archive, write = tar(tmp_path / "a.tgz", GOOD), files._write
+    def stop(source, to, size, what):
+        if what == "set/list.txt": raise KeyboardInterrupt
+        write(source, to, size, what)
+    monkeypatch.setattr(files, "_write", stop)
+    with pytest.raises(KeyboardInterrupt): unpack(archive, tmp_path / "out", progress=False)
+    monkeypatch.setattr(files, "_write", write)
+    for free in (len(GOOD["set/list.txt"]) - 1, len(GOOD["set/list.txt"])):
+        monkeypatch.setattr(files.shutil, "disk_usage", lambda p: type("Usage", (), dict(free=free)))
+        if free < len(GOOD["set/list.txt"]):
+            with pytest.raises(OSError, match="nothing was written"): unpack(archive, tmp_path / "out", progress=False)
+    assert made(unpack(archive, tmp_path / "out", progress=False)) == GOOD
+
+
+def test_files_that_were_lost_later(tmp_path):
+    archive = tar(tmp_path / "a.tgz", GOOD)
+    out = unpack(archive, tmp_path / "out", progress=False)
+    (out / "set/img/1.jpg").unlink(); (out / "set/list.txt").write_bytes(b"cut")
+    assert is_unpacked(archive, out) and made(unpack(archive, out, progress=False)) != GOOD  # finished is finished
+    assert made(unpack(archive, out, progress=False, again=True)) == GOOD and is_unpacked(archive, out)
+    tar(archive, {**GOOD, "set/more.txt": b"x" * 4000 + os.urandom(2000)})
+    assert not is_unpacked(archive, out)  # another archive
+    archive.unlink()
+    assert is_unpacked(archive, out) and unpack(archive, out, progress=False) == out
+    with pytest.raises(FileNotFoundError, match="no archive"): unpack(archive, out, progress=False, again=True)
+    assert not is_unpacked(archive, tmp_path)
+
+
+def test_two_unpack_at_once(tmp_path, monkeypatch):
+    "The second waits, and finds it done."
+    archive, write, written, go = tar(tmp_path / "a.tgz", GOOD), files._write, [], threading.Barrier(2)
+    monkeypatch.setattr(files, "_write", lambda *a: (written.append(a[3]), write(*a)))
+    def both(): go.wait(); unpack(archive, tmp_path / "out", progress=False)
+    threads = [threading.Thread(target=both) for _ in range(2)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert made(tmp_path / "out") == GOOD and sorted(written) == sorted(GOOD)
