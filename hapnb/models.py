@@ -364,7 +364,7 @@ def whiten_(self: Head, pooled: Tensor, # [N, C] of training images, as they com
             ) -> Head: # itself
     "Set the projection to PCA whitening of these features (computed in float64); it can learn afterwards."
     if not isinstance(self.proj, nn.Linear): raise ValueError("a head without projection (embed_dim=None) cannot be whitened.")
-    (D, C), x = self.proj.weight.shape, self.norm(pooled.detach().double().cpu())
+    (D, C), x = self.proj.weight.shape, self.norm(pooled.detach().cpu().double())
     if x.ndim != 2 or x.shape[1] != C or len(x) < 2: raise ValueError(f"whitening needs features [N, {C}] of at least 2 images, got {tuple(pooled.shape)}.")
     if D > C: raise ValueError(f"whitening cannot make {D} numbers of {C}; embed_dim must be at most {C}.")
     if not bool(x.isfinite().all()): raise ValueError(f"features of row {int((~x.isfinite()).any(1).nonzero()[0, 0])} are not finite.")
