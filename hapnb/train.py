@@ -1099,7 +1099,7 @@ def model(self: Result) -> nn.Module:
     "Build the trained network, images to embeddings, in evaluation mode; `ValueError` if a frozen trunk's file of weights has changed."
     if self.config.freeze == "trunk" and self.environment.get("pretrained", known := _weights_id(self.config.pretrained)) != known:
         raise ValueError(f"run {self.key} was made with other weights than {self.config.pretrained} holds now: its head does not belong to them.")
-    net = build_net(self.config)
+    net = build_net(self.config if self.config.freeze == "trunk" else self.config.replace(pretrained=False))  # its own weights follow: none need be there, or downloaded
     for part in ("head", "trunk"):
         own = {k.removeprefix(part + "."): v for k, v in self.weights().items() if k.startswith(part + ".")}
         if own or part == "head": getattr(net, part).load_state_dict(own)
@@ -1161,7 +1161,7 @@ def run(cfg: RunConfig, # what to do
         store = "runs", # the folder of all runs
         device = "auto", # "auto", "cpu", "cuda", "cuda:1", "mps"
         progress: bool = True, # say how it goes, a line every few seconds
-        save_every: float = 30., # seconds between checkpoints
+        save_every: float = 30., # seconds between checkpoints, more where writing one takes longer than a second and a half; 0: after each step
         workers: int = None, # processes that load images; default: one a core, at most 8
         data: tuple = None, # (training part, evaluation part) instead of the named dataset; their fingerprints enter the key
         on_epoch = None, # called (in the first process) with each row of the history; what it raises ends the run for now
@@ -1217,7 +1217,7 @@ class _Judge:
         self.labels = _columns(test, cfg.levels)
         self.protocol = thaw(cfg.protocol) or dict(getattr(test, "protocol", None) or {})
         if cfg.levels is not None and self.protocol.get("kind") == "dyml": raise ValueError("protocol 'dyml' has a benchmark for each level of the labels: leave levels=None; eval_levels says which to report.")
-        self.data = dict(name=test.name, split=test.split, images=len(test), fingerprint=test.fingerprint)
+        self.data = dict(name=test.name, split=test.split, images=len(test), fingerprint=test.fingerprint, protocol=self.protocol)
 
     def embed(self, net):
         x, transform = self.test, None
@@ -1242,14 +1242,17 @@ class _Clock:
         self.trainer, self.path, self.cfg, self.judge, self.save_every, self.progress = trainer, path, cfg, judge, save_every, progress
         self.on_epoch = on_epoch
         self.began = self.saved = self.told = time.monotonic()
+        self.cost = 0. # seconds that the last checkpoint took
         self.main = trainer.accelerator.is_main_process
 
     def after_step(self, trainer):
-        if self.main and time.monotonic() - self.saved >= self.save_every: self.save()
+        if self.main and time.monotonic() - self.saved >= (self.save_every and max(self.save_every, 20 * self.cost)): self.save()
 
     def save(self):
+        began = time.monotonic()
         save_state(self.path / "state.pt", self.trainer.state_dict())
         self.saved = time.monotonic()
+        self.cost = self.saved - began
 
     def after_epoch(self, trainer, row):
         if self.cfg.eval_every and trainer.epoch % self.cfg.eval_every == 0:

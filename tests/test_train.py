@@ -936,3 +936,28 @@ def test_whitening_looks_at_some_images_only():
     assert T._some_rows(7).tolist() == list(range(7))
     many = T._some_rows(20000)
     assert len(many) == 5000 and bool((many.diff() > 0).all()) and torch.equal(many, T._some_rows(20000))
+
+
+def test_checkpoints_of_a_large_network_leave_time_to_train(tmp_path, monkeypatch):
+    "A checkpoint that takes 10 s is written every 200 s, not every 30."
+    now, saved = [0.], []
+    monkeypatch.setattr(T.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(T, "save_state", lambda *a: (saved.append(now[0]), now.__setitem__(0, now[0] + 10.)))
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True), state_dict=dict)
+    clock = T._Clock(trainer, tmp_path, TOY, None, 30., False)
+    while now[0] < 500: now[0] += 1; clock.after_step(trainer)
+    assert saved == [30., 240., 450.]
+    saved.clear(); clock = T._Clock(trainer, tmp_path, TOY, None, 0, False)
+    for _ in range(3): clock.after_step(trainer)
+    assert len(saved) == 3  # 0: after each step
+
+
+def test_a_trained_network_needs_nothing_but_its_run(tmp_path):
+    "The ImageNet weights that it started from may be gone, and the network too."
+    cfg = TOY.replace(freeze="bn", pretrained=str(tmp_path / "trunk.pth"), epochs=1)
+    torch.save(T.build_net(cfg.replace(pretrained=False)).trunk.net.state_dict(), tmp_path / "trunk.pth")
+    result = toy_run(cfg, tmp_path / "runs")
+    (tmp_path / "trunk.pth").unlink()
+    from hapnb.models import test_transform as plain
+    net, part = result.model(), result.dataset()
+    torch.testing.assert_close(T.embed(net, part, plain(net, 32)), result.embeddings(), rtol=0, atol=1e-6)
