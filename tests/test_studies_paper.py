@@ -140,3 +140,13 @@ def test_the_benchmark_shares_its_runs(execute):
     for key, cfg in mine.items(): assert cfg == others[key], key
     search = [set(execute(n, "full", "emoji", run)[0]) for n in ("10_benchmark", "42_roadmap_tables")]  # of learning rates
     assert len(search[0]) == 5 * 7 and search[0] < search[1] and {c.split for c in search[0]} == {"val"}
+
+
+def test_supap_of_inaturalist_has_the_constants_of_inaturalist(execute):
+    "In the comparison with ROADMAP, SupAP alone is ROADMAP without its calibration and nothing else."
+    def run(self, configs, **args): raise Enough
+    for dataset, wanted in (("inat-base", (0., 1.)), ("cub", (0.5, 1.44))):
+        [grid] = execute("42_roadmap_tables", "paper", dataset, run, seeds=1)
+        found = {l["loss"]: c for l, c in zip(grid.labels, grid)}
+        assert {n: (found[n].loss_args["start"], found[n].loss_args["offset"]) for n in ("SupAP", "ROADMAP")} == {"SupAP": wanted, "ROADMAP": wanted}
+        assert set(found["ROADMAP"].loss_args) - set(found["SupAP"].loss_args) == {"weight", "pos_margin", "neg_margin", "average"} and found["Triplet"].loss_args == {}
