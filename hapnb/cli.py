@@ -303,15 +303,15 @@ def train(a) -> int:
 # %% ../nbs/61_cli.ipynb #ece3ae01
 def _print_metrics(metrics: dict):
     "Print metrics, one row a name, one column a level."
-    rows, levels = {}, sorted({int(k.rpartition("_level")[2]) for k in metrics if "_level" in k})
+    rows = {}
     for k, v in metrics.items():
-        name, _, level = k.partition("_level")
-        if isinstance(v, (int, float)): rows.setdefault(name, {})[int(level) if level else "all"] = v
-    columns = [*levels, "all"]
-    print(f"{'in percent':<14}" + "".join(f"{'level ' + str(c) if c != 'all' else 'all levels':>12}" for c in columns))
+        name, _, level = k.removesuffix("_std").partition("_level")  # _std: over the draws of random galleries
+        if isinstance(v, (int, float)): rows.setdefault(name + " std" * k.endswith("_std"), {})[int(level) if level else "all"] = v
+    columns = [*sorted({c for row in rows.values() for c in row} - {"all"}), "all"]
+    print(f"{'in percent':<16}" + "".join(f"{'level ' + str(c) if c != 'all' else 'all levels':>12}" for c in columns))
     for name, row in rows.items():
         cell = lambda c: "" if c not in row else f"{row[c]:.0f}" if name.startswith("skipped") else f"{row[c] * 100:.2f}"
-        if not name.startswith("skipped") or any(row.values()): print(f"{name:<14}" + "".join(f"{cell(c):>12}" for c in columns))
+        if not name.startswith("skipped") or any(row.values()): print(f"{name:<16}" + "".join(f"{cell(c):>12}" for c in columns))
 
 # %% ../nbs/61_cli.ipynb #968a240a
 def read_embeddings(path, labels=None) -> tuple: # (float32 [N, D], int64 [N, L] or [N])
@@ -848,7 +848,7 @@ def doctor(a) -> int:
     print("\nEverything that the default studies need is here." if not missing else f"\n{missing} thing(s) marked !! must be mended first.")
     return 1 if missing else 0
 
-# %% ../nbs/61_cli.ipynb #bd2cd361
+# %% ../nbs/61_cli.ipynb #23167b0a
 def _last(text):
     "What an error of a loader process says, without its stack."
     return text.strip().splitlines()[-1].partition(": ")[2] if "in DataLoader worker process" in text else text

@@ -794,8 +794,18 @@ def _load_once(name, split, data_dir, args, stamp):
 def load_splits(cfg: RunConfig) -> tuple: # (training part, evaluation part)
     "Load the two parts of a run's dataset; within a process each is loaded once, until a file is added or removed."
     where = Path(cfg.data_dir).expanduser() if cfg.data_dir is not None else None
-    stamp = max(os.stat(d).st_mtime_ns for d, *_ in [(where,), *os.walk(where, followlinks=True)]) if where is not None and where.exists() else None
+    stamp = _changed(where) if where is not None and where.exists() else None
     return tuple(_load_once(cfg.dataset, s, cfg.data_dir, json.dumps(cfg.dataset_args, sort_keys=True), stamp) for s in _SPLITS[cfg.split])
+
+def _changed(where):
+    "When a file or folder, or a folder below it, last changed; a folder that links lead to again is looked at once."
+    newest, seen = os.stat(where).st_mtime_ns, set()
+    for folder, below, _ in os.walk(where, followlinks=True):
+        s = os.stat(folder)
+        newest = max(newest, s.st_mtime_ns)
+        if (s.st_dev, s.st_ino) in seen: below.clear()
+        seen.add((s.st_dev, s.st_ino))
+    return newest
 
 # %% ../nbs/30_train.ipynb #bc3e01e4
 def _weights_id(pretrained):

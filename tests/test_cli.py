@@ -546,3 +546,21 @@ def test_a_run_is_evaluated_by_its_own_protocol(call, tmp_path):
     status, _, err = shown("--ks", "1,2")
     assert status == 2 and "who is query and who is gallery stands in the data" in err and "list_eval_partition.txt" in err
     assert json.loads(shown()[1]) == kept  # what was measured then needs no data
+
+
+@pytest.mark.parametrize("dataset, recipe, argv, shown", [
+    ("vehicleid", "smoothap/vehicleid", ["--batch-size", 8, "--sampler-args", '{"m": 2}', "--protocol", '{"kind": "random-gallery"}', "--ks", "1,2"], ["R@1 std", "R@2"]),
+    ("dyml-vehicle", "happier/dyml-vehicle", ["--batch-size", 16], ["mAP", "R@20", "ASI"]), ("gldv2", "suprank/gldv2", ["--batch-size", 8, "--init", "default"], ["mAP@100", "mAP@100_private"]),
+    ("inat-full", "happier/inat-full", ["--batch-size", 12, "--warmup-epochs", 0], ["H-AP", "level 6"])])
+def test_each_protocol_from_training_to_evaluation(call, tmp_path, dataset, recipe, argv, shown):
+    "A run of each kind of benchmark is printed, and its metrics can be computed again."
+    from test_hierarchies import MAKE
+    MAKE[dataset](tmp_path / "data")
+    status, out, err = call("train", "--recipe", recipe, "--data-dir", tmp_path / "data", "--store", tmp_path / "runs", "--device", "cpu", "--image-size", 32, "--epochs", 1, "--precision", "no",
+                            "--trunk", "toy", "--pretrained", "false", "--workers", 0, "--dataset-args", '{"counts": false}', *argv)
+    assert status == 0 and all(t in out for t in shown), err
+    [run] = [p.parent for p in (tmp_path / "runs").glob("*/metrics.json")]
+    asked, kept = json.loads((run / "config.json").read_text()), json.loads((run / "metrics.json").read_text())
+    status, out, err = call("evaluate", "--run", run.name, "--store", tmp_path / "runs", "--device", "cpu", "--json", "--ks", ",".join(map(str, asked["ks"])))
+    again = json.loads(out)
+    assert status == 0 and {k: again[k] for k in kept} == pytest.approx(kept), err

@@ -961,3 +961,14 @@ def test_a_trained_network_needs_nothing_but_its_run(tmp_path):
     from hapnb.models import test_transform as plain
     net, part = result.model(), result.dataset()
     torch.testing.assert_close(T.embed(net, part, plain(net, 32)), result.embeddings(), rtol=0, atol=1e-6)
+
+
+def test_links_that_lead_round_in_the_data_folder(tmp_path):
+    "Two links to the folder itself would be followed for ever, each within the other; a change is seen all the same."
+    (tmp_path / "data/sub").mkdir(parents=True)
+    for name in "ab": (tmp_path / "data" / name).symlink_to(tmp_path / "data", target_is_directory=True)
+    (tmp_path / "data/table.csv").write_text("x")
+    for p in (tmp_path / "data/sub", tmp_path / "data"): os.utime(p, ns=(5, 5))
+    assert T._changed(tmp_path / "data") == 5 and T._changed(tmp_path / "data/table.csv") == os.stat(tmp_path / "data/table.csv").st_mtime_ns
+    os.utime(tmp_path / "data/sub", ns=(9, 9))
+    assert T._changed(tmp_path / "data") == 9
