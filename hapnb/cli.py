@@ -525,7 +525,7 @@ def _method_of(a):
     except ValueError as e: raise WrongUse(str(e)) from None
     if method == "hilander" and not (a.train or a.model): raise WrongUse("hilander learns from labels: give --train LABELLED.parquet, or --model DIR with a model that was kept.")
     for option, value in (("--model", a.model), ("--save-model", a.save_model), ("--k", a.k), ("--tau", a.tau), ("--epochs", a.epochs)):
-        if method != "hilander" and value: raise WrongUse(f"{option} is for hilander; the method is {method}.")
+        if method != "hilander" and value not in (None, ""): raise WrongUse(f"{option} is for hilander; the method is {method}.")
     if a.model and (a.save_model or a.epochs): raise WrongUse(f"{'--save-model' if a.save_model else '--epochs'} goes with --train: the model of --model is ready.")
     if method == "kmeans" and not (a.clusters or a.train or a.args): raise WrongUse("kmeans must be told the number of clusters: give --clusters N, or --train LABELLED.parquet, where it is chosen.")
     if method in ("hilander", "hdbscan") and a.clusters: raise WrongUse(f"{method} finds the number of clusters by itself; --clusters is for kmeans and agglomerative.")
@@ -568,6 +568,7 @@ def _model_of(a, table):
     try: model = train_hilander(train.embeddings, train.labels[:, 0], HiLanderConfig(seed=a.seed, **({"epochs": a.epochs} if a.epochs else {})), device=a.device)
     except ValueError as e: raise WrongUse(f"--train {a.train}: {e}") from None
     if folder:
+        (folder / "features.json").unlink(missing_ok=True)  # a note of other embeddings must not outlive its model
         model.save(folder)
         write_atomic(folder / "features.json", json.dumps(dict(dimensions=train.embeddings.shape[1], about=train.about), indent=1))
         print(f"model: {_near(folder)}")

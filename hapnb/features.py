@@ -180,21 +180,44 @@ def _ids(column, name, path):
     codes, names = pd.factorize(column, sort=True)
     return codes, [str(n) for n in names]
 
-def _names_beside(frame, level):
-    "Class names of a level from its two columns, number -> name."
-    pairs = frame[[f"{level}_id", level]].dropna().drop_duplicates(f"{level}_id").set_index(f"{level}_id")[level].to_dict() if level in frame else {}
-    return [str(pairs.get(i, i)) for i in range(max([int(frame[f"{level}_id"].max()), *pairs]) + 1)] if len(frame) else []
+def _named(y, names): # (class numbers, a name for each number)
+    "Give each class number its name, of those that are known; numbers far beyond that of the rows are replaced."
+    y = y.astype(np.int64)
+    if y.max() < 4 * len(y) + 100_000: return y, [str(names.get(i, i)) for i in range(int(y.max()) + 1)]
+    known = np.unique(y[y >= 0])
+    return np.where(y < 0, y, np.searchsorted(known, y)), [str(names.get(i, i)) for i in known.tolist()]
+
+def _level_of(frame, level, path): # the same, from the columns of a level
+    "A level is a column of numbers, with names beside it perhaps, or a column of either under its own name."
+    if level in _numbered(frame):
+        pairs = frame[[f"{level}_id", level]].dropna().drop_duplicates(f"{level}_id").set_index(f"{level}_id")[level].to_dict() if level in frame else {}
+        return _named(frame[f"{level}_id"].to_numpy(), pairs)
+    y, names = _ids(frame[level], level, path)
+    return (y, names) if names is not None else _named(y, {})
+
+# %% ../nbs/45_features.ipynb #8d3782ee
+def _numbered(frame):
+    "Levels with a column of class numbers."
+    import pandas as pd
+    return [c[:-3] for c in frame if c.endswith("_id") and len(c) > 3 and pd.api.types.is_integer_dtype(frame[c])]
 
 def _foreign(frame, levels, path): # (labels [N, L], level names, class names), of a file without our note
-    import pandas as pd
-    own = [c[:-3] for c in frame if c.endswith("_id") and len(c) > 3 and pd.api.types.is_integer_dtype(frame[c])]
+    own = _numbered(frame)
     names = own if levels is None else [levels] if isinstance(levels, str) else list(levels)
     for n in names:
         if n not in own and n not in frame: raise ValueError(f"{path}: there is no level {n!r}.{nearest(str(n), frame.columns)} Columns: {', '.join(frame.columns[:12])}.")
     if not names: return None, (), None
-    found = [(frame[f"{n}_id"].to_numpy(), _names_beside(frame, n)) if n in own else _ids(frame[n], n, path) for n in names]
-    classes = [k if k is not None else [str(i) for i in range(int(y.max()) + 1)] for y, k in found]
-    return np.stack([y for y, _ in found], 1), names, classes
+    found = [_level_of(frame, n, path) for n in names]
+    return np.stack([y for y, _ in found], 1), names, [k for _, k in found]
+
+def _beside(found):
+    "The columns beside the embeddings that can be labels or paths (no images, no lists); a class number that is missing is -1."
+    import pyarrow as pa, pyarrow.compute as pc
+    t = pa.types
+    table = found.read([f.name for f in found.schema_arrow if f.name != "embedding" and not (t.is_nested(f.type) or t.is_binary(f.type) or t.is_large_binary(f.type))])
+    for i, f in enumerate(table.schema):
+        if t.is_integer(f.type) and table[i].null_count: table = table.set_column(i, f.name, pc.fill_null(table[i].cast(pa.int64()), -1))
+    return table.to_pandas()
 
 # %% ../nbs/45_features.ipynb #ddee5a6e
 def read_features(path, # a .parquet file
@@ -203,12 +226,13 @@ def read_features(path, # a .parquet file
     "Read a file of features; `ValueError` names the file and the rows at fault, `FileNotFoundError` a missing one."
     found, note = _open(path)
     x = _read_embeddings(found, path)
-    frame = found.read([c for c in found.schema_arrow.names if c != "embedding"]).to_pandas()
+    frame = _beside(found)
     paths = frame.pop("path").astype(str).tolist() if "path" in frame else None
     if not note: labels, names, classes = _foreign(frame, levels, path)
     else:
         keep = pick_levels(levels, note["levels"])
         names, classes = [note["levels"][i] for i in keep], note["class_names"] and [note["class_names"][i] for i in keep]
+        if gone := [f"{n}_id" for n in names if f"{n}_id" not in frame]: raise ValueError(f"{path}: column {gone[0]!r} is missing, although the file's note names the level; read other levels, or write the file again.")
         labels = frame[[f"{n}_id" for n in names]].to_numpy() if names else None
     try: return FeatureTable(x, labels, paths, tuple(names), classes, note.get("about", {}))
     except ValueError as e: raise ValueError(f"{path}: {e}") from e

@@ -68,6 +68,8 @@ def _check_config(self):
     for name in ("hidden", "edge_hidden"): check_number(name, getattr(self, name), least=1, whole=True)
     for name in ("focal", "density_weight", "momentum", "weight_decay", "min_lr", "epochs", "seed"):
         check_number(name, getattr(self, name), least=0, whole=name in ("epochs", "seed"))
+    for name in ("attention", "self_loop", "edge_similarity", "cluster_features"):
+        if not isinstance(getattr(self, name), bool): raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
     check_number("lr", self.lr, above=0)
     if self.batch_size is not None: check_number("batch_size", self.batch_size, least=1, whole=True)
     for name, known in _CHOICES.items():
@@ -473,6 +475,7 @@ def _check_decode(k=10, tau=.9, distance="prob", max_levels=10, early_stop=True,
     if distance not in ("prob", "sim"): raise ValueError(f"unknown distance {distance!r}.{nearest(distance, ('prob', 'sim'))} Known: prob, sim.")
     if check_number("tau", tau, least=0) > 1: raise ValueError(f"tau must be 0 to 1, got {tau}: it is compared with a probability or a cosine.")
     check_number("k", k, least=1, whole=True); check_number("max_levels", max_levels, least=1, whole=True)
+    if not isinstance(early_stop, bool): raise ValueError(f"early_stop must be True or False, got {early_stop!r}.")
     if batch_size is not None: check_number("batch_size", batch_size, least=1, whole=True)
 
 def _check_points(model, x):

@@ -143,12 +143,13 @@ def load_parts(cfg) -> Parts: # of an `OpenWorldConfig`
 def class_distance(z: Tensor, # unit embeddings [N, D]
                    known: Tensor, # unit embeddings of the images that have a class [M, D]
                    labels: Tensor, # their classes [M], 0 or more
-                   block: int = 8192, # rows at a time
+                   block: int = None, # rows at a time; default: 8,192, fewer where there are many classes
                    ) -> Tensor: # float [N], 0 (on a prototype) to 1 (opposite of all)
     "Measure how far each row is from the nearest class: (1 - cosine with its prototype) / 2."
     classes, of = labels.unique(return_inverse=True)
     sums = torch.zeros(len(classes), known.shape[1], dtype=torch.double, device=known.device).index_add_(0, of.to(known.device), known.double())
     prototypes = F.normalize(sums, dim=1).to(z.dtype)
+    block = block or max(1, min(8192, 2 ** 25 // len(classes)))  # 128 MB of cosines
     return torch.cat([(1 - (b @ prototypes.T).amax(1)) / 2 for b in z.split(block)]).clamp(0, 1)
 
 # %% ../nbs/50_openworld.ipynb #1508cafe
@@ -187,8 +188,10 @@ def select_samples(clusters: Tensor, # LongTensor [N], -1 = noise, never selecte
                    select: dict = None, # mode, threshold or share, distance, smallest; as in `OpenWorldConfig`
                    again=None, # mode "recluster": rows of the selected -> new clusters
                    ) -> tuple: # BoolTensor [N]: selected; LongTensor [N]: cluster of the selected, -1 for others
-    "Choose the images whose cluster shall count as a class."
+    "Choose the images whose cluster shall count as a class; `ValueError` for settings that do not fit or lack what they need."
     s = check_select(select or {})
+    if s["distance"] is not None and distance is None: raise ValueError("select['distance'] is set, so the distances to known classes are needed: give distance=class_distance(...).")
+    if s["mode"] == "recluster" and again is None: raise ValueError("mode 'recluster' needs again=: a function that clusters the rows it is given.")
     chosen = clusters >= 0
     if s["threshold"] is not None: chosen &= density > s["threshold"]
     if s["share"] is not None:
@@ -218,7 +221,7 @@ class OpenWorldConfig:
     clusterer: str = "hilander" # "hilander", or a name of `hapnb.clustering.CLUSTERERS`
     hilander: dict = field(default_factory=lambda: dict(HILANDER)) # fields of `HiLanderConfig`, without the seed
     decode: dict = field(default_factory=lambda: dict(DECODE)) # arguments of `cluster_hilander`
-    cluster_args: dict = field(default_factory=dict) # arguments of other clusterers; none: chosen on the images with classes
+    cluster_args: dict = field(default_factory=dict) # arguments of other clusterers; without a constant (`clusters` among them) it is chosen on the images with classes
     select: dict = field(default_factory=dict) # mode, threshold or share, distance, smallest; default: by clusterer, `SELECT`
     rounds: int = 5 # trainings; 1: supervised only
     pool_labels: str = "predicted" # "true": one training with the labels of the pool, the upper bound
@@ -249,9 +252,25 @@ def _check(self: OpenWorldConfig):
     for k in self.decode:
         if k not in known: raise ValueError(f"decode has no entry {k!r}.{nearest(k, known)} Known: {', '.join(known)}.")
     _check_decode(**self.decode)  # now, not after the first training
-    if self.clusterer != "hilander": _check_own(find_clusterer(self.clusterer), self.clusterer, self.cluster_args)
+    if self.clusterer != "hilander": _check_cluster_args(self.clusterer, thaw(self.cluster_args))
     self.selection()
     _check_open_split(self.split)
+
+# %% ../nbs/50_openworld.ipynb #11029176
+_CONSTANTS = {"kmeans": ("points_per_cluster", "clusters"), "agglomerative": ("threshold", "clusters"), "hdbscan": ("min_cluster_size",)}
+
+def _at_most(args, n):
+    "Arguments of a clusterer for `n` points: not more clusters than points."
+    return {k: min(v, n) if k == "clusters" else v for k, v in args.items()}
+
+def _check_cluster_args(name, args):
+    "Names and values of a clusterer's arguments."
+    _check_own(find_clusterer(name), name, {k: v for k, v in args.items() if k != "clusters"})
+    if "clusters" in args: check_number("cluster_args['clusters']", args["clusters"], least=1, whole=True)
+    if name not in _CONSTANTS or not args: return  # one of your own is not tried: nobody knows what it wants
+    constant = {} if any(k in args for k in _CONSTANTS[name]) else {_CONSTANTS[name][0]: 2}
+    try: cluster(torch.eye(8), name, **_at_most(args, 8), **constant)
+    except (ValueError, TypeError) as e: raise ValueError(f"cluster_args: {e}") from e
 
 # %% ../nbs/50_openworld.ipynb #3d432d71
 @patch
@@ -335,12 +354,16 @@ def _sha(path):
 
 class _State:
     "The chain of stages of a run: each is kept with the hash of all before it."
-    def __init__(self, path, key, fingerprint, progress):
+    def __init__(self, path, fingerprint, progress):
         self.path, self.fingerprint, self.progress = Path(path), fingerprint, progress
-        self.token = hashlib.sha256(f"{key} {fingerprint}".encode()).hexdigest()
+        self.token = hashlib.sha256(f"{SCHEMA} {fingerprint}".encode()).hexdigest()
 
     def say(self, text):
         if self.progress: print(text, flush=True)
+
+    def add(self, *values):
+        "Let what follows depend on some settings, too."
+        self.token = hashlib.sha256(f"{self.token} {json.dumps(values, sort_keys=True)}".encode()).hexdigest()
 
     def stage(self, name, make, write, read):
         "Read `name` back if it was made from what is here, else make and write it."
@@ -349,6 +372,7 @@ class _State:
             try: found, note = read(path)
             except _DAMAGED as e: print(f"{path} cannot be used ({type(e).__name__}: {str(e)[:200]}); it is made again.", flush=True)
             else: found = found if self._fits(path, note) else None
+        if found is None: found = self._borrow(name, read)
         if found is None:
             write(path, make(), dict(dataset=self.fingerprint, made_from=self.token))
             found, _ = read(path)
@@ -366,6 +390,22 @@ def _fits(self: _State, path, note):
     self.say(f"{path} was made from other results than those before it; it is made again.")
     return False
 
+# %% ../nbs/50_openworld.ipynb #99919396
+_SHARED = ("embeddings.safetensors", "hilander", "clusters.parquet") # those that cost something
+
+@patch
+def _borrow(self: _State, name, read):
+    "Copy a stage from another run that made it from the same things; None if there is none."
+    path, since = self.path / name, float(os.environ.get("HAPNB_FORCE") or 0)
+    for twin in sorted(self.path.parent.glob(f"*/{name}")) if path.name in _SHARED else ():
+        try:
+            if twin == path or twin.stat().st_mtime < since or _read_note(twin) != dict(dataset=self.fingerprint, made_from=self.token): continue
+            if twin.is_dir(): _place(lambda part: shutil.copytree(twin, part), path)
+            else:
+                with atomic_path(path) as part: shutil.copyfile(twin, part)
+            return read(path)[0]
+        except _DAMAGED: continue  # it may be taken away or made again just now
+
 # %% ../nbs/50_openworld.ipynb #d5ea4388
 def _write_json(path, values, note): write_atomic(path, json.dumps({"note": note, **values}, indent=1, sort_keys=True, allow_nan=False) + "\n")
 def _read_json(path):
@@ -376,10 +416,10 @@ def _write_tensors(path, tensors, note):
     from safetensors.torch import save
     write_atomic(path, save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, metadata={"hapnb": json.dumps(note)}))  # one entry: several would be written in random order
 
-def _read_tensors(path):
+def _read_tensors(path, values=True):
     from safetensors import safe_open, SafetensorError
     try:
-        with safe_open(path, framework="pt") as f: return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["hapnb"])
+        with safe_open(path, framework="pt") as f: return {k: f.get_tensor(k) for k in f.keys() if values}, json.loads(f.metadata()["hapnb"])
     except SafetensorError as e: raise ValueError(str(e)) from e
 
 # %% ../nbs/50_openworld.ipynb #22abcfda
@@ -395,16 +435,26 @@ def _read_table(path):
     return table.to_pandas(), json.loads(table.schema.metadata[b"hapnb"])
 
 # %% ../nbs/50_openworld.ipynb #1bdfc600
-def _write_model(path, model, note):
-    "Keep a Hi-LANDER: a folder that appears all at once."
+def _place(fill, path):
+    "Make a folder that appears all at once; `fill` writes it."
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    model.save(part)
-    write_atomic(part / "note.json", json.dumps(note))
+    fill(part)
     shutil.rmtree(path, ignore_errors=True)
     os.replace(part, path)
 
+def _write_model(path, model, note):
+    "Keep a Hi-LANDER."
+    _place(lambda part: (model.save(part), write_atomic(part / "note.json", json.dumps(note))), path)
+
 def _read_model(path): return load_hilander(path), json.loads((path / "note.json").read_text())
+
+def _read_note(path):
+    "The note of a shared stage, without what it belongs to."
+    if path.is_dir(): return json.loads((path / "note.json").read_text())
+    if path.suffix == ".safetensors": return _read_tensors(path, values=False)[1]
+    import pyarrow.parquet as pq
+    return json.loads(pq.read_schema(path).metadata[b"hapnb"])
 
 # %% ../nbs/50_openworld.ipynb #e1084798
 class _Round:
@@ -459,6 +509,7 @@ def fit_clusterer(self: _Round):
     "Train Hi-LANDER, or choose the constant of another clusterer, on what has a class."
     z, y = self.z[self.T], self.classes[self.T]
     if self.cfg.clusterer == "hilander":
+        self.state.add(self.cfg.hilander_config(self.number).to_dict())
         half_way = self.state.path / self.name(f"hilander-{self.state.token[:12]}.state")
         make = lambda: train_hilander(z, y, self.cfg.hilander_config(self.number), device=self.run.device, progress=self.run.progress, state=half_way)
         self.model = self.state.stage(self.name("hilander"), make, _write_model, _read_model)
@@ -469,8 +520,6 @@ def fit_clusterer(self: _Round):
     self.model = self.state.stage(self.name("clusterer.json"), make, _write_json, _read_json)["args"]
 
 # %% ../nbs/50_openworld.ipynb #c473b1d9
-_CONSTANTS = {"kmeans": ("points_per_cluster", "clusters"), "agglomerative": ("threshold", "clusters"), "hdbscan": ("min_cluster_size",)}
-
 def choose_args(z: Tensor, # unit embeddings [N, D] of images with a class
                 y: Tensor, # their classes [N]
                 clusterer: str, # "kmeans", "agglomerative", "hdbscan", or one of your own
@@ -489,13 +538,14 @@ def clusters_of(self: _Round, z, *purpose) -> tuple: # LongTensor [n], float [n]
         found = cluster_hilander(self.model, z, **thaw(self.cfg.decode), device=self.run.device)
         return found.labels.cpu(), found.density.float().cpu()
     seed = derive_seed(self.cfg.seed, "cluster", self.number, *purpose) % 2 ** 31
-    found = cluster(z, self.cfg.clusterer, seed=seed, **self.model).cpu()
+    found = cluster(z, self.cfg.clusterer, seed=seed, **_at_most(self.model, len(z))).cpu()
     return found, closeness(z, found)
 
 # %% ../nbs/50_openworld.ipynb #d3150200
 @patch
 def find_clusters(self: _Round):
     "Cluster the pool, and L_in together with the pool, which only scores."
+    self.state.add(self.cfg.clusterer, thaw(self.cfg.decode), self.cfg.seed)
     def make():
         pool, n = self.pool.numpy(), len(self.parts.labelled)
         frame = pd.DataFrame(dict(row=self.rows, cluster=np.full(len(self.rows), -1), density=np.full(len(self.rows), np.nan, np.float32), together=np.full(len(self.rows), -1)))
@@ -510,6 +560,7 @@ def find_clusters(self: _Round):
 @patch
 def choose(self: _Round):
     "Choose images and give them classes."
+    self.state.add(self.run.key)  # from here on runs are different
     def make():
         z, pool, s = self.z, self.pool.numpy(), self.cfg.selection()
         found = torch.from_numpy(self.clusters["cluster"].to_numpy(dtype=np.int64)[pool])
@@ -589,7 +640,7 @@ class _Run:
     def __init__(self, cfg, parts, path, store, device, progress, workers):
         self.cfg, self.parts, self.store, self.device, self.progress, self.workers = cfg, parts, Path(store), device, progress, workers
         fingerprint = fingerprint_of(of=[parts.whole.fingerprint, parts.test.fingerprint], rows=[hashlib.sha256(r.tobytes()).hexdigest() for r in (parts.labelled, parts.pool)])
-        self.state = _State(path, path.name, fingerprint, progress)
+        self.key, self.state = path.name, _State(path, fingerprint, progress)
         y, names = renumber(parts.whole.labels[parts.labelled][:, :1], parts.whole.class_names[:1])
         self.truth, self.names = y[:, 0], dict(enumerate(names[0]))
         self.rows = np.concatenate([parts.labelled, parts.pool])  # L_in, then U
@@ -620,19 +671,26 @@ def run_rounds(cfg: OpenWorldConfig,
                progress: bool = True, # say how it goes
                workers: int = None, # processes that load images; default: one a core, at most 8
                ) -> "OpenWorldResult":
-    "Do the rounds of a config; a finished run is read back, an interrupted one goes on, with the same result to the last bit on a CPU. `ValueError` for a pool that is too small, a state of other data, several processes."
+    "Do the rounds of a config; a finished run is read back, an interrupted one goes on, with the same result to the last bit on a CPU. `ValueError` for too few images in the pool or with labels, a state of other data, several processes."
     parts = load_parts(cfg)
     path = Path(store).expanduser() / cfg.key(parts)
     if is_finished(path): return OpenWorldResult(path)
     if _launched() or _world()[1] > 1: raise ValueError("open-world rounds work in one process, and this one is of several (torchrun, accelerate launch): start without a launcher. "
                                                         "Several GPUs do several runs at once: study.run_grid(..., runner=run_rounds).")
-    k = cfg.decode.get("k", 10)
-    if cfg.clusterer == "hilander" and cfg.rounds > 1 and len(parts.pool) <= k:
-        raise ValueError(f"the pool has {len(parts.pool)} images, and {k} neighbours each are asked for; give more images, or decode={{'k': {max(len(parts.pool) - 1, 1)}}}.")
+    _check_enough(cfg, parts)
     write_atomic(path / "config.json", json.dumps(cfg.to_dict(), indent=1, sort_keys=True) + "\n")
     with _lock(path, progress):
         if not is_finished(path): _finish(_Run(cfg, parts, path, path.parent, str(pick_device(device)), progress, workers))
     return OpenWorldResult(path)
+
+def _check_enough(cfg, parts):
+    "What Hi-LANDER needs, asked before the first training."
+    if cfg.clusterer != "hilander" or cfg.pool_labels == "true" or (cfg.rounds == 1 and not cfg.last_selection): return
+    k, size = cfg.decode.get("k", 10), parts.whole.labels[parts.labelled][:, 0].unique(return_counts=True)[1]
+    if len(parts.pool) <= k:
+        raise ValueError(f"the pool has {len(parts.pool)} images, and {k} neighbours each are asked for; give more images, or decode={{'k': {max(len(parts.pool) - 1, 1)}}}.")
+    if len(size) < 2 or int(size.max()) < 2:
+        raise ValueError(f"Hi-LANDER learns from the labelled images what belongs together, and needs two classes, one of them with two images; there are {len(size)}, the largest of {int(size.max())}. Give more labels, or another clusterer.")
 
 def _finish(run):
     rounds = run.rounds()
@@ -690,8 +748,10 @@ def selection(self: OpenWorldResult, round: int) -> pd.DataFrame: # path, row, c
 
 @patch
 def embeddings(self: OpenWorldResult, round: int) -> Tensor: # float32 [N, D]
-    "Read the embeddings of a round, in the order of `selection`."
-    return _read_tensors(self.path / f"round_{_number(self, round)}/embeddings.safetensors")[0]["embeddings"]
+    "Read the embeddings of a round, in the order of `selection`; `ValueError` for a round that embedded nothing."
+    path = self.path / f"round_{_number(self, round)}/embeddings.safetensors"
+    if not path.exists(): raise ValueError(f"round {round} of {self.path} embedded nothing: it was the last, or a round before it had ended the training.")
+    return _read_tensors(path)[0]["embeddings"]
 
 def _number(result, round):
     if round not in range(-result.config.rounds, result.config.rounds): raise ValueError(f"round {round!r} does not exist: the run has rounds 0 to {result.config.rounds - 1}.")

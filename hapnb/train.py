@@ -11,7 +11,7 @@ __all__ = ['PARTS', 'OPTIMIZERS', 'PRECISIONS', 'SCHEMA', 'param_groups', 'make_
            'environment', 'is_finished', 'Result', 'run', 'profile_run']
 
 # %% ../nbs/30_train.ipynb #ce1e90bd
-import contextlib, copy, dataclasses, functools, hashlib, io, json, math, os, pickle, platform, random, socket, subprocess, time, types, typing, warnings
+import contextlib, copy, dataclasses, functools, hashlib, io, json, math, os, pickle, platform, random, shutil, socket, subprocess, time, types, typing, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -1161,6 +1161,8 @@ def _lock(path, progress):
         lock.acquire(poll_interval=0.2)
     try:
         _json(owner, dict(pid=os.getpid(), host=socket.gethostname()))
+        for part in sorted(path.rglob(".*.part"), reverse=True):  # what is in a folder before the folder
+            if not part.name.startswith(".config.json."): shutil.rmtree(part) if part.is_dir() else part.unlink()
         yield
     finally:
         owner.unlink(missing_ok=True)

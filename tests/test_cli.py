@@ -437,7 +437,7 @@ def test_cluster_with_hilander(files, tmp_path, call):
 
 @pytest.mark.parametrize("argv, text", [
     (["none.parquet"], "no such file of features"), (["--method", "kmean"], "Did you mean 'kmeans'"), (["--method", "kmeans"], "number of clusters"), (["--method", "kmeans", "--clusters", "999"], "choose 1 to 144"),
-    (["--method", "hilander"], "give --train LABELLED.parquet"), (["--clusters", "5"], "by itself"), (["--tau", "0.5"], "--tau is for hilander"), (["--method", "kmeans", "--clusters", "3", "--model", "x"], "--model is for hilander"),
+    (["--method", "hilander"], "give --train LABELLED.parquet"), (["--clusters", "5"], "by itself"), (["--tau", "0.5"], "--tau is for hilander"), (["--tau", "0"], "--tau is for hilander"), (["--method", "kmeans", "--clusters", "3", "--model", "x"], "--model is for hilander"),
     (["--train", "other.parquet"], "other.parquet has 5 dimensions"), (["--train", "bare.parquet", "--method", "hdbscan"], "has no labels to learn from"), (["--level", "hu"], "Did you mean 'hue'"), (["--args", "tau=1"], "is not JSON"),
     (["--args", "[1]"], "must be a JSON object"), (["--args", '{"min_size": 3}'], "Did you mean 'min_cluster_size'"), (["--out", "c.txt"], "ends in .parquet or .csv"), (["--model", "a", "--train", "b"], "either --train or --model"), (["--device", "gpu"], "unknown device"),
     (["--model", "nowhere"], "nowhere holds no Hi-LANDER model"), (["--method", "kmeans"], "give --clusters N, or --train LABELLED.parquet"), (["--train", "mine.parquet", "--method", "kmeans", "--clusters", "3"], "--train chooses points_per_cluster of kmeans, and --clusters is given"),

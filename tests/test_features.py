@@ -111,8 +111,21 @@ def test_files_of_others(tmp_path):
     t = read_features(path, ["species", "year"])
     assert t.labels.tolist() == [[1, 2001], [0, 2002], [-1, 2001]] and t.class_names[0] == ["a", "b"]
     with pytest.raises(ValueError, match="Did you mean 'species'"): read_features(path, ["specis"])
+    large = written(tmp_path, dict(embedding=[[1.]] * 4, taxon_id=pa.array([5231190, None, 2**60, 5231190]), taxon=["tit", None, None, "tit"], photo=[b"\xff\xd8"] * 4, box=[dict(x=1)] * 4))
+    t = read_features(large)  # keys of a database, one missing; columns that no label can be in are not read
+    assert (t.level_names, t.labels[:, 0].tolist(), t.class_names) == (("taxon",), [0, -1, 1, 0], [["tit", str(2**60)]])
+    assert read_features(large, "taxon_id").class_names == [["5231190", str(2**60)]]
+    with pytest.raises(ValueError, match="there is no level 'photo'"): read_features(large, "photo")
     half = written(tmp_path, dict(embedding=[[1.]], score=[.5]))
     with pytest.raises(ValueError, match="whole numbers or names"): read_features(half, "score")
+
+
+def test_a_column_that_somebody_took_away(tmp_path):
+    "pyarrow keeps our note when it drops a column, so the note may promise what is not there."
+    path = write_features(table(), tmp_path / "f.parquet")
+    pq.write_table(pq.read_table(path).drop_columns(["level 0_id"]), tmp_path / "g.parquet")
+    with pytest.raises(ValueError, match="g.parquet: column 'level 0_id' is missing"): read_features(tmp_path / "g.parquet")
+    assert torch.equal(read_features(tmp_path / "g.parquet", "level 1").labels[:, 0], table().labels[:, 1])
 
 
 def test_two_spaces():

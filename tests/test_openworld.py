@@ -1,5 +1,7 @@
 """Open-world rounds: the parts, what is selected, the state on disk, and that labels of the pool never leak."""
-import json, shutil
+import functools, json, os, shutil, subprocess, sys
+from collections import Counter
+from pathlib import Path
 
 import layouts_hier
 import numpy as np
@@ -100,6 +102,10 @@ def test_missing_and_empty(tmp_path):
     with pytest.raises(ValueError, match="no unlabelled images"): ow.load_parts(CFG.replace(split=dict(known=1., labelled=1.)))
     (tmp_path / "unlabelled.txt").write_text("\n".join(lists["unlabelled"][:4]))
     with pytest.raises(ValueError, match=r"pool has 4 images, and 4 neighbours.*decode=\{'k': 3\}"): quiet(cfg, tmp_path / "store")
+    for few, message in ((lists["labelled"][:3], "there are 1, the largest of 3"), (lists["labelled"][::3], "there are 4, the largest of 1")):  # before a training, not after
+        (tmp_path / "few.txt").write_text("\n".join(few))
+        with pytest.raises(ValueError, match=f"needs two classes, one of them with two images; {message}"): quiet(cfg.replace(split=dict(labelled="few.txt")), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
 
 
 # ---- features of parts
@@ -155,6 +161,20 @@ def test_distance_and_closeness_against_loops():
     assert torch.allclose(ow.closeness(z, c), torch.tensor(want))
 
 
+def test_distances_to_many_classes_need_little_memory():
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Largest(TorchDispatchMode):
+        most = 0
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **(kwargs or {}))
+            if torch.is_tensor(out): self.most = max(self.most, out.numel())
+            return out
+    z = F.normalize(torch.randn(1500, 2, generator=torch.Generator().manual_seed(0)), dim=1)
+    known = torch.eye(2).repeat(2 ** 14, 1)
+    with Largest() as seen: far = ow.class_distance(z, known, torch.arange(2 ** 15))
+    assert torch.allclose(far, (1 - z.amax(1)) / 2, atol=1e-6) and seen.most <= 2 ** 25  # not 1,500 x 32,768
+
+
 def test_selection_by_hand():
     c, d = torch.tensor([0, 0, 1, 1, 2, -1, 0]), torch.tensor([.9, .8, .7, .2, .95, 1., .1])
     pick = lambda far=None, **s: ow.select_samples(c, d, far, s)[1].tolist()
@@ -167,6 +187,8 @@ def test_selection_by_hand():
     again = lambda rows: torch.tensor([5, 5, 6, 6])[:len(rows)]
     assert ow.select_samples(c, d, None, dict(mode="recluster", threshold=.5), again)[1].tolist() == [5, 5, 6, -1, 6, -1, -1]
     assert pick(threshold=2.) == [-1] * 7
+    with pytest.raises(ValueError, match="give distance=class_distance"): pick(threshold=.5, distance=.1)
+    with pytest.raises(ValueError, match="needs again="): pick(threshold=.5, mode="recluster")
 
 
 @pytest.mark.parametrize("select, message", [(dict(treshold=.5), "Did you mean 'threshold'"), (dict(mode="desity", threshold=.5), "Did you mean 'density'"), ({"mode": "density"}, "needs a threshold of density or a share"),
@@ -178,9 +200,11 @@ def test_bad_selections(select, message):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(clusterer="kmean"), "Did you mean 'kmeans'"), (dict(rounds=0), "rounds must be"), (dict(pool_labels="truth"), "Did you mean 'true'"), (dict(base={**TOY, "seed": 3}), "OpenWorldConfig.seed"),
-    (dict(finetune={"split": "val"}), "belongs to base"), (dict(finetune={"weigth_decay": 1.}), "Did you mean 'weight_decay'"), (dict(base={**TOY, "levels": (0, 1)}), "levels=None"), (dict(hilander={"hiden": 3}), "Did you mean 'hidden'"),
+    (dict(finetune={"split": "val"}), "belongs to base"), (dict(finetune={"weigth_decay": 1.}), "Did you mean 'weight_decay'"), (dict(base={**TOY, "levels": (0, 1)}), "levels=None"), (dict(hilander={"hiden": 3}), "Did you mean 'hidden'"), (dict(hilander={"attention": "no"}), "attention must be True or False"),
     (dict(split={"label": "x"}), "Did you mean 'labelled'"), (dict(split={"unlabelled": "x"}), "needs a list of labelled"), (dict(split={"labelled": "x", "known": .5}), "one or the other"), (dict(decode={"kk": 3}), "Did you mean 'k'"),
-    (dict(decode={"tau": 7}), "tau must be 0 to 1"), (dict(decode={"distance": "probs"}), "Did you mean 'prob'"), (dict(clusterer="hdbscan", cluster_args={"min_size": 3}), "Did you mean 'min_cluster_size'"), (dict(base=3), "must be a dict")])
+    (dict(decode={"tau": 7}), "tau must be 0 to 1"), (dict(decode={"distance": "probs"}), "Did you mean 'prob'"), (dict(clusterer="hdbscan", cluster_args={"min_size": 3}), "Did you mean 'min_cluster_size'"),
+    (dict(clusterer="hdbscan", cluster_args={"clusters": 3}), "cluster_args: hdbscan finds the number"), (dict(clusterer="hdbscan", cluster_args={"min_cluster_size": 1}), "cluster_args: min_cluster_size must be"), (dict(clusterer="kmeans", cluster_args={"clusters": 0}), "1 or more"),
+    (dict(clusterer="kmeans", cluster_args={"clusters": 9, "points_per_cluster": 2}), "cluster_args: .*either"), (dict(clusterer="kmeans", cluster_args={"init": "rnd"}), "cluster_args: unknown init"), (dict(base=3), "must be a dict")])
 def test_bad_configs(changes, message):
     with pytest.raises(ValueError, match=message): CFG.replace(**changes)
 
@@ -229,6 +253,7 @@ def test_the_loop(result):
         assert np.allclose(s["distance"][s["mask"] > 0], far)
     with pytest.raises(ValueError, match="rounds 0, 1 did"): result.selection(2)
     with pytest.raises(ValueError, match="rounds 0 to 2"): result.selection(3)
+    with pytest.raises(ValueError, match="round 2 of .* embedded nothing"): result.embeddings(2)
 
 
 def test_metrics_are_flat(result):
@@ -297,6 +322,69 @@ def test_interrupted_within_a_stage(result, tmp_path, monkeypatch, what):
     assert contents(quiet(CFG, tmp_path)) == contents(result)
 
 
+KILLER = """
+import functools, os, signal, sys, traceback
+import accelerate, faiss, pyarrow.parquet, timm, torch  # what a run imports on its way, here once for all
+import hapnb.models, hapnb.protocols, hapnb.samplers, test_openworld as t
+from hapnb import openworld as ow
+store, *points = sys.argv[1:]
+torch.set_num_threads(1)
+
+def killed(moment, name, real=os.replace):
+    "Run until a file gets its name, and be killed before or after that."
+    def replace(a, b):
+        if (hit := str(b).endswith(name)) and moment == "before": os.kill(os.getpid(), signal.SIGKILL)
+        real(a, b)
+        if hit: os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = replace
+    if "state" in name: ow.run, ow.train_hilander = (functools.partial(f, save_every=0) for f in (ow.run, ow.train_hilander))  # a checkpoint at each step and epoch
+    t.quiet(t.CFG, store)
+
+for point in points:
+    if not (pid := os.fork()):  # nothing was computed yet in this process, so a fork is safe, and it has all modules
+        try: killed(*point.split())
+        except BaseException: traceback.print_exc()
+        os._exit(1)
+    print(point, "killed" if os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL else "missed", flush=True)
+"""
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has neither fork nor SIGKILL")
+def test_killed_again_and_again(result, tmp_path):
+    "SIGKILL in the middle of trainings and just before and after stages get their names, one after the other in one store; then the same bytes, and nothing half written is left."
+    points = ["after state.pt", "before weights.safetensors", "after round_0/training.json", "before round_0/embeddings.safetensors", "after .state", "before round_0/hilander", "after round_0/hilander",
+              "after round_0/clusters.parquet", "before round_0/selection.parquet", "after round_1/training.json", "before round_1/hilander", "after round_2/metrics.json", f"before {result.key}/metrics.json"]
+    here = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
+    out = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path), *points], capture_output=True, text=True, env=env)
+    assert out.stdout.splitlines() == [f"{p} killed" for p in points], out.stderr[-2000:]
+    assert list(tmp_path.rglob(".*.part"))  # of the last one
+    assert contents(quiet(CFG, tmp_path)) == contents(result) and not list(tmp_path.rglob(".*.part"))
+    for name in ("weights.safetensors", "embeddings.safetensors", "metrics.json"):
+        mine, whole = ({p.parent.name: p.read_bytes() for p in s.glob(f"*/{name}")} for s in (tmp_path, result.path.parent))
+        assert len(mine) >= 3 and mine.items() <= whole.items()
+
+
+def test_stages_that_runs_share_are_copied(result, tmp_path, monkeypatch):
+    "Another threshold, another tau, another Hi-LANDER: what did not change is taken from the first run, and the bytes are those of a run alone."
+    one, made = tmp_path / "one", []
+    shutil.copytree(result.path.parent, one)
+    def counted(real): return functools.wraps(real)(lambda *a, **k: made.append(real.__name__) or real(*a, **k))
+    for name in ("extract_features", "train_hilander", "cluster_hilander"): monkeypatch.setattr(ow, name, counted(getattr(ow, name)))
+    first = CFG.replace(rounds=1, last_selection=True)
+    others = dict(threshold=(first.replace(select=dict(threshold=.3)), {}), tau=(first.replace(decode=dict(k=4, tau=.7)), dict(cluster_hilander=2)),
+                  hilander=(first.replace(hilander=SMALL | dict(epochs=61)), dict(train_hilander=1, cluster_hilander=2)),
+                  embedding=(first.replace(base=TOY | dict(epochs=9)), dict(extract_features=1, train_hilander=1, cluster_hilander=2)))
+    for name, (cfg, work) in others.items():
+        made.clear()
+        r = quiet(cfg, one)
+        assert Counter(made) == work, name
+        assert contents(r) == contents(quiet(cfg, tmp_path / name))
+    for model in one.glob("*/round_0/hilander/hilander.safetensors"): model.write_bytes(model.read_bytes()[:-20])  # a copy of something damaged is not used
+    made.clear()
+    r = quiet(first.replace(decode=dict(k=4, tau=.6)), one)
+    assert Counter(made) == dict(train_hilander=1, cluster_hilander=2) and contents(r) == contents(quiet(r.config, tmp_path / "alone"))
+
+
 @pytest.mark.parametrize("file", ["round_0/embeddings.safetensors", "round_0/hilander/hilander.safetensors", "round_1/clusters.parquet", "round_0/selection.parquet", "round_1/training.json", "round_0/metrics.json"])
 def test_damaged_state_is_made_again(result, tmp_path, file, capsys):
     folder = tmp_path / result.key
@@ -355,6 +443,13 @@ def test_other_clusterers(clusterer, tmp_path):
     assert np.allclose(s["density"][new], ow.closeness(z[new], torch.tensor(s["cluster"][new].to_numpy().copy())), atol=1e-6)
 
 
+def test_a_number_of_clusters(tmp_path):
+    "More clusters than images are left in a later round: as many as images."
+    r = quiet(CFG.replace(clusterer="kmeans", cluster_args={"clusters": 150}, select=dict(share=.5)), tmp_path)
+    assert json.loads((r.path / "round_1/clusterer.json").read_text())["args"] == {"clusters": 150} and r.rounds["pool"][1] < 150 and r.rounds["clusters_pool"][0] == 150
+    assert r.rounds["clusters_pool"][1] == r.rounds["pool"][1]
+
+
 def test_recluster_and_distance(tmp_path, result):
     again = quiet(CFG.replace(select=dict(mode="recluster", threshold=.1), rounds=2), tmp_path)
     assert again.selection(0)["selected"].equals(result.selection(0)["selected"])  # the same images, other classes
@@ -384,7 +479,7 @@ def as_table(folder, shuffle):
     return CFG.replace(base={**TOY, "dataset": "table", "dataset_args": {}, "data_dir": str(folder / "images.csv")}, split=dict(labelled=str(folder / "L.txt"), unlabelled=str(folder / "U.txt")))
 
 
-@pytest.mark.parametrize("clusterer", ["hilander", "kmeans", "agglomerative"])
+@pytest.mark.parametrize("clusterer", ["hilander", "kmeans", "agglomerative", "hdbscan"])
 def test_labels_of_the_pool_do_not_leak(tmp_path, clusterer):
     a, b = (as_table(tmp_path / n, s).replace(clusterer=clusterer, select={} if clusterer != "hilander" else CFG.to_dict()["select"]) for n, s in (("a", False), ("b", True)))
     a, b = (quiet(c, tmp_path / "store") for c in (a, b))
