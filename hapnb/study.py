@@ -6,10 +6,10 @@
 __all__ = ['Cell', 'VERDICTS', 'PROFILES', 'Grid', 'grid', 'Interval', 'interval', 'holm', 'paired_test', 'summarise', 'read_run',
            'RunError', 'run_grid', 'Table', 'make_table', 'repo_root', 'commit', 'hardware', 'made_by', 'save_figure',
            'save_table', 'Claim', 'claim_better', 'equivalence', 'claim_equivalent', 'published', 'save_claims',
-           'write_claims', 'profile_settings', 'figures_dir', 'from_root', 'Study', 'begin', 'machine', 'time_pairs',
-           'compare_times', 'peak_memory', 'peak_resident', 'WrongUse', 'StudyFailed', 'declared_parameters',
-           'check_parameters', 'unfinished_cell', 'run_study', 'study_state', 'StudyFile', 'find_studies',
-           'pick_studies']
+           'write_claims', 'profile_settings', 'figures_dir', 'from_root', 'Study', 'begin', 'machine', 'others_load',
+           'time_pairs', 'compare_times', 'peak_memory', 'peak_resident', 'WrongUse', 'StudyFailed',
+           'declared_parameters', 'check_parameters', 'unfinished_cell', 'run_study', 'study_state', 'StudyFile',
+           'find_studies', 'pick_studies']
 
 # %% ../nbs/60_study.ipynb #1d3964c1
 import ast, base64, contextlib, ctypes, dataclasses, functools, gc, hashlib, importlib, io, itertools, json, multiprocessing, os, platform
@@ -902,6 +902,7 @@ class Study:
 # %% ../nbs/60_study.ipynb #8dc12490
 def begin(name: str, # of the notebook: "10_benchmark"
           profile="smoke", dataset="emoji", data_dir="", seeds=0, device="auto", store="runs", out="", jobs=0, # its parameters
+          alone=False, # True: it measures time and trains nothing in workers
           **special, # as in `profile_settings`
           ) -> Study:
     "Turn the parameters of a study notebook into everything it needs."
@@ -909,7 +910,7 @@ def begin(name: str, # of the notebook: "10_benchmark"
     n = settings.pop("seeds")
     out = from_root(out) if out else figures_dir(profile, dataset, store) / name
     out.mkdir(parents=True, exist_ok=True)
-    _worker_context(pick_device(device))  # the server of workers imports while the notebook does
+    if not alone: _worker_context(pick_device(device))  # the server of workers imports while the notebook does
     return Study(name, profile, dataset, str(from_root(data_dir)) if data_dir else "", seeds or n, device, jobs or None, from_root(store), out, settings)
 
 @patch
@@ -1000,6 +1001,12 @@ def machine(device: str = "cpu") -> str:
     "Name what a timing depends on: processor, threads, PyTorch, system."
     import torch
     return f"{hardware(device)}, {torch.get_num_threads()} threads, torch {_version('torch').split('+')[0]}, {platform.system()}"
+
+def others_load(seconds: float = 1.0) -> str:
+    "Wait, and say how much of the processors everything else on this machine used meanwhile; a sentence for the notes of a table."
+    import psutil
+    busy = round(psutil.cpu_percent(seconds))
+    return f"Before it began, other processes used {busy} % of the processor" + (": too much for timings that mean something." if busy > 10 else ".")
 
 def _seconds(f, device):
     "How long one call takes, with the work that it leaves to a GPU."

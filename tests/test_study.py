@@ -532,6 +532,17 @@ def test_measured_frames_are_saved_with_the_machine(tmp_path):
     assert all(w in study.machine() for w in ("cores", "threads", "torch 2."))
 
 
+def test_a_study_of_time_starts_no_server_and_says_what_else_ran(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(study, "_worker_context", started.append)
+    for alone in (True, False):
+        begin("90_x", profile="smoke", store=str(tmp_path), dataset="toy", alone=alone)
+        assert len(started) == (not alone)
+    for busy, end in ((10.4, "used 10 % of the processor."), (50., "used 50 % of the processor: too much for timings that mean something.")):
+        monkeypatch.setattr(psutil, "cpu_percent", lambda seconds: busy)
+        assert study.others_load().endswith(end)
+
+
 def test_studies_on_demand_run_only_when_named(tmp_path):
     write_study(tmp_path / "nbs/studies/10_benchmark.ipynb")
     nb = json.loads(write_study(tmp_path / "nbs/studies/90_speed.ipynb").read_text())
