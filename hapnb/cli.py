@@ -532,11 +532,11 @@ def _method_of(a):
     return method
 
 # %% ../nbs/61_cli.ipynb #4804913e
-def _json_args(text):
-    "The dict of --args."
+def _json_args(text, option="--args"):
+    "The dict of an option."
     try: args = json.loads(text) if text else {}
-    except ValueError as e: raise WrongUse(f"--args {text!r} is not JSON ({e}); write '{{\"name\": value}}'.") from None
-    if not isinstance(args, dict): raise WrongUse(f"--args must be a JSON object, such as '{{\"min_cluster_size\": 3}}', got {text!r}.")
+    except ValueError as e: raise WrongUse(f"{option} {text!r} is not JSON ({e}); write '{{\"name\": value}}'.") from None
+    if not isinstance(args, dict): raise WrongUse(f"{option} must be a JSON object, such as '{{\"name\": 3}}', got {text!r}.")
     return args
 
 def _labelled(a, table):
@@ -722,12 +722,13 @@ def openworld(a) -> int:
     _known(dataset=cfg.run_config().dataset)
     a.data_dir = cfg.run_config().data_dir or ""
     _check_place(a)
-    try:
-        if a.dry_run:
-            for k, v in cfg.to_dict().items(): print(f"  {k} = {json.dumps(v)}")
-            print(f"\n{load_parts(cfg)}\nnothing was trained (--dry-run)")
-            return 0
-        result = run_rounds(cfg, store=from_root(a.store), device=a.device, progress=True)
+    try: parts = load_parts(cfg)
+    except (ValueError, OSError, ImportError) as e: raise WrongUse(str(e)) from None
+    if a.dry_run:
+        for k, v in cfg.to_dict().items(): print(f"  {k} = {json.dumps(v)}")
+        print(f"\n{parts}\nnothing was trained (--dry-run)")
+        return 0
+    try: result = run_rounds(cfg, store=from_root(a.store), device=a.device, progress=True)
     except ValueError as e: raise WrongUse(str(e)) from None
     _print_rounds(result)
     print(f"run: {_near(result.path)}")
@@ -805,9 +806,10 @@ def _bundled_images():
 def _(sub):
     sub.add_argument("--dataset", default="", metavar="NAME", help="look at a data set instead: where to get it, how large it is, what it looks like on disk, what is missing")
     sub.add_argument("--data-dir", default="", metavar="DIR", help="where you put it")
+    sub.add_argument("--dataset-args", default="", metavar="JSON", help="arguments of its loader, such as '{\"size\": \"large\"}' for vehicleid")
 
 # %% ../nbs/61_cli.ipynb #fe716dac
-def _doctor_data(name, data_dir) -> int:
+def _doctor_data(name, data_dir, args=None) -> int:
     "Print the page of a data set and what is missing; 0 if nothing is, or where nobody said where it is."
     from hapnb.data import source_of
     _known(dataset=name)
@@ -819,13 +821,13 @@ def _doctor_data(name, data_dir) -> int:
     if source and not where:
         print(f"To check your copy: hapnb doctor --dataset {name} --data-dir DIR")
         return 0
-    return _check_copy(name, where, source)
+    return _check_copy(name, where, source, args or {})
 
-def _check_copy(name, where, source):
+def _check_copy(name, where, source, args):
     from hapnb.data import load, missing
     try:
-        wrong = missing(name, where) if source else []
-        parts = [] if wrong else [load(name, split, data_dir=where) for split in ("train", "test")]
+        wrong = missing(name, where, **args) if source else []
+        parts = [] if wrong else [load(name, split, data_dir=where, **args) for split in ("train", "test")]
     except (ValueError, OSError, ImportError) as e: wrong = [str(e)]
     for w in wrong: print(f"!!  {w}")
     if wrong: return 1
@@ -840,8 +842,9 @@ def _check_copy(name, where, source):
   hapnb doctor --dataset cub --data-dir ~/data/cub   what is missing?""")
 def doctor(a) -> int:
     "Say what this machine can run, what is missing, and how to get it."
-    if a.dataset: return _doctor_data(a.dataset, a.data_dir)
-    if a.data_dir: raise WrongUse("--data-dir is for a data set: give --dataset NAME too.")
+    if a.dataset: return _doctor_data(a.dataset, a.data_dir, _json_args(a.dataset_args, "--dataset-args"))
+    for option, value in (("--data-dir", a.data_dir), ("--dataset-args", a.dataset_args)):
+        if value: raise WrongUse(f"{option} is for a data set: give --dataset NAME too.")
     missing = 0
     for state, what, note in _checks():
         missing += state == "!!"

@@ -442,3 +442,7 @@ def write_atomic(path, # where to
     with atomic_path(path) as part:
         part.write_bytes(data.encode() if isinstance(data, str) else data)
     return Path(path)
+
+def _forced_at() -> float:
+    "When `hapnb reproduce --force` was typed, in seconds; results older than that do not count. 0 without."
+    return float(os.environ.get("HAPNB_FORCE") or 0)

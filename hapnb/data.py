@@ -374,18 +374,22 @@ def find_loader(name: str):
                      "For your own images use 'folder' or 'table' with data_dir.")
 
 # %% ../nbs/20_data.ipynb #d667159d
+def _loader_for(name, kw):
+    "The loader of a dataset, which takes these arguments."
+    loader = find_loader(name)
+    known = inspect.signature(loader).parameters
+    for k in kw:
+        if k not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            raise ValueError(f"dataset {name!r} has no argument {k!r}.{nearest(k, known)} Known: {', '.join(known)}.")
+    return loader
+
 def load(name: str, # "emoji", "folder", "table" or what you registered
          split: str = "test", # "train", "fit", "val", "test" or "all"
          data_dir=None, # where the images are; "emoji" needs none
          transform=None, # callable, PIL image -> tensor
          **kw) -> RetrievalDataset: # further arguments of that dataset's loader
     "Load one split of a dataset by name."
-    loader = find_loader(name)
-    known = inspect.signature(loader).parameters
-    for k in kw:
-        if k not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
-            raise ValueError(f"dataset {name!r} has no argument {k!r}.{nearest(k, known)} Known: {', '.join(known)}.")
-    ds = loader(split=split, data_dir=data_dir, **kw)
+    ds = _loader_for(name, kw)(split=split, data_dir=data_dir, **kw)
     ds.transform = transform
     return ds
 
@@ -741,9 +745,8 @@ def _is_archive(file) -> bool: return not file["name"].endswith((".csv", ".txt",
 def missing(name: str, # a published dataset
             data_dir, # where you put it
             **kw) -> list: # sentences; none: everything is there
-    "Say what is missing or wrong with a dataset on disk; an empty list means that it can be used."
-    source, out = source_of(name), []
-    loader = find_loader(name)
+    "Say what is missing or wrong with a dataset on disk, an empty list if nothing is; `ValueError` for arguments that its loader does not take."
+    source, loader, out = source_of(name), _loader_for(name, kw), []
     for split in ("train", "test"):
         try: loader(split=split, data_dir=data_dir, **kw)
         except (OSError, ValueError) as e:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
 
-from .core import atomic_path, check_fields, check_number, nearest, pick_device, write_atomic
+from .core import atomic_path, check_fields, check_number, nearest, pick_device, write_atomic, _forced_at
 from .data import RetrievalDataset, deal_open_world, fingerprint_of, read_text, renumber
 from .train import Result, RunConfig, derive_seed, freeze_value, is_finished, environment, load_splits, run, thaw, _launched, _lock, _world
 from .recipes import RECIPES, SOURCES, Recipe
@@ -396,7 +396,7 @@ _SHARED = ("embeddings.safetensors", "hilander", "clusters.parquet") # those tha
 @patch
 def _borrow(self: _State, name, read):
     "Copy a stage from another run that made it from the same things; None if there is none."
-    path, since = self.path / name, float(os.environ.get("HAPNB_FORCE") or 0)
+    path, since = self.path / name, _forced_at()
     for twin in sorted(self.path.parent.glob(f"*/{name}")) if path.name in _SHARED else ():
         try:
             if twin == path or twin.stat().st_mtime < since or _read_note(twin) != dict(dataset=self.fingerprint, made_from=self.token): continue

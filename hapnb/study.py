@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import DATASETS, LOSSES, SAMPLERS, TRUNKS, atomic_path, nearest, pick_device, write_atomic
+from .core import DATASETS, LOSSES, SAMPLERS, TRUNKS, atomic_path, nearest, pick_device, write_atomic, _forced_at
 
 # %% ../nbs/60_study.ipynb #a9c3f45a
 class Grid(list):
@@ -486,10 +486,10 @@ def _complaint(failed, total, store):
 # %% ../nbs/60_study.ipynb #9c16fca6
 def _forget(store, keys):
     "Under `hapnb reproduce --force`: drop results that are older than the command."
-    since = float(os.environ.get("HAPNB_FORCE") or 0)
+    since = _forced_at()
     for key in dict.fromkeys(keys):
         done = store / key / "metrics.json"
-        if since and done.exists() and done.stat().st_mtime < since: shutil.rmtree(store / key)
+        if done.exists() and done.stat().st_mtime < since: shutil.rmtree(store / key)
 
 # %% ../nbs/60_study.ipynb #5ac9d741
 Cell = namedtuple("Cell", "mean half n failed mark", defaults=("",))  # mark: "", "best" or "tie" (not distinguishable from the best)
@@ -960,7 +960,7 @@ def _place(self: Study, name, inputs, ending):
     "Where a derived value is kept, and whether it is there."
     what = json.dumps([name, inputs, _code_hash()], sort_keys=True, default=str)
     path = self.store / "derived" / f"{self.name}-{name}-{hashlib.sha256(what.encode()).hexdigest()[:16]}{ending}"
-    return path, path.exists() and path.stat().st_mtime >= float(os.environ.get("HAPNB_FORCE") or 0)
+    return path, path.exists() and path.stat().st_mtime >= _forced_at()
 
 # %% ../nbs/60_study.ipynb #f3d0c85c
 @patch

@@ -24,7 +24,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 
 from .core import (DATASETS, TRUNKS, SAMPLERS, LOSSES, EmbeddingLoss, as_relevance, check_labels, check_fields, check_number, nearest, pick_device,
-                        shared_levels, write_atomic)
+                        shared_levels, write_atomic, _forced_at)
 from .large_batches import EmbeddingMemory, memory_part, two_pass_backward
 
 # %% ../nbs/30_train.ipynb #6fb804d3
@@ -1061,6 +1061,10 @@ def is_finished(path) -> bool:
     "Tell whether a run folder holds a result."
     return (Path(path) / "metrics.json").is_file()
 
+def _is_old(path) -> bool:
+    "Was this result made before `hapnb reproduce --force` was typed?"
+    return is_finished(path) and (Path(path) / "metrics.json").stat().st_mtime < _forced_at()
+
 # %% ../nbs/30_train.ipynb #1bd43120
 class Result:
     "A finished run: what was asked, what came out."
@@ -1181,13 +1185,14 @@ def run(cfg: RunConfig, # what to do
     "Train, evaluate and keep a run; read a finished one back, go on with an interrupted one."
     train, test = data or load_splits(cfg)
     path = Path(store).expanduser() / cfg.key((train, test))
-    if is_finished(path) and not _launched(): return Result(path)
+    if is_finished(path) and not _is_old(path) and not _launched(): return Result(path)
     _check_registered(cfg, train)
     accelerator = make_accelerator(device, cfg.precision)
     main = accelerator.is_main_process
     if main: _json(path / "config.json", cfg.to_dict())
     devices = [torch.cuda.current_device()] if accelerator.device.type == "cuda" else []
     with _lock(path, progress) if main else contextlib.nullcontext(), torch.random.fork_rng(devices=devices):
+        if main and _is_old(path): (path / "metrics.json").unlink()  # what else is there will be written over
         for part in (train, test) if cfg.packed is not None and not is_finished(path) else (): _pack(cfg, part, progress)  # all wait for its lock: hours are too long for a barrier
         accelerator.wait_for_everyone()  # the others follow when the first process has the lock
         if not is_finished(path): _make_run(cfg, path, train, test, accelerator, progress and main, save_every, workers, on_epoch)

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from .core import atomic_path, nearest, pick_device, write_atomic
+from .core import atomic_path, nearest, pick_device, write_atomic, _forced_at
 from .study import _is_local, _Pool, _prepare, _Progress, _registered, _slots, _forget, _check_store
 from .train import (SCHEMA, RunConfig, _check_registered, _columns, _weights_id, build_trainer, derive_seed,
                          freeze_value, load_splits, make_accelerator, run, thaw)
@@ -522,7 +522,7 @@ def _read_first(first, space):
 def _open(folder, asked, store, trials):
     "Make or check the folder of a search; how many trials are left."
     path = folder / "search.json"
-    if path.exists() and path.stat().st_mtime < float(os.environ.get("HAPNB_FORCE") or 0): shutil.rmtree(folder)
+    if path.exists() and path.stat().st_mtime < _forced_at(): shutil.rmtree(folder)
     if not path.exists():
         if (folder / "journal.jsonl").exists(): raise ValueError(f"{folder} holds a journal without its search.json; delete the folder and search again.")
         _check_store(store)

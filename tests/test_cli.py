@@ -2,7 +2,7 @@
 import dataclasses, json, os, shutil, subprocess, sys, time
 from pathlib import Path
 
-import layouts_fine
+import layouts_fine, layouts_hier
 import numpy as np
 import pandas as pd
 import psutil
@@ -240,6 +240,20 @@ def test_doctor_of_a_complete_dataset(call, tmp_path, monkeypatch):
     assert status == 0 and "!!" not in out and f"ok  train: {3 * len(TRAIN)} images" in out and f"ok  test: {3 * len(TEST)} images" in out and "cub is complete" in out
 
 
+def test_doctor_hands_arguments_to_the_loader(call, tmp_path):
+    layouts_hier.make_vehicleid(tmp_path)
+    look = lambda args: call("doctor", "--dataset", "vehicleid", "--data-dir", tmp_path, "--dataset-args", args)
+    status, out, _ = look('{"size": "large", "counts": false}')
+    assert status == 0 and "ok  test: 28 images; classes: vehicle 8" in out
+    for args, said in (('{"siez": "large"}', "Did you mean 'size'?"), ('{"size": "larg"}', "Did you mean 'large'?"), ("{}", "expected 113,346")):
+        status, out, _ = look(args)
+        assert status == 1 and said in out
+    for args in ('{"size"', "[1]"):
+        status, _, err = look(args)
+        assert status == 2 and "--dataset-args" in err
+    assert call("doctor", "--dataset-args", "{}")[0] == 2
+
+
 TRAIN, TEST = [c for c in layouts_fine.CUB if c <= 100], [c for c in layouts_fine.CUB if c > 100]
 
 
@@ -474,7 +488,8 @@ def test_openworld_prints_a_row_a_round(clone, call):
 
 @pytest.mark.parametrize("argv, text", [
     (["--set", "clusterer=kmean"], "Did you mean 'kmeans'"), (["--set", "base.los=x"], "Did you mean 'loss'"), (["--set", "round=3"], "Did you mean 'rounds'"), (["--set", "rounds"], "write KEY=VALUE"), (["--set", "rounds.x=1"], "not a dictionary"),
-    (["--recipe", "pss/inatt"], "Did you mean 'pss/inat'"), (["--rounds", "0"], "1 or more"), (["--dataset", "emojy"], "Did you mean 'emoji'"), (["--data-dir", "nowhere"], "no such file or folder"), (["--device", "gpu"], "unknown device")])
+    (["--recipe", "pss/inatt"], "Did you mean 'pss/inat'"), (["--rounds", "0"], "1 or more"), (["--dataset", "emojy"], "Did you mean 'emoji'"), (["--data-dir", "nowhere"], "no such file or folder"), (["--device", "gpu"], "unknown device"),
+    (["--set", 'split={"labelled": "no.txt", "unlabelled": "u.txt"}'], "looked for the file no.txt")])
 def test_openworld_wrong_use(clone, call, argv, text):
     pytest.importorskip("hapnb.openworld")
     status, out, err = call("openworld", "--dry-run", *argv)

@@ -175,6 +175,16 @@ def test_the_folder_of_features(tmp_path, monkeypatch):
     assert T.cache_folder() == tmp_path / "kept"
 
 
+def test_force_trains_again(tmp_path, monkeypatch):
+    done = lambda: (toy_run(TOY, tmp_path).path / "metrics.json").stat().st_mtime_ns
+    first, weights = done(), toy_run(TOY, tmp_path).weights()["head.proj.weight"]
+    monkeypatch.setenv("HAPNB_FORCE", str(time.time() + 0.01))
+    time.sleep(0.05)
+    second = done()
+    assert first != second and done() == second
+    assert torch.equal(toy_run(TOY, tmp_path).weights()["head.proj.weight"], weights)
+
+
 def test_read_back_and_same_again(tmp_path, monkeypatch):
     first = toy_run(TOY, tmp_path / "a")
     assert contents(first) == contents(toy_run(TOY, tmp_path / "b"))
