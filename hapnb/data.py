@@ -416,12 +416,18 @@ def need_dir(data_dir, wanted: str) -> Path: # `wanted`: what should be there, i
     return path
 
 # %% ../nbs/20_data.ipynb #8a2ce843
+def _check_no_circle(folder):
+    "A link to a folder that holds it would be followed for ever."
+    if folder.is_symlink() and folder.resolve() in folder.parent.resolve().joinpath("x").parents:
+        raise ValueError(f"{folder} is a link to {folder.resolve()}, which holds it: take the link away, or hide it by a name that begins with a dot.")
+
 def find_images(root) -> list: # paths relative to root, with "/", sorted
-    "List all image files below a folder; hidden files and folders are passed over."
+    "List all image files below a folder; hidden files and folders are passed over; `ValueError` names a link that leads back to where it lies."
     def stop(error): raise error  # a folder that cannot be read must not be passed over
     out = []
     for folder, below, files in os.walk(root, onerror=stop, followlinks=True):
         below[:] = sorted(b for b in below if not b.startswith("."))
+        for b in below: _check_no_circle(Path(folder, b))
         out += [os.path.relpath(os.path.join(folder, f), root).replace(os.sep, "/") for f in files
                 if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")]
     return sorted(out)

@@ -577,3 +577,15 @@ def test_huggingface_errors(hf, tmp_path, monkeypatch):
 def test_without_the_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="pip install datasets"): load("huggingface", "test", tmp_path, levels=["label"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_links_to_folders(tmp_path):
+    "A link to another folder is followed, one that leads back is named."
+    for p in ("a/x/1.png", "b/2.png"): (tmp_path / p).parent.mkdir(parents=True, exist_ok=True); (tmp_path / p).write_bytes(b"")
+    (tmp_path / "a/more").symlink_to(tmp_path / "b")
+    assert data.find_images(tmp_path) == ["a/more/2.png", "a/x/1.png", "b/2.png"]
+    for to in (tmp_path, tmp_path / "a"):
+        (link := tmp_path / "a/x/back").symlink_to(to)
+        with pytest.raises(ValueError, match="back is a link to .*, which holds it"): data.find_images(tmp_path)
+        link.unlink()
