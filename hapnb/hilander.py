@@ -398,11 +398,14 @@ _BLOCK = 512  # points a matrix product; part of the result's last digits, so it
 
 def _blockwise(stage, tables, rows, n, chunk, device):
     "Run `stage(*gathered, *own)` on blocks of points. `tables`: (table, neighbours); `rows`: tables read row by row."
-    out = []
+    out, home = None, rows[-1].device
     for lo in range(0, n, chunk):
         part = [_take(t, nb[lo:lo + chunk]).to(device) for t, nb in tables] + [r[lo:lo + chunk].to(device) for r in rows]
-        for b in range(0, len(part[-1]), _BLOCK): out.append(tuple(o.to(rows[-1].device) for o in stage(*(p[b:b + _BLOCK] for p in part))))
-    return tuple(torch.cat(o) for o in zip(*out))
+        for b in range(0, len(part[-1]), _BLOCK):
+            found = stage(*(p[b:b + _BLOCK] for p in part))
+            if out is None: out = tuple(torch.empty(n, *o.shape[1:], dtype=o.dtype, device=home) for o in found)  # pieces kept for later would need twice the memory
+            for whole, o in zip(out, found): whole[lo + b:lo + b + _BLOCK] = o
+    return out
 
 # %% ../nbs/48_hilander.ipynb #670f56dd
 @torch.no_grad()
