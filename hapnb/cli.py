@@ -577,7 +577,7 @@ def _model_of(a, table):
 # %% ../nbs/61_cli.ipynb #ac299190
 def _found(a, method, table): # (clusters [N], density [N] or None, the arguments used)
     "Cluster a table as the options say."
-    from hapnb.clustering import _CONSTANTS, choose, cluster as by_name
+    from hapnb.clustering import _CONSTANTS, _settled_by, choose, cluster as by_name
     args = _json_args(a.args)
     if method == "hilander":
         from hapnb.hilander import cluster_hilander
@@ -587,7 +587,7 @@ def _found(a, method, table): # (clusters [N], density [N] or None, the argument
         return found.labels, found.density, args
     try:
         if a.train:
-            if method in _CONSTANTS and (own := [k for k in (_CONSTANTS[method], "clusters") if k in args] + ["--clusters"] * (a.clusters is not None)): raise WrongUse(f"--train chooses {_CONSTANTS[method]} of {method}, and {own[0]} is given: leave one of the two out.")
+            if method in _CONSTANTS and (own := _settled_by(method, args) + ["--clusters"] * (a.clusters is not None)): raise WrongUse(f"--train chooses {_CONSTANTS[method]} of {method}, and {own[0]} is given: leave one of the two out.")
             train = _labelled(a, table)
             best = choose(train.embeddings, train.labels[:, 0], method, seed=a.seed, **args)
             args = best.args

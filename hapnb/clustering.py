@@ -344,6 +344,10 @@ def hdbscan(x: Tensor, # unit vectors [N, D]
 
 # %% ../nbs/46_clustering.ipynb #7a2f23e5
 _CONSTANTS = {"kmeans": "points_per_cluster", "agglomerative": "threshold", "hdbscan": "min_cluster_size"}
+
+def _settled_by(method, args):
+    "The arguments that settle a clusterer's one constant: itself, or the number of clusters."
+    return [k for k in (_CONSTANTS[method], "clusters") if k in args]
 _SCORES = ("pairwise_P", "pairwise_R", "pairwise_F", "bcubed_P", "bcubed_R", "bcubed_F", "NMI", "V", "homogeneity", "completeness")
 
 @dataclass

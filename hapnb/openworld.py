@@ -28,7 +28,7 @@ from .data import RetrievalDataset, deal_open_world, fingerprint_of, read_text, 
 from .train import Result, RunConfig, derive_seed, freeze_value, is_finished, environment, load_splits, run, thaw, _launched, _lock, _world
 from .recipes import RECIPES, SOURCES, Recipe
 from .features import extract_features
-from .clustering import CLUSTERERS, bcubed_scores, choose, cluster, clustering_scores, find_clusterer, pairwise_scores, _check_own
+from .clustering import CLUSTERERS, bcubed_scores, choose, cluster, clustering_scores, find_clusterer, pairwise_scores, _CONSTANTS, _check_own, _settled_by
 from .hilander import HiLander, HiLanderConfig, cluster_hilander, load_hilander, train_hilander, _check_decode
 
 # %% ../nbs/50_openworld.ipynb #822424e9
@@ -257,8 +257,6 @@ def _check(self: OpenWorldConfig):
     _check_open_split(self.split)
 
 # %% ../nbs/50_openworld.ipynb #11029176
-_CONSTANTS = {"kmeans": ("points_per_cluster", "clusters"), "agglomerative": ("threshold", "clusters"), "hdbscan": ("min_cluster_size",)}
-
 def _at_most(args, n):
     "Arguments of a clusterer for `n` points: not more clusters than points."
     return {k: min(v, n) if k == "clusters" else v for k, v in args.items()}
@@ -268,7 +266,7 @@ def _check_cluster_args(name, args):
     _check_own(find_clusterer(name), name, {k: v for k, v in args.items() if k != "clusters"})
     if "clusters" in args: check_number("cluster_args['clusters']", args["clusters"], least=1, whole=True)
     if name not in _CONSTANTS or not args: return  # one of your own is not tried: nobody knows what it wants
-    constant = {} if any(k in args for k in _CONSTANTS[name]) else {_CONSTANTS[name][0]: 2}
+    constant = {} if _settled_by(name, args) else {_CONSTANTS[name]: 2}
     try: cluster(torch.eye(8), name, **_at_most(args, 8), **constant)
     except (ValueError, TypeError) as e: raise ValueError(f"cluster_args: {e}") from e
 
@@ -527,7 +525,7 @@ def choose_args(z: Tensor, # unit embeddings [N, D] of images with a class
                 **args, # of the clusterer; its constant among them is taken as it is
                 ) -> dict: # arguments for `hapnb.clustering.cluster`
     "Give a clusterer its arguments; the one constant it needs is the best on what has a class."
-    if clusterer not in _CONSTANTS or any(k in args for k in _CONSTANTS[clusterer]): return args
+    if clusterer not in _CONSTANTS or _settled_by(clusterer, args): return args
     return choose(z, y, clusterer, score="bcubed_F", seed=seed, **args).args
 
 # %% ../nbs/50_openworld.ipynb #6ed10208
