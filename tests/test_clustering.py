@@ -8,8 +8,8 @@ from hypothesis import given, settings, strategies as st
 from sklearn import metrics as sk
 
 from hapnb.clustering import CLUSTERERS, bcubed_scores, choose, cluster, clustering_scores, contingency, pairwise_scores
-from hapnb.core import set_seed
-from hapnb.metrics import nmi
+from hapnb.helpers import set_seed
+from hapnb.clustering import nmi
 
 SCORES = ["pairwise_P", "pairwise_R", "pairwise_F", "bcubed_P", "bcubed_R", "bcubed_F", "NMI", "V", "homogeneity",
           "completeness"]
