@@ -333,7 +333,9 @@ def curve(
         if zero: ax.axhline(0, color="black", linewidth=.8)
         if log2: _log2_axis(ax, sorted(df[x].unique()))
         ax.set(xlabel=xlabel or x, ylabel=label or (f"{col} (%)" if scale == 100 else col))
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncol=min(len(names), 6))
+    # a legend of one entry tells nothing
+    if len(names) > 1:
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncol=min(len(names), 6))
     return fig
 
 # %% ../nbs/40_plots.ipynb #9e6ecb53
