@@ -217,7 +217,7 @@ def pml_maker(name: str): # such as "pml/TripletMarginLoss"
 def _refuse(cls):
     "Losses that are made of other losses, and bases."
     if {"loss", "losses"} & set(_required(cls)):
-        raise ValueError(f"pml/{cls.__name__} is made of other losses, so its name does not describe it. For a memory use hapnb.large_batches.EmbeddingMemory, "
+        raise ValueError(f"pml/{cls.__name__} is made of other losses, so its name does not describe it. For a memory use hapnb.large_batches.CrossBatchMemory, "
                          "for a sum hapnb.losses.SumLoss; for views of one image give them one label.")
 
 # %% ../nbs/12_external.ipynb #1b19e138

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .core import pick_device
-from .large_batches import EmbeddingMemory, _check_norms, memory_part
+from .large_batches import CrossBatchMemory, _check_norms, memory_part
 from .train import (FeatureNet, RunConfig, Trainer, _View, _check_registered, _columns, _images, build_net, check_memory, load_splits, make_accelerator,
                          make_loss_for, thaw)
 
@@ -232,7 +232,7 @@ def _loss_step(trainer, batch, memory=None):
 
 def _full_memory(trainer, labels, rows):
     "A memory of embeddings with random rows of random images."
-    memory = EmbeddingMemory(rows)
+    memory = CrossBatchMemory(rows)
     memory.add(F.normalize(torch.randn(rows, trainer.net.head.out_features, device=trainer.device), dim=1), labels[torch.randint(len(labels), (rows,))].to(trainer.device))
     return memory
 

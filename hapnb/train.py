@@ -25,7 +25,7 @@ from fastcore.basics import patch
 
 from .core import (DATASETS, TRUNKS, SAMPLERS, LOSSES, EmbeddingLoss, as_relevance, check_labels, check_fields, check_number, nearest, pick_device,
                         shared_levels, write_atomic, _forced_at)
-from .large_batches import EmbeddingMemory, memory_part, two_pass_backward
+from .large_batches import CrossBatchMemory, memory_part, gradcache_backward
 
 # %% ../nbs/30_train.ipynb #6fb804d3
 PARTS = ("trunk", "head", "loss")
@@ -339,7 +339,7 @@ def _make_memory(self: Trainer, memory, miner):
     if not self.memory_args: return
     size, unique = self.memory_args["size"], self.memory_args["unique"]
     if size == "train": raise ValueError("memory: size='train' is for a RunConfig; a Trainer does not know the training set: give the number of its images and unique=True.")
-    self.memory = EmbeddingMemory(size, unique)
+    self.memory = CrossBatchMemory(size, unique)
 
 # %% ../nbs/30_train.ipynb #5a777d6d
 @patch
@@ -359,7 +359,7 @@ def _remember(self: Trainer, emb, labels, rows):
 def _backward(self: Trainer, x, labels, rows=None):
     "Compute the gradients of a batch; give the loss, and the embeddings of all processes."
     if self.micro_batch:
-        return two_pass_backward(self.model, functools.partial(self._value, rows=rows), x, labels, self.micro_batch, backward=self._push, gather=gather_rows)
+        return gradcache_backward(self.model, functools.partial(self._value, rows=rows), x, labels, self.micro_batch, backward=self._push, gather=gather_rows)
     emb = gather_rows(self.model(x))
     value = self._value(emb, labels, rows)
     self._push(value)
@@ -924,7 +924,7 @@ def _check_both(cfg, part, miner, emb, labels):
     found = miner(emb, labels, ref_emb=emb.clone(), ref_labels=labels)
     if len(found[0]) and bool((found[0] == found[1]).all()):
         raise ValueError(f"{cfg.miner} takes the nearest image of the same class, which in a memory is the image's own copy: no pair would be left. Use it without memory, or another miner.")
-    EmbeddingMemory(len(emb)).term(part, emb, labels, miner=miner)
+    CrossBatchMemory(len(emb)).term(part, emb, labels, miner=miner)
 
 # %% ../nbs/30_train.ipynb #04cb2b5a
 def _make_miner(cfg):

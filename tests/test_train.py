@@ -654,7 +654,7 @@ def test_a_memory_resumes_to_the_last_bit(tmp_path, monkeypatch, cfg, stop):
 
 def test_without_its_memory_a_run_goes_on_differently(tmp_path, monkeypatch):
     "The test above would see a memory that is not in the checkpoint."
-    monkeypatch.setattr(T.EmbeddingMemory, "load_state_dict", lambda *a: None)
+    monkeypatch.setattr(T.CrossBatchMemory, "load_state_dict", lambda *a: None)
     with pytest.raises(AssertionError): test_a_memory_resumes_to_the_last_bit(tmp_path, monkeypatch, QUEUE, 7)
 
 
