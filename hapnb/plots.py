@@ -407,7 +407,7 @@ def curve(
         if log2: _log2_axis(ax, sorted(df[x].unique()))
         ax.set_xlabel(xlabel or x, parse_math=bool(xlabel))
         ax.set_ylabel(label or (f"{col} (%)" if scale == 100 else col), parse_math=bool(label))
-    legend(fig, entries, loc="outside upper center", ncol=min(len(names), 6))
+    if len(names) > 1: legend(fig, entries, loc="outside upper center", ncol=min(len(names), 6))
     return fig
 
 # %% ../nbs/40_plots.ipynb #d1003cf7

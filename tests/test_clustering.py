@@ -255,7 +255,7 @@ def test_choose_never_looks_at_unknown_labels():
     found = choose(x, part, "agglomerative", values=[.3, .5, .7], neighbours=20)
     assert found.args == dict(neighbours=20, threshold=found.args["threshold"])
     assert found.table.points.tolist() == [120] * 3
-    for args, text in ((dict(method="kmeen"), "Did you mean 'kmeans'"), (dict(score="pairwise"), "unknown score"),
+    for args, text in ((dict(method="kmeen"), "Did you mean 'kmeans'"), (dict(score="pairwise"), "no score 'pairwise'"),
                        (dict(values=[]), "at least one value"), (dict(threshold=.4), "values=")):
         with pytest.raises(ValueError) as e: choose(x, part, **args)
         assert text in str(e.value)
