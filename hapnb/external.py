@@ -13,7 +13,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
-from .core import _full, _no_autocast, _rows, check_embeddings, check_labels, check_number, nearest, readable
+from .core import _full, _no_autocast, _rows, check_embeddings, check_labels, readable
+from .helpers import check_number, nearest
 
 # %% ../nbs/12_external.ipynb #ae8f5106
 def _pml(part):
@@ -217,7 +218,7 @@ def pml_maker(name: str): # such as "pml/TripletMarginLoss"
 def _refuse(cls):
     "Losses that are made of other losses, and bases."
     if {"loss", "losses"} & set(_required(cls)):
-        raise ValueError(f"pml/{cls.__name__} is made of other losses, so its name does not describe it. For a memory use hapnb.large_batches.EmbeddingMemory, "
+        raise ValueError(f"pml/{cls.__name__} is made of other losses, so its name does not describe it. For a memory use hapnb.large_batches.CrossBatchMemory, "
                          "for a sum hapnb.losses.SumLoss; for views of one image give them one label.")
 
 # %% ../nbs/12_external.ipynb #1b19e138

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 pytest.importorskip("pytorch_metric_learning")
 
 from hapnb import external
-from hapnb.core import LOSSES
+from hapnb.helpers import LOSSES
 from hapnb.external import PMLLoss, pml_loss, pml_losses, pml_miner, pml_miners
 from hapnb.losses import SmoothAPLoss, make_loss
 from test_metrics import Far, TwoDevices
@@ -290,7 +290,7 @@ def test_smooth_ap_warns_by_measuring(monkeypatch):
     (lambda: pml_loss("GenericPairLoss"), "needs mat_based_loss"),
     (lambda: pml_loss("BaseMetricLossFunction"), "this is a base for others"),
     (lambda: pml_loss("SelfSupervisedLoss"), "made of other losses"),
-    (lambda: pml_loss("CrossBatchMemory", embedding_size=8), "EmbeddingMemory"),
+    (lambda: pml_loss("CrossBatchMemory", embedding_size=8), "CrossBatchMemory"),
     (lambda: pml_loss("MultipleLosses", losses=[]), "made of other losses"),
     (lambda: pml_loss("VICRegLoss"), "labels are not supported"),
     (lambda: pml_loss("ManifoldLoss", embedding_size=8), "labels are not supported"),
