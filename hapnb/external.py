@@ -85,7 +85,7 @@ def _column_of(labels, level, name, what="labels"):
 
 def _known_rows(emb, labels, level, name, what):
     "Checked embeddings in full precision and labels of one level, without unknown rows, and which rows these are (None: all)."
-    emb = _full(check_embeddings(emb, what))
+    emb = _full(check_embeddings(emb, what, products=True))
     y = _column_of(labels, level, name, "labels" if what == "embeddings" else "ref_labels").to(emb.device)
     if not len(emb): raise ValueError("the batch is empty." if what == "embeddings" else f"{what} is empty.")
     if len(emb) != len(y): raise ValueError(f"{len(emb)} {what} but {len(y)} labels.")

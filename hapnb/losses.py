@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import Batch, EmbeddingLoss, LOSSES, Registry, Relevance, as_relevance, check_number, level_counts, nearest
+from .core import Batch, EmbeddingLoss, LOSSES, Registry, Relevance, as_relevance, check_flag, check_number, level_counts, nearest
 from .hypergraph import *
 from .pairs import *
 from .ranking import Leaky, Part, Sigmoid, Step, Sup, rank_score
@@ -32,7 +32,7 @@ class RankLoss(EmbeddingLoss):
                  level: int = 0, # column of the labels that says who is a positive; None where `tree`
                  similarity: str = "cosine", reduction: str = "mean"):
         super().__init__(similarity, reduction)
-        if (level is None) != self.tree or not isinstance(level, (int, type(None))):
+        if (level is None) != self.tree:
             raise ValueError(f"level must be a column number of the labels, got {level!r}; losses over all levels are HAPLoss, SmoothHAPLoss and the NDCG losses.")
         self.level = level if self.tree else check_number("level", level, least=0, whole=True)
 
@@ -129,7 +129,7 @@ class HAPLoss(RankLoss):
                  strict: bool = False): # an exact tie counts 1, as in the step, not 1/2 as in the released code
         super().__init__(None, similarity, reduction)
         self.f, self.above = Sup(tau, rho, delta, offset, start, strict), Leaky(beta, gamma, leak)
-        self.relevance, self.with_hrank = as_relevance(relevance), with_hrank
+        self.relevance, self.with_hrank = as_relevance(relevance), check_flag("with_hrank", with_hrank)
         self.lowest = self.relevance.lowest
 
     def parts(self, a, L):
@@ -301,7 +301,7 @@ class SumLoss(EmbeddingLoss):
         for name, loss in self.losses.items():
             v, n = loss.values(batch)
             v = v * n * len(n) / n.sum().clamp(min=1).to(v.dtype)  # each part averages over the queries that count for it
-            self._terms[name] = v.detach().mean()
+            self.note(**{name: v.mean()})
             total = total + self.weights[name] * v
         return total, torch.ones_like(n)
 
@@ -367,7 +367,8 @@ def make_loss(name: str, # a registered name, such as "HAPPIERLoss", or "pml/NAM
     for k in args:
         if k not in known: raise ValueError(f"{name} has no argument {k!r}.{nearest(k, [*known, *given])} It takes: {', '.join(known)}.")
     try: return cls(**args)
-    except TypeError as e: raise ValueError(f"{name}: {e}.") from e
+    # torch raises a RuntimeError for sizes that do not fit into memory
+    except (TypeError, RuntimeError) as e: raise ValueError(f"{name}: {str(e).splitlines()[0]}.") from e
 
 # %% ../nbs/10_losses.ipynb #0b0a93c0
 _all_ = ["CalibrationLoss", "PairLoss", "ProxyLoss", "NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "ProxyAnchorLoss", "CSLLoss",

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import _full, check_number, level_counts, level_mask, readable
+from .core import _full, check_flag, check_number, level_counts, level_mask, readable, transforming
 
 # %% ../nbs/01_ranking.ipynb #7ee898bf
 HUGE = 2.0 ** 100  # what empty places lie below all others
@@ -84,7 +84,7 @@ class Sup:
 
     def __post_init__(self):
         check_number("tau", self.tau, above=0), check_number("rho", self.rho, least=0), check_number("start", self.start, least=0)
-        if not isinstance(self.strict, bool): raise ValueError(f"strict must be True or False, got {self.strict!r}.")
+        check_flag("strict", self.strict)
         if self.delta is not None: check_number("delta", self.delta, least=0)
         if self.offset is not None: check_number("offset", self.offset, least=0)
 
@@ -163,7 +163,8 @@ class Part:
 
 # %% ../nbs/01_ranking.ipynb #d61d55e7
 def _flat(mask): # NumPy finds them 10 times faster than `nonzero`
-    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.flatten().nonzero()[:, 0]
+    if mask.device.type == "cpu" and not transforming(): return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.flatten().nonzero()[:, 0]
 
 def _pack(scores, mask, n, dense=0.7):
     "The scores where `mask` (`n` in each row), packed to the left [Q, width]; which places are filled; their columns (None: all, in place)."
@@ -240,6 +241,20 @@ def _block(k, live, groups, combine, need, dk, ds, rooms):
         dk -= slope * fx.sum(-1)
     return torch.where(live, share, 0.).sum(1)
 
+# %% ../nbs/01_ranking.ipynb #d2498ff0
+def _by_cube(scores, shared, levels, parts, combine, counts):
+    "The score of each query by ordinary operations on all differences, which can be differentiated again and again; memory O(Q P N)."
+    total, index = scores[:, :0].sum(1), torch.arange(len(scores), device=scores.device)
+    for a in range(levels, 0, -1):
+        k, live, _ = _pack(scores, level_mask(shared, a), counts[:, a])
+        if not k.shape[1]: continue
+        x = scores[:, None, :] - k.masked_fill(~live, 0.)[:, :, None]
+        sums = [torch.where(level_mask(shared, p.low, p.high)[:, None, :], p.f(x), 0.).sum(-1) for p in parts(a)]
+        # an empty slot gets sums of one: whatever they are worth is dropped, and no 0/0 comes back through the gradient
+        share, _ = combine(a, [torch.where(live, s, 1.) for s in sums], index)
+        total = total + torch.where(live, share, 0.).sum(1)
+    return total
+
 # %% ../nbs/01_ranking.ipynb #2842613b
 class _RankScore(torch.autograd.Function):
     "Forward also finds the gradient, so that backward is one product."
@@ -253,13 +268,17 @@ class _RankScore(torch.autograd.Function):
             rows = slice(first, min(first + height, len(scores)))
             own, part = (scores[rows], shared[rows], counts[rows], index[rows]), None if grad is None else grad[rows]
             for a in range(levels, 0, -1): _level(*own, a, parts(a), combine, block, total[rows], part, rooms)
-        ctx.save_for_backward(grad)
+        ctx.save_for_backward(grad, scores)
+        ctx.formula = shared, levels, parts, combine, counts
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        return ctx.saved_tensors[0] * g[:, None], None, None, None, None, None, None
+        grad, scores = ctx.saved_tensors
+        # enabled: a gradient of the gradient is wanted, and the one found in the forward pass cannot give it
+        if torch.is_grad_enabled(): grad, = torch.autograd.grad(_by_cube(scores, *ctx.formula), scores, g, create_graph=True)
+        else: grad = grad * g[:, None]
+        return grad, None, None, None, None, None, None
 
 # %% ../nbs/01_ranking.ipynb #193a5b30
 def rank_score(scores: Tensor, # similarity of each query and item, floats [Q, N]; half precision is computed in float32
@@ -269,10 +288,11 @@ def rank_score(scores: Tensor, # similarity of each query and item, floats [Q, N
                combine, # combine(a, sums, rows) -> (share [q, p], [d share / d sum or None for each part])
                block: int = None, # triples at once; default: what fits the device
                counts: Tensor = None, # `level_counts(shared, levels)` [Q, L+1], if they are known already
-               ) -> Tensor: # score of each query [Q], 0 without a positive, float32 or float64; differentiable (once) in `scores`
+               ) -> Tensor: # score of each query [Q], 0 without a positive, float32 or float64; differentiable in `scores` (twice or inside torch.func: memory O(Q P N))
     "Sum, over the positives of each query, what their smoothed ranks are worth; memory O(Q N) whatever the number of positives."
     if not scores.is_floating_point(): raise ValueError(f"scores must be floats, got {scores.dtype}.")
     if scores.ndim != 2 or scores.shape != shared.shape: raise ValueError(f"scores are {tuple(scores.shape)} but shared levels {tuple(shared.shape)}; both must be [Q, N].")
     if counts is None: counts = level_counts(shared, levels)
+    if transforming(): return _by_cube(_full(scores), shared, levels, parts, combine, counts)
     block = _block_size(scores.device) if block is None else check_number("block", block, least=1, whole=True)
     return _RankScore.apply(_full(scores), shared, levels, parts, combine, block, counts)
