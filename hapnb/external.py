@@ -15,7 +15,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
-from .core import _full, _no_autocast, check_embeddings, check_labels, check_number, nearest, readable
+from .core import check_embeddings, check_labels
+from .helpers import LOSSES, _full, _no_autocast, check_number, nearest, readable
 from .losses import SmoothAPLoss
 
 # %% ../nbs/12_external.ipynb #ae8f5106
@@ -227,11 +228,12 @@ def pml_loss(name: str, # of a loss of pytorch-metric-learning, such as "Triplet
     if cls.__name__ == "SmoothAPLoss": _warn_of_smooth_ap(cls)
     return loss
 
-def pml_maker(name: str): # such as "pml/TripletMarginLoss"
+@LOSSES.register("pml/")
+def pml_maker(name: str): # what follows "pml/", such as "TripletMarginLoss"
     "Look up a loss and return a function of num_classes, embedding_size and its arguments that makes it; the registry of losses calls it."
     return partial(pml_loss, _lookup("losses", name).__name__)
 
-# %% ../nbs/12_external.ipynb #406d3b14
+# %% ../nbs/12_external.ipynb #16bc07ce
 def _refuse(cls):
     "Refuse losses that a name does not describe."
     name = cls.__name__

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
 
-from .core import LOSSES, Batch, EmbeddingLoss, _no_autocast, _rows, check_flag, check_number, nearest, readable, transforming, unit_rows
+from .core import Batch, EmbeddingLoss, unit_rows
+from .helpers import LOSSES, _no_autocast, _rows, check_flag, check_number, nearest, readable, transforming
 
 # %% ../nbs/04_hypergraph.ipynb #89d3f6d6
 def _at_least_0(d):

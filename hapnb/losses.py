@@ -9,14 +9,16 @@ __all__ = ['RankLoss', 'SmoothAPLoss', 'SupAPLoss', 'HAPLoss', 'SmoothHAPLoss', 
            'CSLLoss', 'FastAPLoss', 'SoftBinAPLoss', 'BlackBoxAPLoss', 'HISTLoss']
 
 # %% ../nbs/10_losses.ipynb #ef706de5
-import importlib, inspect, math
+import inspect
+import math
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import Batch, EmbeddingLoss, LOSSES, Registry, Relevance, as_relevance, check_flag, check_number, level_counts, nearest
+from .core import Batch, EmbeddingLoss, Relevance, as_relevance, level_counts
+from .helpers import LOSSES, check_flag, check_number, nearest
 from .hypergraph import *
 from .pairs import *
 from .ranking import Leaky, Part, Sigmoid, Step, Sup, rank_score
@@ -344,14 +346,6 @@ class HAPPIERLoss(SumLoss):
         super().__init__({"rank": (1 - lam, rank), "cluster": (lam, cluster)}, similarity, reduction)
 
 # %% ../nbs/10_losses.ipynb #bc9b203a
-class _Losses(Registry):
-    "The table of losses; `pml/NAME` is looked up in pytorch-metric-learning."
-    def get(self, name):
-        if not str(name).startswith("pml/"): return super().get(name)
-        return importlib.import_module("hapnb.external").pml_maker(name)  # only now: it is optional, and comes after this notebook
-
-LOSSES.__class__ = _Losses
-
 def make_loss(name: str, # a registered name, such as "HAPPIERLoss", or "pml/NAME" for a loss of pytorch-metric-learning
               num_classes: int = None, # given to losses that take it
               embedding_size: int = None, # given to losses that take it
@@ -360,6 +354,7 @@ def make_loss(name: str, # a registered name, such as "HAPPIERLoss", or "pml/NAM
               ) -> EmbeddingLoss:
     "Make a loss from its name; unknown names and arguments are `ValueError`s with the nearest known one."
     cls = LOSSES.get(name)
+    # a function, which knows its arguments itself
     if str(name).startswith("pml/"): return cls(num_classes=num_classes, embedding_size=embedding_size, **args)
     known = [p for p in inspect.signature(cls.__init__).parameters if p != "self"]
     given = dict(num_classes=num_classes, embedding_size=embedding_size, proxy_labels=proxy_labels)

@@ -23,9 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
 
-from .core import atomic_path, check_fields, check_number, nearest, pick_device, write_atomic, _forced_at
-from .data import RetrievalDataset, deal_open_world, fingerprint_of, read_text, renumber
-from .train import Result, RunConfig, derive_seed, freeze_value, is_finished, environment, load_splits, run, thaw, _launched, _lock, _world
+from .helpers import atomic_path, check_fields, check_number, nearest, pick_device, write_atomic, _forced_at
+from .datasets import RetrievalDataset, deal_open_world, fingerprint_of, renumber
+from .data import read_text
+from .runs import Result, is_finished, environment, run, _lock
+from .config import RunConfig, freeze_value, load_splits, thaw
+from .helpers import derive_seed
+from .train import _launched, _world
 from .recipes import RECIPES, SOURCES, Recipe
 from .features import extract_features
 from .clustering import CLUSTERERS, bcubed_scores, choose, cluster, clustering_scores, find_clusterer, pairwise_scores, _CONSTANTS, _check_own, _settled_by
@@ -801,17 +805,17 @@ def show_clusters(result: OpenWorldResult,
                   title: str = None,
                   ): # a figure
     "Draw clusters that a round selected: the largest pure ones, then the most mixed ones; `ValueError` if there is none."
-    from hapnb.plots import _drawn
+    from hapnb.plots import drawn
     table, frame = found_classes(result, round, unseen), result.selection(round)
     rows = [c for part in pick_clusters(table, good, bad, min(3, int(table["size"].max())) if len(table) else 1) for c in part]
     if not rows: raise ValueError(f"round {round} of {result.key} selected no cluster{' of unseen concepts' if unseen else ''}.")
-    return _drawn(_draw_clusters)(result.parts.whole, frame[frame["selected"]], table.loc[rows], columns, size, width, title)
+    return drawn(_draw_clusters)(result.parts.whole, frame[frame["selected"]], table.loc[rows], columns, size, width, title)
 
 # %% ../nbs/50_openworld.ipynb #71c0d4a9
 def _draw_clusters(whole, frame, table, columns, size, width, title):
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
-    from hapnb.plots import _framed, _thumb, level_looks
+    from hapnb.plots import draw_thumbnail, level_looks, thumbnail
     cell, looks = width / (columns + 3.2), level_looks(1)
     fig = plt.figure(figsize=(width, cell * len(table) + (.75 if title else .4)))
     ax = fig.add_axes((0, 0, 1, cell * len(table) / fig.get_figheight()))
@@ -821,7 +825,7 @@ def _draw_clusters(whole, frame, table, columns, size, width, title):
         own = frame[frame["pseudo_label"] == c].sort_values("density", ascending=False, kind="stable")
         more = f", {len(own) - columns} not shown" if len(own) > columns else ""
         ax.text(-.1, i + .5, f"{t['name'][:28]}\n{t['right']} of {t['size']}{more}", ha="right", va="center", fontsize=8)
-        for j, row in enumerate(own["row"].head(columns)): _framed(ax, _thumb(whole, row, size), j, i, looks[int(whole.labels[row, 0] == t["label"])])
+        for j, row in enumerate(own["row"].head(columns)): draw_thumbnail(ax, thumbnail(whole, row, size), j, i, looks[int(whole.labels[row, 0] == t["label"])])
     fig.legend([Line2D([], [], **l) for l in looks[::-1]], [f"the {whole.level_names[0]} named on the left", "another one"], ncol=2, loc="upper center", bbox_to_anchor=(.5, 1 - (.36 if title else .03) / fig.get_figheight()))
     return fig
 

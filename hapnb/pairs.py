@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
 
-from .core import LOSSES, Batch, EmbeddingLoss, _rows, check_flag, check_labels, check_number, readable, unit_rows
+from .core import Batch, EmbeddingLoss, check_labels, unit_rows
+from .helpers import LOSSES, _rows, check_flag, check_number, readable
 
 # %% ../nbs/02_pairs.ipynb #3fdba996
 def _pairs(loss, batch: Batch):

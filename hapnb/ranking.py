@@ -16,7 +16,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .core import _full, check_flag, check_number, level_counts, level_mask, readable, transforming
+from .core import level_counts, level_mask
+from .helpers import _full, check_flag, check_number, readable, transforming
 
 # %% ../nbs/01_ranking.ipynb #7ee898bf
 class Step:
@@ -121,7 +122,7 @@ def _flat(mask):
     if mask.device.type == "cpu" and not transforming(): return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.flatten().nonzero()[:, 0]
 
-# %% ../nbs/01_ranking.ipynb #1470b3ae
+# %% ../nbs/01_ranking.ipynb #aa7d6439
 def _by_cube(scores, shared, levels, parts, combine, counts):
     "The score of each query by ordinary operations on all differences, differentiable any number of times; memory O(Q P N)."
     total, index = scores[:, :0].sum(1), torch.arange(len(scores), device=scores.device)
@@ -135,7 +136,7 @@ def _by_cube(scores, shared, levels, parts, combine, counts):
         total = total + torch.where(live, worth, 0.).sum(1)
     return total
 
-# %% ../nbs/01_ranking.ipynb #2395d539
+# %% ../nbs/01_ranking.ipynb #26438c5a
 # what empty slots lie below all others
 HUGE = 2.0 ** 100
 
@@ -160,7 +161,7 @@ def _scratches(like, n, keep):
 
 def _out(scratch, name, sj, sk): return None if scratch is None else scratch(name, *sk.shape[:2], sj.shape[2])
 
-# %% ../nbs/01_ranking.ipynb #20779be0
+# %% ../nbs/01_ranking.ipynb #6f157241
 @patch
 def sums(self: Step, sj: Tensor, sk: Tensor, scratch=None):
     "Count the items that score at least as high."
@@ -179,7 +180,7 @@ def derivative(self: Sigmoid, s: Tensor, scratch=None):
     "The derivative at each triple of a block, over `scale`."
     return torch.addcmul(s, s, s, value=-1, out=_out(scratch, "derivative", s, s))
 
-# %% ../nbs/01_ranking.ipynb #eb2506f9
+# %% ../nbs/01_ranking.ipynb #794aaec0
 @patch
 def sums(self: Sup, sj: Tensor, sk: Tensor, scratch=None):
     "Sum the bound over a block, `[q, p]`, and keep what `derivative` needs."
@@ -203,7 +204,7 @@ def derivative(self: Sup, saved, scratch=None):
     s, over = saved
     return torch.addcmul(s, s, s, value=-1, out=_out(scratch, "derivative", s, s)).add_(over, alpha=self.pieces[-1])
 
-# %% ../nbs/01_ranking.ipynb #08300279
+# %% ../nbs/01_ranking.ipynb #6a2ab6e7
 @patch
 def sums(self: Leaky, sj: Tensor, sk: Tensor, scratch=None):
     "Sum the leaky step over a block, `[q, p]`, and keep what `derivative` needs."

@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 import torch
-from hapnb.core import LOSSES, check_embeddings, check_labels, unit_rows
+from hapnb.core import check_embeddings, check_labels, unit_rows
+from hapnb.helpers import LOSSES
 from hapnb.hypergraph import DISTANCES, class_distances
 from hapnb.losses import PairLoss, SupAPLoss, make_loss
 

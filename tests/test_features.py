@@ -10,9 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from hapnb import features
-from hapnb.data import RetrievalDataset, load
+from hapnb.datasets import RetrievalDataset
+from hapnb.data import load
 from hapnb.features import FeatureTable, check_same_space, extract_features, read_features, write_features
-from hapnb.train import RunConfig, load_splits, run
+from hapnb.config import RunConfig, load_splits
+from hapnb.runs import run
 
 
 def table(n=7, d=3, levels=2, seed=0, **more):
@@ -20,7 +22,9 @@ def table(n=7, d=3, levels=2, seed=0, **more):
     y = torch.stack([torch.arange(n) // (2 ** (l + 1)) for l in range(levels)], 1) if levels else None
     if levels: y[n // 2, 0] = -1
     names = [[f"l{l} c{c}, \"ü\"" for c in range(n)] for l in range(levels)] if levels else None
-    return FeatureTable(torch.randn(n, d, generator=g), y, [f"sub folder/{i}.jpg" for i in range(n)], tuple(f"level {l}" for l in range(levels)), names, dict(run="abc", dataset=dict(name="x", split="y")) | more)
+    return FeatureTable(torch.randn(n, d, generator=g), y, [f"sub folder/{i}.jpg" for i in range(n)],
+                        tuple(f"level {l}" for l in range(levels)), names,
+                        dict(run="abc", dataset=dict(name="x", split="y")) | more)
 
 
 def same(a, b):
@@ -43,8 +47,12 @@ def test_round_trip_whatever_the_row_groups(tmp_path, n, d, levels, group):
 def test_no_class_names_and_kinds_of_numbers(tmp_path):
     t = FeatureTable(torch.eye(3, dtype=torch.float64), np.array([0, 1, -1], np.int32))
     back = read_features(write_features(t, tmp_path / "f.parquet"))
-    assert back.class_names is None and back.level_names == ("level0",) and back.paths == ["row 0", "row 1", "row 2"] and back.labels.tolist() == [[0], [1], [-1]]
-    assert back.about["normalised"] is True and read_features(write_features(table(), tmp_path / "g.parquet")).about["normalised"] is False
+    assert back.class_names is None
+    assert back.level_names == ("level0",)
+    assert back.paths == ["row 0", "row 1", "row 2"]
+    assert back.labels.tolist() == [[0], [1], [-1]]
+    assert back.about["normalised"] is True
+    assert read_features(write_features(table(), tmp_path / "g.parquet")).about["normalised"] is False
     half = FeatureTable(torch.randn(4, 2).half())
     assert torch.equal(read_features(write_features(half, tmp_path / "h.parquet")).embeddings, half.embeddings)
 
@@ -58,9 +66,12 @@ def test_pandas_and_datasets_read_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     datasets = pytest.importorskip("datasets")
     for streaming in (False, True):
-        ds = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=streaming, cache_dir=str(tmp_path / "cache"))
+        ds = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=streaming,
+                                   cache_dir=str(tmp_path / "cache"))
         rows = list(ds)
-        assert len(rows) == 50 and rows[3]["path"] == "sub folder/3.jpg" and rows[3]["embedding"] == pytest.approx(table(50, 4).embeddings[3].tolist())
+        assert len(rows) == 50
+        assert rows[3]["path"] == "sub folder/3.jpg"
+        assert rows[3]["embedding"] == pytest.approx(table(50, 4).embeddings[3].tolist())
 
 
 def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
@@ -81,10 +92,14 @@ def written(tmp_path, columns, meta=None):
 
 
 @pytest.mark.parametrize("columns, text", [
-    (dict(embedings=[[1.]]), "Did you mean 'embedings'"), (dict(x=[1]), "no column 'embedding'"), (dict(embedding=[1., 2.]), "lists of numbers"), (dict(embedding=[["a"]]), "must hold numbers"),
-    (dict(embedding=[[1., 2.], [1., 2.], [3.]]), "row 2 has an embedding of 1 numbers"), (dict(embedding=[[1.], None]), "row 1 has no embedding"),
-    (dict(embedding=[[1.], [float("nan")], [float("inf")]]), "row(s) 1, 2 of 3"), (dict(embedding=[[1., None]]), "row(s) 0 of 1"), (dict(embedding=pa.array([], pa.list_(pa.float32()))), "no rows"),
-    (dict(embedding=[[1.]], a_id=[-2]), "row 0: class -2"), (dict(embedding=pa.array([[]], pa.list_(pa.float32()))), "no dimensions")])
+    (dict(embedings=[[1.]]), "Did you mean 'embedings'"), (dict(x=[1]), "no column 'embedding'"),
+    (dict(embedding=[1., 2.]), "lists of numbers"), (dict(embedding=[["a"]]), "must hold numbers"),
+    (dict(embedding=[[1., 2.], [1., 2.], [3.]]), "row 2 has an embedding of 1 numbers"),
+    (dict(embedding=[[1.], None]), "row 1 has no embedding"),
+    (dict(embedding=[[1.], [float("nan")], [float("inf")]]), "row(s) 1, 2 of 3"),
+    (dict(embedding=[[1., None]]), "row(s) 0 of 1"), (dict(embedding=pa.array([], pa.list_(pa.float32()))), "no rows"),
+    (dict(embedding=[[1.]], a_id=[-2]), "row 0: class -2"), (dict(embedding=pa.array([[]], pa.list_(pa.float32()))),
+                                                             "no dimensions")])
 def test_faults_name_the_file_and_the_row(tmp_path, columns, text):
     path = written(tmp_path, columns)
     with pytest.raises(ValueError) as e: read_features(path)
@@ -101,17 +116,21 @@ def test_no_parquet_newer_format_and_no_file(tmp_path):
     with pytest.raises(ValueError, match="not a whole parquet file"): read_features(tmp_path / "t.parquet")
     with pytest.raises(FileNotFoundError, match="no such file of features"): read_features(tmp_path / "none.parquet")
     with pytest.raises(FileNotFoundError, match="no such file of features"): read_features(tmp_path)
-    with pytest.raises(ValueError, match="newer hapnb"): read_features(written(tmp_path, dict(embedding=[[1.]]), {b"hapnb": json.dumps(dict(format=2)).encode()}))
+    with pytest.raises(ValueError, match="newer hapnb"):
+        read_features(written(tmp_path, dict(embedding=[[1.]]), {b"hapnb": json.dumps(dict(format=2)).encode()}))
 
 
 def test_files_of_others(tmp_path):
-    path = written(tmp_path, dict(embedding=[[1, 2], [3, 4], [5, 6]], species=["b", "a", None], genus_id=[1, 0, 1], genus=["g1", "g0", "g1"], year=[2001, 2002, 2001]))
+    path = written(tmp_path, dict(embedding=[[1, 2], [3, 4], [5, 6]], species=["b", "a", None], genus_id=[1, 0, 1],
+                                  genus=["g1", "g0", "g1"], year=[2001, 2002, 2001]))
     t = read_features(path)
-    assert (t.level_names, t.labels.tolist(), t.class_names) == (("genus",), [[1], [0], [1]], [["g0", "g1"]]) and t.embeddings.tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert (t.level_names, t.labels.tolist(), t.class_names) == (("genus",), [[1], [0], [1]], [["g0", "g1"]])
+    assert t.embeddings.tolist() == [[1, 2], [3, 4], [5, 6]]
     t = read_features(path, ["species", "year"])
     assert t.labels.tolist() == [[1, 2001], [0, 2002], [-1, 2001]] and t.class_names[0] == ["a", "b"]
     with pytest.raises(ValueError, match="Did you mean 'species'"): read_features(path, ["specis"])
-    large = written(tmp_path, dict(embedding=[[1.]] * 4, taxon_id=pa.array([5231190, None, 2**60, 5231190]), taxon=["tit", None, None, "tit"], photo=[b"\xff\xd8"] * 4, box=[dict(x=1)] * 4))
+    large = written(tmp_path, dict(embedding=[[1.]] * 4, taxon_id=pa.array([5231190, None, 2**60, 5231190]),
+                                   taxon=["tit", None, None, "tit"], photo=[b"\xff\xd8"] * 4, box=[dict(x=1)] * 4))
     t = read_features(large)  # keys of a database, one missing; columns that no label can be in are not read
     assert (t.level_names, t.labels[:, 0].tolist(), t.class_names) == (("taxon",), [0, -1, 1, 0], [["tit", str(2**60)]])
     assert read_features(large, "taxon_id").class_names == [["5231190", str(2**60)]]
@@ -124,27 +143,34 @@ def test_a_column_that_somebody_took_away(tmp_path):
     "pyarrow keeps our note when it drops a column, so the note may promise what is not there."
     path = write_features(table(), tmp_path / "f.parquet")
     pq.write_table(pq.read_table(path).drop_columns(["level 0_id"]), tmp_path / "g.parquet")
-    with pytest.raises(ValueError, match="g.parquet: column 'level 0_id' is missing"): read_features(tmp_path / "g.parquet")
+    with pytest.raises(ValueError, match="g.parquet: column 'level 0_id' is missing"):
+        read_features(tmp_path / "g.parquet")
     assert torch.equal(read_features(tmp_path / "g.parquet", "level 1").labels[:, 0], table().labels[:, 1])
 
 
 def test_two_spaces():
     a = table(run="a")
-    for b, text in ((table(d=4), "3 dimensions and F 4"), (table(run="b"), "do not live in one space"), (table(run=None, trunk="t"), "trunk t")):
+    for b, text in ((table(d=4), "3 dimensions and F 4"), (table(run="b"), "do not live in one space"),
+                    (table(run=None, trunk="t"), "trunk t")):
         with pytest.raises(ValueError, match=text): check_same_space(a, b, ("E", "F"))
-    for b in (table(n=9, run="a", dataset=dict(name="other", split="z")), FeatureTable(torch.eye(3))): check_same_space(a, b)
-    with pytest.raises(ValueError, match="other settings"): check_same_space(table(run=None, trunk="t", settings=dict(image_size=64)), table(run=None, trunk="t", settings=dict(image_size=128)))
+    for b in (table(n=9, run="a", dataset=dict(name="other", split="z")), FeatureTable(torch.eye(3))):
+        check_same_space(a, b)
+    with pytest.raises(ValueError, match="other settings"):
+        check_same_space(table(run=None, trunk="t", settings=dict(image_size=64)),
+                         table(run=None, trunk="t", settings=dict(image_size=128)))
 
 
 # extraction
 
-CFG = dict(dataset="toy", trunk="toy", image_size=32, embed_dim=6, batch_size=48, epochs=1, loss="SupAPLoss", metrics=("H-AP",))
+CFG = dict(dataset="toy", trunk="toy", image_size=32, embed_dim=6, batch_size=48, epochs=1, loss="SupAPLoss",
+           metrics=("H-AP",))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     store = tmp_path_factory.mktemp("runs")
-    return {freeze: run(RunConfig(**CFG, freeze=freeze), store, "cpu", progress=False, workers=0) for freeze in ("trunk", "none")}
+    return {freeze: run(RunConfig(**CFG, freeze=freeze), store, "cpu", progress=False, workers=0)
+            for freeze in ("trunk", "none")}
 
 
 @pytest.mark.parametrize("freeze", ["trunk", "none"])
@@ -154,7 +180,10 @@ def test_the_numbers_of_the_run_itself_and_no_trace_on_the_random_state(runs, fr
     t = extract_features(runs[freeze], runs[freeze].dataset(), "cpu", workers=0)
     assert torch.equal(t.embeddings, runs[freeze].embeddings()) and torch.equal(t.labels, runs[freeze].labels())
     assert torch.equal(state, torch.get_rng_state())
-    assert t.about["run"] == runs[freeze].key and t.about["dataset"]["fingerprint"] == runs[freeze].dataset().fingerprint and t.about["normalised"] and t.about["hapnb"]
+    assert t.about["run"] == runs[freeze].key
+    assert t.about["dataset"]["fingerprint"] == runs[freeze].dataset().fingerprint
+    assert t.about["normalised"]
+    assert t.about["hapnb"]
     assert t.class_names == [list(c) for c in runs[freeze].dataset().class_names] and len(set(t.paths)) == len(t)
 
 
@@ -162,9 +191,12 @@ def test_any_split_any_part_any_data(runs, tmp_path):
     train = load_splits(RunConfig(**CFG))[0]
     whole = extract_features(str(runs["trunk"].path), train, "cpu", workers=0)
     part = extract_features(runs["trunk"], train.subset(np.arange(10, 20)), "cpu", levels=[1], workers=0)
-    torch.testing.assert_close(part.embeddings, whole.embeddings[10:20]); assert part.paths == whole.paths[10:20] and part.level_names == ("shape",)
+    torch.testing.assert_close(part.embeddings, whole.embeddings[10:20])
+    assert part.paths == whole.paths[10:20] and part.level_names == ("shape",)
     from PIL import Image
-    for i, name in enumerate(("a", "a", "b", "b")): (tmp_path / name).mkdir(exist_ok=True); Image.new("RGB", (40, 30), (60 * i, 10, 99)).save(tmp_path / name / f"{i}.png")
+    for i, name in enumerate(("a", "a", "b", "b")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30), (60 * i, 10, 99)).save(tmp_path / name / f"{i}.png")
     own = extract_features(runs["none"], load("folder", "all", data_dir=tmp_path), "cpu", workers=0)
     assert len(own) == 4 and all(p.endswith(".png") for p in own.paths)
 
@@ -176,19 +208,25 @@ def test_nan_embeddings_are_named(runs, monkeypatch):
         return z
     test = runs["trunk"].dataset()
     monkeypatch.setattr(features, "embed", broken)
-    with pytest.raises(ValueError, match="2 of 144 embeddings of toy/test are NaN or infinite, first row 3"): extract_features(runs["trunk"], test, "cpu")
+    with pytest.raises(ValueError, match="2 of 144 embeddings of toy/test are NaN or infinite, first row 3"):
+        extract_features(runs["trunk"], test, "cpu")
 
 
 def test_bad_requests(runs):
     ds = runs["trunk"].dataset()
-    for args, kw, text in (((None, ds), {}, "either a run"), ((runs["trunk"], ds), dict(trunk="toy"), "either a run"), ((runs["trunk"], ds), dict(pooling="max"), "its own settings"),
-                           ((None, ds), dict(trunk="resnet35"), "unknown trunk"), ((None, ds), dict(trunk="toy", imagesize=3), "Did you mean 'image_size'"),
-                           ((runs["trunk"], ds), dict(levels=["hu"]), "Did you mean 'hue'"), ((runs["trunk"], ds), dict(levels=[5]), "no level 5"), ((runs["trunk"], ds), dict(device="gpu"), "unknown device")):
+    for args, kw, text in (((None, ds), {}, "either a run"), ((runs["trunk"], ds), dict(trunk="toy"), "either a run"),
+                           ((runs["trunk"], ds), dict(pooling="max"), "its own settings"),
+                           ((None, ds), dict(trunk="resnet35"), "unknown trunk"),
+                           ((None, ds), dict(trunk="toy", imagesize=3), "Did you mean 'image_size'"),
+                           ((runs["trunk"], ds), dict(levels=["hu"]), "Did you mean 'hue'"),
+                           ((runs["trunk"], ds), dict(levels=[5]), "no level 5"),
+                           ((runs["trunk"], ds), dict(device="gpu"), "unknown device")):
         with pytest.raises(ValueError, match=text): extract_features(*args, **kw)
 
 
 def test_a_million_numbers_are_read_without_a_second_copy(tmp_path):
     path = write_features(FeatureTable(torch.randn(200_000, 64)), tmp_path / "f.parquet")  # 51 MB
     code = "import resource, sys; from hapnb.features import read_features; import pyarrow.parquet\nm = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nb = m(); t = read_features(sys.argv[1]); print(len(t), (m() - b) // 1000)"
-    out = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, env=os.environ).stdout.split()
+    out = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True,
+                         env=os.environ).stdout.split()
     assert out[0] == "200000" and int(out[1]) < 51 + 130, out

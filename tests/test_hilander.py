@@ -1,4 +1,4 @@
-"""Graphs and Hi-LANDER against slow loops written from the formulas, and what must not change: order, batch size, interruption."""
+"""Graphs and Hi-LANDER agree with loops written from the formulas; order, batch size and interruptions change nothing."""
 import dataclasses, json, math
 
 import numpy as np
@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from hapnb.graphs import Graph, canonical_order, find_parents, find_roots, knn_graph, same_class, supervised_density, toy_points, training_levels
-from hapnb.hilander import HiLander, HiLanderConfig, build_hilander, cluster_hilander, edge_loss, load_hilander, predict_edges, train_hilander
+from hapnb import graphs
+from hapnb.graphs import (Graph, canonical_order, find_parents, find_roots, knn_graph, same_class, supervised_density,
+                          toy_points, training_levels)
+from hapnb.hilander import (HiLander, HiLanderConfig, build_hilander, cluster_hilander, edge_loss, load_hilander,
+                            predict_edges, train_hilander)
 from hapnb.train import Diverged
 
 SMALL = HiLanderConfig(k=(5, 3), levels=(2, 2), hidden=16, edge_hidden=8, epochs=6)
@@ -18,7 +21,8 @@ def blobs(classes=12, n=8, D=16, noise=0.5, seed=0):
     "Unit vectors around random centres, and their labels."
     g = torch.Generator().manual_seed(seed)
     y = torch.arange(classes).repeat_interleave(n)
-    return F.normalize(F.normalize(torch.randn(classes, D, generator=g), dim=1)[y] + noise * torch.randn(len(y), D, generator=g) / D**0.5, dim=1), y
+    return F.normalize(F.normalize(torch.randn(classes, D, generator=g), dim=1)[y]
+                       + noise * torch.randn(len(y), D, generator=g) / D**0.5, dim=1), y
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +53,13 @@ def test_knn_graph_against_a_loop(n, k):
 
 
 def test_search_in_blocks_finds_what_faiss_finds():
-    from hapnb import graphs
     x = F.normalize(torch.randn(300, 16, generator=torch.Generator().manual_seed(0)), dim=1)
-    a, b = (graphs._pick(x, f, 8) for f in (graphs._search_faiss(x, 13), graphs._search_blocks(x, 13, block=3000)))
+    blocks = torch.cat([(b @ x.T).topk(13, dim=1).indices for b in x.split(10)])
+    a, b = (graphs._pick(x, found, 8) for found in (graphs._candidates(x, 13), blocks))
     assert torch.equal(a.neighbours, b.neighbours) and torch.equal(a.similarity, b.similarity)
 
 
-def test_ties_go_to_the_smaller_row_and_twins_are_neighbours():
+def test_ties_go_to_the_smaller_row_and_copies_are_neighbours():
     x = torch.tensor([[1., 0], [0, 1], [1, 0], [1, 0], [0, -1]])
     g = knn_graph(x, 3)
     assert g.neighbours.tolist() == [[2, 3, 1], [0, 2, 3], [0, 3, 1], [0, 2, 1], [0, 2, 3]]
@@ -64,7 +68,8 @@ def test_ties_go_to_the_smaller_row_and_twins_are_neighbours():
 
 def test_similarity_is_symmetric_to_the_last_bit():
     g = knn_graph(torch.randn(200, 33, generator=torch.Generator().manual_seed(1)), 12)
-    seen = {(i, j): a for i, (nb, s) in enumerate(zip(g.neighbours.tolist(), g.similarity.tolist())) for j, a in zip(nb, s)}
+    seen = {(i, j): a for i, (nb, s) in enumerate(zip(g.neighbours.tolist(), g.similarity.tolist()))
+            for j, a in zip(nb, s)}
     both = [(e, seen[e[::-1]]) for e in seen if e[::-1] in seen]
     assert len(both) > 500 and all(seen[e] == a for e, a in both)
 
@@ -73,7 +78,8 @@ def test_supervised_density_against_a_loop():
     x, y = blobs()
     y[3] = -1
     g = knn_graph(x, 6)
-    want = [sum(a * (1 if y[j] == y[i] >= 0 else -1) for j, a in zip(nb, s)) / 6 for i, (nb, s) in enumerate(zip(g.neighbours.tolist(), g.similarity.tolist()))]
+    want = [sum(a * (1 if y[j] == y[i] >= 0 else -1) for j, a in zip(nb, s)) / 6
+            for i, (nb, s) in enumerate(zip(g.neighbours.tolist(), g.similarity.tolist()))]
     assert torch.allclose(supervised_density(g, y), torch.tensor(want), atol=1e-6)
     toy = Graph(torch.tensor([[1, 2, 3]] * 4), torch.tensor([[.9, .8, .6]] * 4))
     assert supervised_density(toy, torch.tensor([0, 0, 0, 1]))[0].item() == pytest.approx(0.36667, abs=1e-5)
@@ -94,7 +100,8 @@ def forests(draw):
     k = draw(st.integers(1, min(4, n - 1)))
     nb = [draw(st.permutations([j for j in range(n) if j != i]))[:k] for i in range(n)]
     few = st.sampled_from([0., .25, .5, .75, 1.])
-    return nb, draw(st.lists(few, min_size=n, max_size=n)), [draw(st.lists(few, min_size=k, max_size=k)) for _ in range(n)], draw(st.sampled_from([.3, .6, 2.]))
+    return nb, draw(st.lists(few, min_size=n, max_size=n)), [draw(st.lists(few, min_size=k, max_size=k))
+                                                             for _ in range(n)], draw(st.sampled_from([.3, .6, 2.]))
 
 
 @settings(deadline=None, max_examples=150)
@@ -148,7 +155,7 @@ def test_links_within_classes_never_leave_them():
     assert set(y[top.nodes].tolist()) == set(y.tolist())
 
 
-def test_canonical_order():
+def test_canonical_order_is_the_same_for_every_order_and_merges_copies():
     x, _ = blobs()
     x = torch.cat([x, x[:5], 4 * x[2:3]])
     u, place, first = canonical_order(x)
@@ -168,7 +175,8 @@ def net(dtype=torch.float64, **options):
     return HiLander(5, 7, 6, **options).to(dtype)
 
 
-OPTIONS = [dict(), dict(self_loop=True), dict(attention=False), dict(edge_similarity=True, self_loop=True), dict(attention=False, self_loop=True)]
+OPTIONS = [dict(), dict(self_loop=True), dict(attention=False), dict(edge_similarity=True, self_loop=True),
+           dict(attention=False, self_loop=True)]
 
 
 def forward_loop(m, x, nb, a):
@@ -204,11 +212,13 @@ def test_forward_against_a_loop(options):
     x = torch.randn(9, 5, dtype=torch.float64)
     g = knn_graph(x, 3)
     with torch.no_grad():
-        for got, want in zip(m(x, g.neighbours, g.similarity.double()), forward_loop(m, x, g.neighbours, g.similarity.double())): assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+        for got, want in zip(m(x, g.neighbours, g.similarity.double()),
+                             forward_loop(m, x, g.neighbours, g.similarity.double())):
+            assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_gradients(options):
+def test_gradients_are_those_of_the_formula(options):
     m = net(**options)
     x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     g = knn_graph(x.detach(), 2)
@@ -218,7 +228,7 @@ def test_gradients(options):
     assert torch.autograd.gradcheck(f, (x, *values), atol=1e-6)
 
 
-def test_a_batch_is_its_share_of_the_whole():
+def test_a_batch_gives_its_contribution_to_the_whole():
     m, (x, _) = net(), blobs(D=5)
     x, g = x.double(), knn_graph(x, 4)
     whole = m(x, g.neighbours, g.similarity)
@@ -226,20 +236,23 @@ def test_a_batch_is_its_share_of_the_whole():
     part = m(x, g.neighbours, g.similarity, rows)
     for w, p in zip(whole, part): assert torch.allclose(w[rows], p, atol=1e-12)
     grads = lambda loss: torch.autograd.grad(loss, list(m.parameters()), retain_graph=True)
-    total = [sum(t) for t in zip(*(grads(m(x, g.neighbours, g.similarity, r)[1].square().sum()) for r in torch.arange(len(x)).split(10)))]
+    total = [sum(t) for t in zip(*(grads(m(x, g.neighbours, g.similarity, r)[1].square().sum())
+                                   for r in torch.arange(len(x)).split(10)))]
     for a, b in zip(total, grads(whole[1].square().sum())): assert torch.allclose(a, b, rtol=1e-6, atol=1e-9)
 
 
-def test_forward_on_a_device_that_is_not_there():
+def test_everything_is_made_on_the_device_of_the_input():
     from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode(), torch.device("cuda"):
         m = HiLander(8, 16, 12, self_loop=True, edge_similarity=True)
-        logits, d = m(torch.randn(20, 8, device="cuda"), torch.zeros(20, 4, dtype=torch.long, device="cuda"), torch.rand(20, 4, device="cuda"))
-        loss = edge_loss(logits, torch.ones(20, 4, dtype=torch.bool, device="cuda"), torch.ones(20, 4, dtype=torch.bool, device="cuda"), focal=2.)
+        logits, d = m(torch.randn(20, 8, device="cuda"), torch.zeros(20, 4, dtype=torch.long, device="cuda"),
+                      torch.rand(20, 4, device="cuda"))
+        loss = edge_loss(logits, torch.ones(20, 4, dtype=torch.bool, device="cuda"),
+                         torch.ones(20, 4, dtype=torch.bool, device="cuda"), focal=2.)
     assert logits.shape == (20, 4, 2) and d.shape == (20,) and {t.device.type for t in (logits, d, loss)} == {"cuda"}
 
 
-def test_forward_under_autocast():
+def test_autocast_changes_the_result_little_and_breaks_no_gradient():
     m, (x, _) = net(torch.float32, edge_similarity=True, self_loop=True), blobs(D=5)
     g = knn_graph(x, 4)
     exact = m(x, g.neighbours, g.similarity)
@@ -253,16 +266,20 @@ def test_forward_under_autocast():
 
 def test_edge_loss_against_a_loop():
     g = torch.Generator().manual_seed(0)
-    logits, same, counted = torch.randn(20, 4, 2, generator=g, dtype=torch.float64), torch.rand(20, 4, generator=g) < .3, torch.rand(20, 4, generator=g) < .6
+    logits = torch.randn(20, 4, 2, generator=g, dtype=torch.float64)
+    same = torch.rand(20, 4, generator=g) < .3
+    counted = torch.rand(20, 4, generator=g) < .6
     def term(i, c, gamma):
         l = logits[i, c]
         p = math.exp(l[int(same[i, c])]) / (math.exp(l[0]) + math.exp(l[1]))
         return -(1 - p)**gamma * math.log(p)
     for gamma in (0., 2.):
-        kinds = {s: [term(i, c, gamma) for i in range(20) for c in range(4) if counted[i, c] and bool(same[i, c]) == s] for s in (True, False)}
+        kinds = {s: [term(i, c, gamma) for i in range(20) for c in range(4) if counted[i, c] and bool(same[i, c]) == s]
+                 for s in (True, False)}
         mean = {s: sum(v) / len(v) for s, v in kinds.items()}
         assert edge_loss(logits, same, counted, gamma).item() == pytest.approx((mean[True] + mean[False]) / 2, rel=1e-9)
-        assert edge_loss(logits, same, counted, gamma, "none").item() == pytest.approx(sum(sum(v) for v in kinds.values()) / sum(map(len, kinds.values())), rel=1e-9)
+        assert edge_loss(logits, same, counted, gamma, "none").item() == pytest.approx(sum(sum(v)
+            for v in kinds.values()) / sum(map(len, kinds.values())), rel=1e-9)
 
 
 def test_sampled_balance_keeps_as_many_of_each():
@@ -285,9 +302,10 @@ def test_only_edges_from_denser_sources_count():
 
 @pytest.mark.parametrize("balance", ["weight", "sample", "none"])
 @pytest.mark.parametrize("same", [True, False])
-def test_edges_of_one_kind(balance, same):
+def test_graphs_whose_edges_are_all_of_one_kind_have_finite_losses(balance, same):
     logits = torch.randn(4, 3, 2, requires_grad=True)
-    loss = edge_loss(logits, torch.full((4, 3), same), torch.ones(4, 3, dtype=torch.bool), balance=balance, generator=torch.Generator())
+    loss = edge_loss(logits, torch.full((4, 3), same), torch.ones(4, 3, dtype=torch.bool), balance=balance,
+                     generator=torch.Generator())
     loss.backward()
     assert loss.isfinite() and logits.grad.isfinite().all()
     assert (loss == 0) == (balance == "sample")
@@ -298,7 +316,8 @@ def test_edges_of_one_kind(balance, same):
 def weights(m): return torch.cat([p.detach().flatten() for p in m.parameters()])
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(batch_size=20, balance="sample"), dict(optimizer="sgd", lr=.01, cluster_features=True, focal=2.)], ids=str)
+@pytest.mark.parametrize("changes", [dict(), dict(batch_size=20, balance="sample"),
+                                     dict(optimizer="sgd", lr=.01, cluster_features=True, focal=2.)], ids=str)
 def test_interrupted_training_ends_at_the_same_weights(tmp_path, changes):
     x, y = blobs()
     cfg = dataclasses.replace(SMALL, **changes)
@@ -307,9 +326,13 @@ def test_interrupted_training_ends_at_the_same_weights(tmp_path, changes):
     def stop(row):
         if row["epoch"] in (2, 5): raise Stop
     for _ in range(2):
-        with pytest.raises(Stop): train_hilander(x, y, cfg, device="cpu", progress=False, state=tmp_path / "s.pt", save_every=0, on_epoch=stop)
+        with pytest.raises(Stop):
+            train_hilander(x, y, cfg, device="cpu", progress=False, state=tmp_path / "s.pt", save_every=0,
+                           on_epoch=stop)
     resumed = train_hilander(x, y, cfg, device="cpu", progress=False, state=tmp_path / "s.pt", save_every=0)
-    assert torch.equal(weights(whole), weights(resumed)) and whole.history == resumed.history and len(whole.history) == 6
+    assert torch.equal(weights(whole), weights(resumed))
+    assert whole.history == resumed.history
+    assert len(whole.history) == 6
     again = train_hilander(x, y, cfg, device="cpu", progress=False, state=tmp_path / "s.pt")  # finished: read back
     assert torch.equal(weights(whole), weights(again))
 
@@ -322,17 +345,21 @@ def test_training_leaves_the_global_generator_alone():
     m = train_hilander(x, y, SMALL, device="cpu", progress=False)
     assert torch.equal(a, torch.rand(3))
     assert torch.equal(weights(m), weights(train_hilander(x, y, SMALL, device="cpu", progress=False)))
-    assert not torch.equal(weights(m), weights(train_hilander(x, y, dataclasses.replace(SMALL, seed=1), device="cpu", progress=False)))
+    assert not torch.equal(weights(m), weights(train_hilander(x, y, dataclasses.replace(SMALL, seed=1), device="cpu",
+                                                              progress=False)))
 
 
-def test_a_state_of_something_else(tmp_path):
+def test_a_state_of_other_data_or_settings_or_a_damaged_one_is_refused(tmp_path):
     x, y = blobs()
     s = tmp_path / "s.pt"
     train_hilander(x, y, SMALL, device="cpu", progress=False, state=s)
-    with pytest.raises(ValueError, match="other features, labels or settings"): train_hilander(x, y.flip(0), SMALL, device="cpu", progress=False, state=s)
-    with pytest.raises(ValueError, match="other features, labels or settings"): train_hilander(x, y, dataclasses.replace(SMALL, lr=.1), device="cpu", progress=False, state=s)
+    with pytest.raises(ValueError, match="other features, labels or settings"):
+        train_hilander(x, y.flip(0), SMALL, device="cpu", progress=False, state=s)
+    with pytest.raises(ValueError, match="other features, labels or settings"):
+        train_hilander(x, y, dataclasses.replace(SMALL, lr=.1), device="cpu", progress=False, state=s)
     s.write_bytes(s.read_bytes()[:100])
-    with pytest.raises(ValueError, match="no readable state"): train_hilander(x, y, SMALL, device="cpu", progress=False, state=s)
+    with pytest.raises(ValueError, match="no readable state"):
+        train_hilander(x, y, SMALL, device="cpu", progress=False, state=s)
 
 
 def test_training_learns(model):
@@ -341,7 +368,8 @@ def test_training_learns(model):
     found = cluster_hilander(model, x, k=5, tau=.5, device="cpu").labels
     pairs = lambda v: v[:, None] == v
     same, together = pairs(y).fill_diagonal_(False), pairs(found).fill_diagonal_(False)
-    assert (same & together).sum() > 0.45 * same.sum() and (same & together).sum() > 0.55 * together.sum()  # the classes overlap
+    assert (same & together).sum() > 0.45 * same.sum()
+    assert (same & together).sum() > 0.55 * together.sum()  # the classes overlap
 
 
 @pytest.mark.parametrize("x, y, message", [
@@ -354,20 +382,23 @@ def test_training_learns(model):
     (torch.tensor([[1., 0], [math.nan, 1], [0, 1], [1, 1]]), torch.tensor([0, 0, 1, 1]), r"row\(s\) 1 of 4"),
     (torch.tensor([[1., 0], [0, 0], [0, 1], [1, 1]]), torch.tensor([0, 0, 1, 1]), r"row\(s\) 1 of 4 are all zero"),
 ])
-def test_unusable_training_sets(x, y, message):
+def test_unusable_training_sets_are_refused_with_the_reason(x, y, message):
     with pytest.raises(ValueError, match=message): train_hilander(x, y, SMALL, device="cpu", progress=False)
 
 
-def test_diverging_training():
+def test_a_diverging_training_says_so():
     x, y = blobs()
-    with pytest.raises(Diverged, match="use a smaller lr"): train_hilander(x, y, dataclasses.replace(SMALL, optimizer="sgd", lr=1e30, epochs=20), device="cpu", progress=False)
+    with pytest.raises(Diverged, match="use a smaller lr"):
+        train_hilander(x, y, dataclasses.replace(SMALL, optimizer="sgd", lr=1e30, epochs=20), device="cpu",
+                       progress=False)
 
 
 def test_unknown_labels_are_left_out_and_coarse_ones_ignored():
     x, y = blobs()
     z = torch.cat([x, torch.randn(5, 16)])
     labels = torch.stack([torch.cat([y, torch.full((5,), -1)]), torch.cat([y, torch.full((5,), -1)]) // 4], 1)
-    a, b = train_hilander(x, y, SMALL, device="cpu", progress=False), train_hilander(z, labels, SMALL, device="cpu", progress=False)
+    a = train_hilander(x, y, SMALL, device="cpu", progress=False)
+    b = train_hilander(z, labels, SMALL, device="cpu", progress=False)
     assert torch.equal(weights(a), weights(b))
 
 
@@ -379,13 +410,15 @@ def test_small_training_sets_shrink_k():
 
 # saving
 
-def test_save_and_load(model, tmp_path):
+def test_a_saved_model_gives_the_same_clusters(model, tmp_path):
     model.save(tmp_path / "m")
     back = load_hilander(tmp_path / "m")
     x, _ = blobs(seed=3)
-    assert torch.equal(cluster_hilander(model, x, k=5, device="cpu").labels, cluster_hilander(back, x, k=5, device="cpu").labels)
+    assert torch.equal(cluster_hilander(model, x, k=5, device="cpu").labels,
+                       cluster_hilander(back, x, k=5, device="cpu").labels)
     assert back.config == model.config and back.history == model.history
-    with pytest.raises(ValueError, match="x has 5 dimensions, but the model was trained on 16"): cluster_hilander(back, torch.randn(9, 5))
+    with pytest.raises(ValueError, match="x has 5 dimensions, but the model was trained on 16"):
+        cluster_hilander(back, torch.randn(9, 5))
     from hapnb.clustering import cluster
     named = cluster(x, "hilander", model=tmp_path / "m", k=5, device="cpu")
     want = cluster_hilander(model, x, k=5, device="cpu").labels
@@ -393,8 +426,28 @@ def test_save_and_load(model, tmp_path):
     about = json.loads((tmp_path / "m" / "hilander.json").read_text())
     about["options"]["hidden"] = 99
     (tmp_path / "m" / "hilander.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match="no usable Hi-LANDER model"): load_hilander(tmp_path / "m")
-    with pytest.raises(FileNotFoundError, match="nowhere holds no Hi-LANDER model: hilander.json is missing"): load_hilander(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="hilander.json differs from what was saved"): load_hilander(tmp_path / "m")
+    with pytest.raises(FileNotFoundError, match="nowhere holds no Hi-LANDER model: hilander.json is missing"):
+        load_hilander(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["hilander.json", "hilander.safetensors"])
+def test_a_flipped_bit_in_a_saved_model_is_found(model, tmp_path, name):
+    whole = model.save(tmp_path).joinpath(name).read_bytes()
+    for at in range(3, len(whole) - 3, max(len(whole) // 25, 1)):
+        data = bytearray(whole)
+        data[at] ^= 1
+        (tmp_path / name).write_bytes(data)
+        try:
+            back = load_hilander(tmp_path)
+        except ValueError as e:
+            assert "damaged" in str(e)
+        else:  # a blank between two values of JSON means nothing
+            assert torch.equal(weights(back), weights(model)) and back.history == model.history
+    for text in ("[" * 100_000, "[1]", "{}", '{"sha256": 3}'):
+        (tmp_path / "hilander.json").write_text(text)
+        with pytest.raises(ValueError, match="damaged"):
+            load_hilander(tmp_path)
 
 
 # clustering
@@ -407,7 +460,8 @@ def cluster_loop(m, x, k, tau, distance, max_levels, early_stop):
         if len(nodes) < 2: break
         g = knn_graph(u[nodes], k)
         f = u[nodes]
-        if m.options["cluster_features"]: f = torch.cat([f, torch.stack([u[members[i]].double().mean(0).float() for i in nodes])], 1)
+        if m.options["cluster_features"]:
+            f = torch.cat([f, torch.stack([u[members[i]].double().mean(0).float() for i in nodes])], 1)
         with torch.no_grad(): logits, d = m(f, g.neighbours, g.similarity)
         far = 1 - (logits.softmax(-1)[..., 1] if distance == "prob" else g.similarity)
         up = parents_loop(g.neighbours.tolist(), d.tolist(), far.tolist(), 1 - tau)
@@ -423,12 +477,13 @@ def cluster_loop(m, x, k, tau, distance, max_levels, early_stop):
     return {frozenset(v) for v in members.values()}
 
 
-@pytest.mark.parametrize("distance, tau", [("prob", .5), ("prob", .9), ("prob", 0.), ("sim", .6)])
-@pytest.mark.parametrize("early_stop", [True, False])
-@pytest.mark.parametrize("cluster_features", [True, False])
+@pytest.mark.parametrize("distance, tau, early_stop, cluster_features", [
+    ("prob", .5, True, False), ("prob", .5, False, True), ("prob", .9, True, True), ("prob", 0., False, False),
+    ("sim", .6, True, True), ("sim", .6, False, False)])
 def test_decoding_against_a_loop(distance, tau, early_stop, cluster_features):
     x, y = blobs(15, 6, noise=1.)
-    m = train_hilander(x, y, dataclasses.replace(SMALL, cluster_features=cluster_features, epochs=10), device="cpu", progress=False)
+    m = train_hilander(x, y, dataclasses.replace(SMALL, cluster_features=cluster_features, epochs=10), device="cpu",
+                       progress=False)
     x, _ = blobs(15, 6, noise=1., seed=1)
     found = cluster_hilander(m, x, 4, tau, distance, early_stop=early_stop, device="cpu")
     place = canonical_order(x)[1]
@@ -444,7 +499,8 @@ def check_clusters(c, n):
     roots = find_roots(c.parents)
     assert torch.equal(c.labels, c.labels[roots]) and len(roots.unique()) == len(c)
     for a, b in zip(c.levels, c.levels[1:]): assert torch.equal(a.peaks, b.nodes)
-    for l in c.levels: assert len(l.nodes) == len(l.parents) == len(l.density) and torch.equal(l.nodes[l.parents < 0], l.peaks)
+    for l in c.levels:
+        assert len(l.nodes) == len(l.parents) == len(l.density) and torch.equal(l.nodes[l.parents < 0], l.peaks)
 
 
 @pytest.mark.parametrize("n", [40, 1300])  # less and more than a block of 512
@@ -460,18 +516,21 @@ def test_order_and_batch_size_change_nothing(model, n):
         assert torch.equal(c.labels, whole.labels[p]) and torch.equal(c.density, whole.density[p])
     for b in (1, 7, 512, 513, len(x)):
         c = cluster_hilander(model, x, k=5, tau=.5, device="cpu", batch_size=b)
-        assert torch.equal(c.labels, whole.labels) and torch.equal(c.density, whole.density) and torch.equal(c.parents, whole.parents)
+        assert torch.equal(c.labels, whole.labels)
+        assert torch.equal(c.density, whole.density)
+        assert torch.equal(c.parents, whole.parents)
 
 
 def test_a_copy_changes_nothing_for_others(model):
     x, _ = blobs(20, 8, noise=1.5, seed=4)
-    a, b = cluster_hilander(model, x, k=5, device="cpu"), cluster_hilander(model, torch.cat([x, x[:1].repeat(30, 1)]), k=5, device="cpu")
+    a = cluster_hilander(model, x, k=5, device="cpu")
+    b = cluster_hilander(model, torch.cat([x, x[:1].repeat(30, 1)]), k=5, device="cpu")
     same = lambda v: v[:, None] == v
     assert torch.equal(same(a.labels), same(b.labels[:160])) and torch.equal(a.density, b.density[:160])
     assert (b.labels[160:] == b.labels[0]).all() and (b.parents[160:] == 0).all()
 
 
-def test_small_and_odd_sets(model):
+def test_small_sets_and_wrong_arguments(model):
     one = cluster_hilander(model, torch.ones(1, 16), device="cpu")
     assert one.labels.tolist() == [0] and one.density.tolist() == [0] and one.levels == []
     same = cluster_hilander(model, torch.ones(50, 16), device="cpu")
@@ -480,11 +539,16 @@ def test_small_and_odd_sets(model):
         c = cluster_hilander(model, blobs(1, n)[0], k=10, tau=0., device="cpu")
         check_clusters(c, n)
         assert c.levels[0].k == n - 1
-    with pytest.raises(ValueError, match="nothing to cluster"): cluster_hilander(model, torch.zeros(0, 16), device="cpu")
-    with pytest.raises(ValueError, match=r"NaN or infinite values in row\(s\) 2 of 3"): cluster_hilander(model, torch.cat([torch.ones(2, 16), torch.full((1, 16), math.nan)]), device="cpu")
-    with pytest.raises(ValueError, match="Did you mean 'prob'"): cluster_hilander(model, torch.ones(3, 16), distance="probs", device="cpu")
-    for wrong in (dict(tau=-1), dict(tau=1.5), dict(k=0), dict(max_levels=0), dict(batch_size=0), dict(tau=math.nan), dict(early_stop="no")):
-        with pytest.raises(ValueError, match=next(iter(wrong))): cluster_hilander(model, torch.ones(3, 16), device="cpu", **wrong)
+    with pytest.raises(ValueError, match="nothing to cluster"):
+        cluster_hilander(model, torch.zeros(0, 16), device="cpu")
+    with pytest.raises(ValueError, match=r"NaN or infinite values in row\(s\) 2 of 3"):
+        cluster_hilander(model, torch.cat([torch.ones(2, 16), torch.full((1, 16), math.nan)]), device="cpu")
+    with pytest.raises(ValueError, match="Did you mean 'prob'"):
+        cluster_hilander(model, torch.ones(3, 16), distance="probs", device="cpu")
+    for wrong in (dict(tau=-1), dict(tau=1.5), dict(k=0), dict(max_levels=0), dict(batch_size=0), dict(tau=math.nan),
+                  dict(early_stop="no")):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            cluster_hilander(model, torch.ones(3, 16), device="cpu", **wrong)
     broken = build_hilander(16, SMALL)
     with torch.no_grad(): broken.bias.fill_(math.nan)
     with pytest.raises(ValueError, match="not finite"): cluster_hilander(broken, blobs()[0], device="cpu")

@@ -14,10 +14,12 @@ from torch import nn
 
 import hapnb.losses
 import hapnb.train as T
-from hapnb.core import LOSSES
-from hapnb.large_batches import EmbeddingMemory, memory_part, takes_references, two_pass_backward
+from hapnb.helpers import LOSSES
+from hapnb.large_batches import CrossBatchMemory, memory_part, takes_references, gradcache_backward
 from hapnb.losses import make_loss
-from hapnb.train import Result, RunConfig, Trainer
+from hapnb.runs import Result
+from hapnb.config import RunConfig
+from hapnb.train import Trainer
 
 OURS = [n for n in LOSSES.names() if LOSSES.get(n).__module__.startswith("hapnb.")]
 ALONE = ("HISTLoss",)  # take no reference set
@@ -74,7 +76,7 @@ def test_every_loss(name, size):
     state = copy.deepcopy(loss.state_dict())  # a loss may have running statistics
     want = grads([net, loss], lambda: one_pass(net, loss, x, labels))
     loss.load_state_dict(state)
-    got = grads([net, loss], lambda: two_pass_backward(net, loss, x, labels, size)[0])
+    got = grads([net, loss], lambda: gradcache_backward(net, loss, x, labels, size)[0])
     same(want, got)
 
 
@@ -88,7 +90,7 @@ def test_every_loss_on_the_golden_inputs(name):
     state = copy.deepcopy(loss.state_dict())
     want = grads([net, loss], lambda: one_pass(net, loss, emb, labels))
     loss.load_state_dict(state)
-    same(want, grads([net, loss], lambda: two_pass_backward(net, loss, emb, labels, 5)[0]))
+    same(want, grads([net, loss], lambda: gradcache_backward(net, loss, emb, labels, 5)[0]))
 
 
 @pytest.mark.parametrize("name", ["ContrastiveLoss", "MultiSimilarityLoss", "ProxyAnchorLoss", "SupConLoss"])
@@ -99,7 +101,7 @@ def test_losses_of_pytorch_metric_learning(name):
     loss = (pml.ProxyAnchorLoss(10, 8) if name == "ProxyAnchorLoss" else getattr(pml, name)()).double()
     for p in loss.parameters(): nn.init.normal_(p)
     want = grads([net, loss], lambda: one_pass(net, loss, x, labels[:, 0]))
-    same(want, grads([net, loss], lambda: two_pass_backward(net, loss, x, labels[:, 0], 7)[0]))
+    same(want, grads([net, loss], lambda: gradcache_backward(net, loss, x, labels[:, 0], 7)[0]))
 
 
 def test_references_are_passed_on():
@@ -109,7 +111,7 @@ def test_references_are_passed_on():
         v = loss(net(x), labels, ref_emb=ref, ref_labels=labels[:20])
         v.backward()
         return v.detach()
-    same(grads([net], plain), grads([net], lambda: two_pass_backward(net, loss, x, labels, 7, ref, labels[:20])[0]))
+    same(grads([net], plain), grads([net], lambda: gradcache_backward(net, loss, x, labels, 7, ref, labels[:20])[0]))
 
 
 def test_gradients_add_up_and_frozen_parts_have_none():
@@ -119,8 +121,8 @@ def test_gradients_add_up_and_frozen_parts_have_none():
     modes = [m.training for m in net.modules()]
     _, once = grads([net, loss], lambda: one_pass(net, loss, x, labels))
     def twice():
-        two_pass_backward(net, loss, x, labels, 7)
-        return two_pass_backward(net, loss, x, labels, 11)[0]
+        gradcache_backward(net, loss, x, labels, 7)
+        return gradcache_backward(net, loss, x, labels, 11)[0]
     _, got = grads([net, loss], twice)
     for g, h in zip(once, got): torch.testing.assert_close(2 * g, h, rtol=1e-9, atol=1e-12)
     assert net[0].weight.grad is None and [m.training for m in net.modules()] == modes
@@ -130,21 +132,21 @@ def test_activations_of_one_micro_batch_only():
     net, (x, labels) = network(), images()
     rows = []
     net[0].register_forward_hook(lambda m, i, o: rows.append((len(o), o.requires_grad)))
-    two_pass_backward(net, make_loss("SmoothAPLoss"), x, labels, 8)
+    gradcache_backward(net, make_loss("SmoothAPLoss"), x, labels, 8)
     assert rows == [(8, False)] * 3 + [(6, False)] + [(8, True)] * 3 + [(6, True)]
 
 
 def test_only_the_loss_learns():
     net, (x, labels) = network().requires_grad_(False), images()
     loss = build("NormSoftmaxLoss", labels)
-    same(grads([net, loss], lambda: one_pass(net, loss, x, labels)), grads([net, loss], lambda: two_pass_backward(net, loss, x, labels, 7)[0]))
+    same(grads([net, loss], lambda: one_pass(net, loss, x, labels)), grads([net, loss], lambda: gradcache_backward(net, loss, x, labels, 7)[0]))
 
 
 def test_the_input_may_learn():
     net, (x, labels) = network(), images()
     loss, x = build("SmoothAPLoss", labels), x.requires_grad_()
     want = torch.autograd.grad(loss(net(x), labels), x)[0]
-    two_pass_backward(net.requires_grad_(False), loss, x, labels, 7)
+    gradcache_backward(net.requires_grad_(False), loss, x, labels, 7)
     torch.testing.assert_close(x.grad, want, rtol=1e-9, atol=1e-12)
 
 
@@ -162,7 +164,7 @@ def test_dropout_and_drop_path(name):
     random.seed(0)
     want = grads([net, loss], lambda: then(one_pass(net, loss, x, labels, 7)))
     random.seed(0)
-    same(want, grads([net, loss], lambda: then(two_pass_backward(net, loss, x, labels, 7)[0])))
+    same(want, grads([net, loss], lambda: then(gradcache_backward(net, loss, x, labels, 7)[0])))
     assert after[0] == after[1]  # what comes after draws the same numbers
     torch.manual_seed(6)
     assert grads([net, loss], lambda: one_pass(net, loss, x, labels, 7), seed=6)[0] != want[0]
@@ -182,8 +184,8 @@ def test_a_loader_is_read_twice_and_gives_the_same():
         v = loss(torch.cat([net(c) for c in loader]), labels)
         v.backward()
         return v.detach()
-    same(grads([net], once), grads([net], lambda: two_pass_backward(net, loss, loader, labels)[0]))
-    same(grads([net], lambda: one_pass(net, loss, x, labels, 7)), grads([net], lambda: two_pass_backward(net, loss, x.split(7), labels)[0]))
+    same(grads([net], once), grads([net], lambda: gradcache_backward(net, loss, loader, labels)[0]))
+    same(grads([net], lambda: one_pass(net, loss, x, labels, 7)), grads([net], lambda: gradcache_backward(net, loss, x.split(7), labels)[0]))
 
 
 class Unlike:
@@ -197,7 +199,7 @@ def test_inputs_that_differ_are_noticed():
     c, loss = list(x.split(10)), make_loss("SmoothAPLoss")
     for second, message in ((c[:2], "got 2 micro-batches, the first 3"), (c + c[:1], "more than the 3"), (c[::-1], "passes disagree"),
                             ([c[0], c[1], c[2][:9]], r"micro-batch 2 gave embeddings \(9, 8\) in the second pass, \(10, 8\) in the first")):
-        with pytest.raises(RuntimeError, match=message): two_pass_backward(net, loss, Unlike(c, second), labels)
+        with pytest.raises(RuntimeError, match=message): gradcache_backward(net, loss, Unlike(c, second), labels)
 
 
 @pytest.mark.parametrize("x, size, message", [
@@ -205,21 +207,21 @@ def test_inputs_that_differ_are_noticed():
     (iter([]), None, "read only once"), ([], None, "batch is empty"), ([torch.zeros(2, 3, 8, 8)], 2, "leave micro_batch out"), (3, None, "tensor or micro-batches, got int"),
 ])
 def test_bad_inputs(x, size, message):
-    with pytest.raises(ValueError, match=message): two_pass_backward(network().float(), make_loss("SmoothAPLoss"), x, [0, 0, 1, 1], size)
+    with pytest.raises(ValueError, match=message): gradcache_backward(network().float(), make_loss("SmoothAPLoss"), x, [0, 0, 1, 1], size)
 
 
 def test_other_errors():
     net, (x, labels) = network(), images()
     sap = make_loss("SmoothAPLoss")
-    with pytest.raises(ValueError, match=r"embeddings, \[rows, D\]"): two_pass_backward(nn.Conv2d(3, 3, 1).double(), sap, x, labels, 7)
-    with pytest.raises(ValueError, match="one number, got .30,."): two_pass_backward(net, make_loss("SmoothAPLoss", reduction="none"), x, labels, 7)
-    with pytest.raises(ValueError, match="29 labels"): two_pass_backward(net, sap, x, labels[:29], 7)
-    with pytest.raises(ValueError, match="row.s. 11 of 30"): two_pass_backward(net, sap, x.index_fill(0, torch.tensor([11]), torch.nan), labels, 7)
-    with pytest.raises(ValueError, match="'warn'"): two_pass_backward(net, sap, x, labels, 7, batch_norm="wran")
-    with pytest.raises(RuntimeError, match="nothing requires"), torch.no_grad(): two_pass_backward(net, sap, x, labels, 7)
+    with pytest.raises(ValueError, match=r"embeddings, \[rows, D\]"): gradcache_backward(nn.Conv2d(3, 3, 1).double(), sap, x, labels, 7)
+    with pytest.raises(ValueError, match="one number, got .30,."): gradcache_backward(net, make_loss("SmoothAPLoss", reduction="none"), x, labels, 7)
+    with pytest.raises(ValueError, match="29 labels"): gradcache_backward(net, sap, x, labels[:29], 7)
+    with pytest.raises(ValueError, match="row.s. 11 of 30"): gradcache_backward(net, sap, x.index_fill(0, torch.tensor([11]), torch.nan), labels, 7)
+    with pytest.raises(ValueError, match="'warn'"): gradcache_backward(net, sap, x, labels, 7, batch_norm="wran")
+    with pytest.raises(RuntimeError, match="nothing requires"), torch.no_grad(): gradcache_backward(net, sap, x, labels, 7)
     frozen = copy.deepcopy(net).requires_grad_(False)
-    with pytest.raises(RuntimeError, match="nothing requires"): two_pass_backward(frozen, sap, x, labels, 7)
-    with pytest.raises(RuntimeError, match="nothing requires"): two_pass_backward(lambda c: frozen(c), sap, x, labels, 7)
+    with pytest.raises(RuntimeError, match="nothing requires"): gradcache_backward(frozen, sap, x, labels, 7)
+    with pytest.raises(RuntimeError, match="nothing requires"): gradcache_backward(lambda c: frozen(c), sap, x, labels, 7)
     assert all(p.grad is None for p in net.parameters())
 
 
@@ -228,7 +230,7 @@ def test_other_errors():
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(6), nn.BatchNorm2d(6, track_running_stats=False).eval(), nn.SyncBatchNorm(6)])
 def test_batch_statistics_are_refused(norm):
     net, (x, labels) = network(0, norm.double()), images()
-    with pytest.raises(ValueError, match=r"1 BatchNorm layer.*first: 3.*\.eval\(\)"): two_pass_backward(net, make_loss("SmoothAPLoss"), x, labels, 7)
+    with pytest.raises(ValueError, match=r"1 BatchNorm layer.*first: 3.*\.eval\(\)"): gradcache_backward(net, make_loss("SmoothAPLoss"), x, labels, 7)
     assert all(p.grad is None for p in net.parameters())
 
 
@@ -238,7 +240,7 @@ def test_batch_statistics_with_a_warning():
     net[1].train()
     twin, loss = copy.deepcopy(net), build("SupAPLoss", labels)
     want = grads([twin], lambda: one_pass(twin, loss, x, labels, 10))
-    with pytest.warns(UserWarning, match="statistics of the batch"): got = grads([net], lambda: two_pass_backward(net, loss, x, labels, 10, batch_norm="warn")[0])
+    with pytest.warns(UserWarning, match="statistics of the batch"): got = grads([net], lambda: gradcache_backward(net, loss, x, labels, 10, batch_norm="warn")[0])
     same(want, got)
     for a, b in zip(net.buffers(), twin.buffers()): torch.testing.assert_close(a, b)
     whole = grads([twin], lambda: one_pass(twin, loss, x, labels))
@@ -255,7 +257,7 @@ def test_autocast():
         v.backward()
         return v.detach()
     def two():
-        with torch.autocast("cpu", torch.bfloat16): return two_pass_backward(net, loss, x, labels, 7)[0]
+        with torch.autocast("cpu", torch.bfloat16): return gradcache_backward(net, loss, x, labels, 7)[0]
     want, got = grads([net, loss], plain), grads([net, loss], two)
     same(want, got, 0.01)  # bf16 gradients add up in another order
     assert {p.grad.dtype for p in net.parameters()} == {torch.float32} and len(got[1]) == 7
@@ -264,12 +266,12 @@ def test_autocast():
 def test_the_gradient_of_the_loss_is_not_rounded_in_autocast():
     "The backward of a rectangular product would be cast too."
     torch.manual_seed(0)
-    memory, loss, labels = EmbeddingMemory(20), make_loss("SupAPLoss"), torch.arange(16) // 4
+    memory, loss, labels = CrossBatchMemory(20), make_loss("SupAPLoss"), torch.arange(16) // 4
     memory.add(torch.randn(20, 8), torch.arange(20) // 5)
     x = torch.randn(16, 8)
     def first(): # the embeddings are float32, so only the loss could lose bits
         y = x.clone().requires_grad_()
-        two_pass_backward(lambda c: c, lambda e, l: memory(loss, e, l), y, labels, 5)
+        gradcache_backward(lambda c: c, lambda e, l: memory(loss, e, l), y, labels, 5)
         return y.grad
     want = first()
     with torch.autocast("cpu", torch.bfloat16): torch.testing.assert_close(first(), want, rtol=1e-5, atol=1e-7)
@@ -280,7 +282,7 @@ def test_grad_scaler():
     x, loss, scaler = x.float(), build("NormSoftmaxLoss", labels).float(), torch.amp.GradScaler("cpu", init_scale=1024.)
     opt = torch.optim.SGD([*net.parameters(), *loss.parameters()], lr=0.)
     want = grads([net, loss], lambda: one_pass(net, loss, x, labels))
-    def scaled(): return two_pass_backward(net, loss, x, labels, 7, backward=lambda v: scaler.scale(v).backward())[0]
+    def scaled(): return gradcache_backward(net, loss, x, labels, 7, backward=lambda v: scaler.scale(v).backward())[0]
     _, big = grads([net, loss], scaled)
     assert float(big[0].abs().max()) > 500 * float(want[1][0].abs().max())
     def unscaled():
@@ -288,14 +290,14 @@ def test_grad_scaler():
         scaler.unscale_(opt)
         return value
     same(want, grads([net, loss], unscaled), 1e-4)
-    same((want[0], [3 * g for g in want[1]]), grads([net, loss], lambda: two_pass_backward(net, loss, x, labels, 7, scale=3.)[0]), 1e-4)
+    same((want[0], [3 * g for g in want[1]]), grads([net, loss], lambda: gradcache_backward(net, loss, x, labels, 7, scale=3.)[0]), 1e-4)
 
 
 # ---- the memory
 
 @given(st.integers(1, 7), st.lists(st.integers(0, 9), max_size=6), st.integers(0, 2), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
 def test_memory_is_a_queue(size, pieces, levels, dtype):
-    memory, queue, n = EmbeddingMemory(size), deque(maxlen=size), 0
+    memory, queue, n = CrossBatchMemory(size), deque(maxlen=size), 0
     for k in pieces:
         emb = torch.arange(n, n + k).to(dtype)[:, None].expand(k, 3)
         labels = torch.arange(n, n + k) if not levels else torch.arange(n, n + k)[:, None].expand(k, levels)
@@ -303,7 +305,7 @@ def test_memory_is_a_queue(size, pieces, levels, dtype):
         memory.add(emb, labels)
         queue.extend(range(n - k, n))
         assert len(memory) == len(queue)
-        other = EmbeddingMemory(size)
+        other = CrossBatchMemory(size)
         other.load_state_dict(memory.state_dict())
         for m in (memory, other, copy.deepcopy(memory)) if n else ():
             e, l = m.get()
@@ -316,11 +318,11 @@ def test_memory_is_a_queue(size, pieces, levels, dtype):
 def test_memory_goes_on_from_a_checkpoint(tmp_path):
     torch.manual_seed(0)
     rows, labels = torch.randn(20, 4), torch.arange(20)
-    whole, first = EmbeddingMemory(6), nn.ModuleDict({"memory": EmbeddingMemory(6)})
+    whole, first = CrossBatchMemory(6), nn.ModuleDict({"memory": CrossBatchMemory(6)})
     for i in range(0, 20, 5): whole.add(rows[i:i + 5], labels[i:i + 5])
     for i in (0, 5): first["memory"].add(rows[i:i + 5], labels[i:i + 5])
     T.save_state(tmp_path / "state.pt", first.state_dict())
-    again = nn.ModuleDict({"memory": EmbeddingMemory(6)})
+    again = nn.ModuleDict({"memory": CrossBatchMemory(6)})
     again["memory"].add(torch.randn(2, 4), labels[:2])  # what was there is replaced
     again.load_state_dict(T.load_state(tmp_path / "state.pt"))
     for i in (10, 15): again["memory"].add(rows[i:i + 5], labels[i:i + 5])
@@ -329,9 +331,9 @@ def test_memory_goes_on_from_a_checkpoint(tmp_path):
 
 
 def test_memory_errors():
-    memory = EmbeddingMemory(4)
+    memory = CrossBatchMemory(4)
     for bad in (0, 2.5, True, "4"):
-        with pytest.raises(ValueError, match="size must be a whole number"): EmbeddingMemory(bad)
+        with pytest.raises(ValueError, match="size must be a whole number"): CrossBatchMemory(bad)
     memory.add(torch.ones(2, 3), [[0, 0], [1, 0]])
     for emb, labels, message in ((torch.ones(1, 2), [[0, 0]], "2 dimensions, the memory's rows 3"), (torch.ones(1, 3), [0], r"1 level\(s\), the memory's rows 2"),
                                  (torch.full((2, 3), torch.nan), [[0, 0]] * 2, r"row\(s\) 0, 1 of 2"), (torch.ones(2, 3), [[0, 0]], "2 embeddings but 1 labels"),
@@ -339,11 +341,11 @@ def test_memory_errors():
         with pytest.raises(ValueError, match=message): memory.add(emb, labels)
     assert len(memory) == 2
     with pytest.raises(ValueError, match="Did you mean 'live'"): memory.references(torch.ones(1, 3), [[0, 0]], batch="life")
-    with pytest.raises(ValueError, match="5"): EmbeddingMemory(5).load_state_dict(memory.state_dict())
+    with pytest.raises(ValueError, match="5"): CrossBatchMemory(5).load_state_dict(memory.state_dict())
 
 
 def filled(rows=17, size=20, seed=2):
-    memory, g = EmbeddingMemory(size), torch.Generator().manual_seed(seed)
+    memory, g = CrossBatchMemory(size), torch.Generator().manual_seed(seed)
     memory.add(torch.randn(rows, 8, dtype=torch.float64, generator=g), torch.stack([torch.arange(rows) // 3, torch.arange(rows) // 9], 1))
     return memory
 
@@ -381,7 +383,7 @@ def test_live_rows_have_a_gradient_and_copies_have_not():
 @pytest.mark.parametrize("name", [n for n in OURS if n not in ALONE + ("FastAPLoss", "PairLoss", "CalibrationLoss", "BlackBoxAPLoss")])
 def test_own_row_kept_and_nothing_remembered_is_the_batch_alone(name):
     emb, labels = torch.randn(12, 8, dtype=torch.float64, requires_grad=True), torch.stack([torch.arange(12) // 3, torch.arange(12) // 6], 1)
-    loss, memory, added = build(name, labels), EmbeddingMemory(12), EmbeddingMemory(12)
+    loss, memory, added = build(name, labels), CrossBatchMemory(12), CrossBatchMemory(12)
     added.add(emb, labels)
     want = loss(emb, labels)
     for m in (memory, added):
@@ -393,16 +395,16 @@ def test_own_row_kept_and_nothing_remembered_is_the_batch_alone(name):
 def test_a_memory_smaller_than_the_batch_is_not_met_twice():
     "It holds the last rows of a batch that was added before it asks."
     emb, labels = torch.randn(12, 8, dtype=torch.float64), torch.arange(12) // 3
-    memory, loss = EmbeddingMemory(5), make_loss("SupAPLoss")
+    memory, loss = CrossBatchMemory(5), make_loss("SupAPLoss")
     memory.add(emb, labels)
-    assert memory(loss, emb, labels).item() == EmbeddingMemory(5)(loss, emb, labels).item()
+    assert memory(loss, emb, labels).item() == CrossBatchMemory(5)(loss, emb, labels).item()
     with pytest.raises(ValueError, match="the batch is empty"): memory.references(emb[:0], labels[:0])
 
 
 def test_as_pytorch_metric_learnings_memory():
     "Three batches through its queue and through ours, with its loss."
     pml = pytest.importorskip("pytorch_metric_learning.losses")
-    loss, memory = pml.ContrastiveLoss(), EmbeddingMemory(20)
+    loss, memory = pml.ContrastiveLoss(), CrossBatchMemory(20)
     theirs, g = pml.CrossBatchMemory(pml.ContrastiveLoss(), 8, memory_size=20), torch.Generator().manual_seed(0)
     for step in range(4):
         emb, labels = torch.randn(8, 8, generator=g), torch.randint(0, 5, (8,), generator=g)
@@ -411,7 +413,7 @@ def test_as_pytorch_metric_learnings_memory():
 
 
 def test_pairs_are_not_stored():
-    memory = EmbeddingMemory(8192)
+    memory = CrossBatchMemory(8192)
     memory.add(torch.zeros(8192, 2).fill_(1.), torch.arange(8192))
     refs = memory.references(torch.ones(4096, 2), torch.arange(4096), make_loss("SmoothAPLoss"))
     assert sum(t.untyped_storage().nbytes() for t in refs["indices_tuple"]) < 1e6 and len(refs["ref_emb"]) == 12288
@@ -433,21 +435,21 @@ def test_two_passes_with_a_memory():
     net, (x, labels) = network(), images()
     memory, loss = filled(), build("SupAPLoss", labels)
     wrapped = lambda e, y: memory(loss, e, y)
-    same(grads([net], lambda: one_pass(net, wrapped, x, labels)), grads([net], lambda: two_pass_backward(net, wrapped, x, labels, 7)[0]))
+    same(grads([net], lambda: one_pass(net, wrapped, x, labels)), grads([net], lambda: gradcache_backward(net, wrapped, x, labels, 7)[0]))
 
 
 # ---- a slot a key
 
 @given(st.integers(1, 7), st.lists(st.lists(st.integers(0, 6), max_size=6), max_size=5), st.booleans())
 def test_memory_with_slots_is_a_dict(size, batches, flat):
-    memory, want, n = EmbeddingMemory(size, unique=True), {}, 0
+    memory, want, n = CrossBatchMemory(size, unique=True), {}, 0
     for keys in ([k % size for k in b] for b in batches):
         emb, labels = torch.arange(n, n + len(keys)).float()[:, None].expand(-1, 3), torch.arange(n, n + len(keys))
         memory.add(emb, labels if flat else labels[:, None], keys)
         want |= {k: n + i for i, k in enumerate(keys)}  # the last of a key stays
         n += len(keys)
         assert len(memory) == len(want)
-    other = EmbeddingMemory(size, unique=True)
+    other = CrossBatchMemory(size, unique=True)
     other.load_state_dict(memory.state_dict())
     for m in (memory, other, copy.deepcopy(memory)) if n else ():
         e, l = m.get()
@@ -458,7 +460,7 @@ def test_memory_with_slots_is_a_dict(size, batches, flat):
 
 def test_slots_of_the_batch_are_no_others():
     g, loss = torch.Generator().manual_seed(0), build("SupAPLoss", images()[1])
-    memory = EmbeddingMemory(50, unique=True)
+    memory = CrossBatchMemory(50, unique=True)
     old, labels = torch.randn(40, 8, dtype=torch.float64, generator=g), torch.arange(40) // 4
     memory.add(old, labels, range(40))
     emb, y, keys = torch.randn(6, 8, dtype=torch.float64, generator=g), labels[[3, 9, 9, 20, 21, 22]], [3, 9, 9, 20, 21, 45]
@@ -471,12 +473,12 @@ def test_slots_of_the_batch_are_no_others():
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda q, u, e, y: q.add(e, y, [0, 1]), "keys are for a memory with a slot a key"), (lambda q, u, e, y: u.add(e, y), "needs keys"),
+    (lambda q, u, e, y: q.add(e, y, [0, 1]), "keys are for a memory with one slot per key"), (lambda q, u, e, y: u.add(e, y), "needs keys"),
     (lambda q, u, e, y: u.references(e, y), "needs keys"), (lambda q, u, e, y: u.add(e, y, [0]), "2 whole numbers"), (lambda q, u, e, y: u.add(e, y, [0., 1.]), "whole numbers"),
     (lambda q, u, e, y: u.add(e, y, [0, 5]), "0 to 4, got 0 to 5"), (lambda q, u, e, y: u.add(e, y, [-1, 2]), "got -1 to 2"),
     (lambda q, u, e, y: u.load_state_dict(q.state_dict()), "other way round"), (lambda q, u, e, y: q.load_state_dict(u.state_dict()), "other way round")])
 def test_slot_errors(call, message):
-    q, u, e, y = EmbeddingMemory(5), EmbeddingMemory(5, unique=True), torch.ones(2, 3), torch.zeros(2, dtype=torch.long)
+    q, u, e, y = CrossBatchMemory(5), CrossBatchMemory(5, unique=True), torch.ones(2, 3), torch.zeros(2, dtype=torch.long)
     q.add(e, y), u.add(e, y, [2, 3])
     before = [t.clone() for t in u.get()]
     with pytest.raises(ValueError, match=message): call(q, u, e, y)
@@ -517,7 +519,7 @@ def test_the_term_against_the_memory(name, unique):
     "Straight from the definition: the batch against detached copies of the memory into which it was put."
     g, labels = torch.Generator().manual_seed(0), images()[1]
     old, emb = torch.randn(30, 8, dtype=torch.float64, generator=g), torch.randn(12, 8, dtype=torch.float64, generator=g).requires_grad_()
-    keys, memory = torch.arange(12) * 2, EmbeddingMemory(30, unique)
+    keys, memory = torch.arange(12) * 2, CrossBatchMemory(30, unique)
     loss = memory_part(build(name, labels), emb, labels[keys])
     memory.add(old, labels, *([torch.arange(30)] if unique else []))
     memory.add(emb, labels[keys], *([keys] if unique else []))
@@ -538,7 +540,7 @@ def test_the_term_against_the_memory(name, unique):
 @pytest.mark.parametrize("name", ["CalibrationLoss", "PairLoss"])
 def test_pair_losses_leave_the_own_copy_out(name):
     "As they leave the query out of its own batch; counted as a pair it would lower a mean over all pairs."
-    emb, labels, memory = torch.randn(12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(12) // 3, EmbeddingMemory(12)
+    emb, labels, memory = torch.randn(12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(12) // 3, CrossBatchMemory(12)
     loss = make_loss(name, **({"average": "all"} if name == "CalibrationLoss" else {"similarity": "dot"}))
     memory.add(emb, labels)
     want = loss(emb, labels).item()
@@ -551,7 +553,7 @@ def test_pairs_of_the_losses_own_level(level):
     "The term of a loss of pytorch-metric-learning is that of one column of the labels, with its own copies left out."
     pytest.importorskip("pytorch_metric_learning")
     g, labels = torch.Generator().manual_seed(0), torch.stack([torch.arange(30) // 3, torch.arange(30) // 6], 1)
-    emb, memory = torch.randn(30, 8, dtype=torch.float64, generator=g).requires_grad_(), EmbeddingMemory(30)
+    emb, memory = torch.randn(30, 8, dtype=torch.float64, generator=g).requires_grad_(), CrossBatchMemory(30)
     memory.add(emb, labels)
     for at in (slice(0, 12), slice(18, 30)):  # the last rows of the memory are the batch; the first are not, and are met twice
         loss, y = make_loss("pml/ContrastiveLoss", level=level), labels[at, level]
@@ -568,7 +570,7 @@ def test_pairs_of_the_losses_own_level(level):
 def test_a_miner_never_gives_the_own_copy():
     pml, miners = pytest.importorskip("pytorch_metric_learning.losses"), pytest.importorskip("pytorch_metric_learning.miners")
     g, labels = torch.Generator().manual_seed(0), torch.arange(12) // 3
-    emb, memory, seen = torch.randn(12, 8, generator=g).requires_grad_(), EmbeddingMemory(30), []
+    emb, memory, seen = torch.randn(12, 8, generator=g).requires_grad_(), CrossBatchMemory(30), []
     memory.add(torch.randn(18, 8, generator=g), torch.arange(18) // 3), memory.add(emb, labels)
     class Asks(pml.TripletMarginLoss):
         def forward(self, emb, labels, indices_tuple=None, ref_emb=None, ref_labels=None):
@@ -584,13 +586,13 @@ def test_a_miner_never_gives_the_own_copy():
 def test_a_loader_of_pairs_is_named():
     net, (x, labels) = network(), images()
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, labels), 7)
-    with pytest.raises(ValueError, match="a list of 2 things.*give the images alone"): two_pass_backward(net, build("SupAPLoss", labels), loader, labels)
+    with pytest.raises(ValueError, match="a list of 2 things.*give the images alone"): gradcache_backward(net, build("SupAPLoss", labels), loader, labels)
     class TwoInputs(nn.Module):  # a model that does want pairs
         def __init__(self): super().__init__(); self.net = net
         def forward(self, pair): return self.net(pair[0])
     one = grads([net], lambda: one_pass(net, build("SupAPLoss", labels), x, labels))
-    same(one, grads([net], lambda: two_pass_backward(TwoInputs(), build("SupAPLoss", labels), loader, labels)[0]))
-    with pytest.raises(TypeError): two_pass_backward(lambda c: c + None, build("SupAPLoss", labels), x, labels, 7)  # the model's own fault stays as it is
+    same(one, grads([net], lambda: gradcache_backward(TwoInputs(), build("SupAPLoss", labels), loader, labels)[0]))
+    with pytest.raises(TypeError): gradcache_backward(lambda c: c + None, build("SupAPLoss", labels), x, labels, 7)  # the model's own fault stays as it is
 
 
 # ---- RunConfig, Trainer, run

@@ -14,10 +14,12 @@ import hapnb.features
 import hapnb.train as T
 from hapnb import emoji, openworld as ow, study
 from hapnb.clustering import clustering_scores
-from hapnb.data import deal_open_world, load
+from hapnb.datasets import deal_open_world
+from hapnb.data import load
 from hapnb.hilander import HiLanderConfig
 
-TOY = dict(dataset="toy", dataset_args={"hues": 24}, trunk="toy", image_size=32, epochs=10, batch_size=24, embed_dim=16, loss="SmoothAPLoss", lr=1e-2, sampler_args={"m": 2}, ks=(1, 2))
+TOY = dict(dataset="toy", dataset_args={"hues": 24}, trunk="toy", image_size=32, epochs=10, batch_size=24, embed_dim=16,
+           loss="SmoothAPLoss", lr=1e-2, sampler_args={"m": 2}, ks=(1, 2))
 SMALL = dict(hidden=16, edge_hidden=8, epochs=60, lr=3e-3, k=(4,), levels=(2,))
 CFG = ow.OpenWorldConfig(base=TOY, hilander=SMALL, decode=dict(k=4, tau=.5), select=dict(threshold=.1), rounds=3)
 
@@ -35,7 +37,8 @@ def test_the_bundled_cut_is_the_general_rule():
     frame = emoji.read()[0].drop_columns(["image"]).to_pandas()
     assert emoji.open_world_parts(frame) == frame.open_world.tolist()
     fit = frame[frame.split == "fit"].sample(frac=1, random_state=0)
-    assert deal_open_world(fit.concept.tolist(), fit.subgroup.tolist(), fit.source.tolist()) == fit.open_world.tolist()  # whatever the order
+    # whatever the order
+    assert deal_open_world(fit.concept.tolist(), fit.subgroup.tolist(), fit.source.tolist()) == fit.open_world.tolist()
 
 
 def test_parts_of_the_bundled_images():
@@ -43,7 +46,8 @@ def test_parts_of_the_bundled_images():
         parts = ow.load_parts(ow.OpenWorldConfig(base=ow.BASE | dict(split=split)))
         meta = parts.whole.meta.open_world.to_numpy()
         assert (len(parts.labelled), len(parts.pool), int(parts.known.sum()), len(parts.test)) == (1135, 4261, 606, n)
-        assert set(meta[parts.labelled]) == {"labelled"} and (parts.known == (meta[parts.pool] == "unlabelled known")).all()
+        assert set(meta[parts.labelled]) == {"labelled"}
+        assert (parts.known == (meta[parts.pool] == "unlabelled known")).all()
         assert parts.left_out == (1042 if split == "test" else 0)
 
 
@@ -74,18 +78,24 @@ def test_label_lists(tmp_path):
     cfg, lists = inat(tmp_path)
     parts = ow.load_parts(cfg)
     paths = np.array(ow.image_paths(parts.whole))
-    assert sorted(paths[parts.labelled]) == sorted(lists["labelled"]) and sorted(paths[parts.pool]) == sorted(lists["unlabelled"]) and parts.known.sum() == 4
+    assert sorted(paths[parts.labelled]) == sorted(lists["labelled"])
+    assert sorted(paths[parts.pool]) == sorted(lists["unlabelled"])
+    assert parts.known.sum() == 4
     alone = ow.load_parts(cfg.replace(split=dict(labelled="labelled.txt")))  # the rest is the pool
     assert np.array_equal(alone.pool, parts.pool)
     assert cfg.key() == cfg.replace(split=dict(labelled=str(tmp_path / "labelled.txt"))).key()  # contents count
-    part = ow.load_parts(cfg.replace(base={**cfg.to_dict()["base"], "split": "val", "dataset_args": {"counts": False, "val": 2}}))
+    part = ow.load_parts(cfg.replace(base={**cfg.to_dict()["base"], "split": "val",
+                                           "dataset_args": {"counts": False, "val": 2}}))
     assert 0 < len(part.pool) < len(parts.pool) and part.left_out == 0
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda l: l["labelled"].append("train_val2018/Aves/1/none.jpg"), r"labelled.txt, line 13: 'train_val2018/Aves/1/none.jpg' is not among the training images"),
-    (lambda l: l["labelled"].insert(2, l["labelled"][0]), r"labelled.txt, line 3: '.*' is there twice, first in line 1"),
-    (lambda l: l["unlabelled"].insert(1, l["labelled"][4]), r"unlabelled.txt, line 2: '.*' is labelled too \(.*labelled.txt, line 5\)"),
+    (lambda l: l["labelled"].append("train_val2018/Aves/1/none.jpg"),
+     r"labelled.txt, line 13: 'train_val2018/Aves/1/none.jpg' is not among the training images"),
+    (lambda l: l["labelled"].insert(2, l["labelled"][0]),
+     r"labelled.txt, line 3: '.*' is there twice, first in line 1"),
+    (lambda l: l["unlabelled"].insert(1, l["labelled"][4]),
+     r"unlabelled.txt, line 2: '.*' is labelled too \(.*labelled.txt, line 5\)"),
     (lambda l: l["unlabelled"].append(l["test"]), r"unlabelled.txt, line 17: '.*' is an image for testing"),
     (lambda l: l.update(labelled=[]), r"labelled.txt names no image")])
 def test_damaged_lists(tmp_path, spoil, message):
@@ -99,12 +109,17 @@ def test_damaged_lists(tmp_path, spoil, message):
 def test_missing_and_empty(tmp_path):
     cfg, lists = inat(tmp_path)
     with pytest.raises(OSError, match="none.txt"): ow.load_parts(cfg.replace(split=dict(labelled="none.txt")))
-    with pytest.raises(ValueError, match="no unlabelled images"): ow.load_parts(CFG.replace(split=dict(known=1., labelled=1.)))
+    with pytest.raises(ValueError, match="no unlabelled images"):
+        ow.load_parts(CFG.replace(split=dict(known=1., labelled=1.)))
     (tmp_path / "unlabelled.txt").write_text("\n".join(lists["unlabelled"][:4]))
-    with pytest.raises(ValueError, match=r"pool has 4 images, and 4 neighbours.*decode=\{'k': 3\}"): quiet(cfg, tmp_path / "store")
-    for few, message in ((lists["labelled"][:3], "there are 1, the largest of 3"), (lists["labelled"][::3], "there are 4, the largest of 1")):  # before a training, not after
+    with pytest.raises(ValueError, match=r"pool has 4 images, and 4 neighbours.*decode=\{'k': 3\}"):
+        quiet(cfg, tmp_path / "store")
+    # before a training, not after
+    for few, message in ((lists["labelled"][:3], "there are 1, the largest of 3"),
+                         (lists["labelled"][::3], "there are 4, the largest of 1")):
         (tmp_path / "few.txt").write_text("\n".join(few))
-        with pytest.raises(ValueError, match=f"needs two classes, one of them with two images; {message}"): quiet(cfg.replace(split=dict(labelled="few.txt")), tmp_path / "store")
+        with pytest.raises(ValueError, match=f"needs two classes, one of them with two images; {message}"):
+            quiet(cfg.replace(split=dict(labelled="few.txt")), tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
 
@@ -119,10 +134,13 @@ def test_features_of_parts_are_computed_once(monkeypatch):
     part = whole.subset([5, 1, 9, 1], share=True, relabel=True)
     x = T.features_of(cfg, part)
     assert torch.equal(T.features_of(cfg, ow.training_part(whole, [5, 1, 9, 1], torch.tensor([4, 4, 2, 2]))), x)
-    assert torch.equal(x, T.features_of(cfg, whole)[[5, 1, 9, 1]]) and torch.equal(T.features_of(cfg, part.subset([2])), x[2:3]) and calls == [whole]
+    assert torch.equal(x, T.features_of(cfg, whole)[[5, 1, 9, 1]])
+    assert torch.equal(T.features_of(cfg, part.subset([2])), x[2:3])
+    assert calls == [whole]
     T.features_of(cfg, whole.subset([5, 1]))  # a part that was not told to share is a dataset like any other
     assert len(calls) == 2
-    assert part.fingerprint == whole.subset([5, 1, 9, 1], relabel=True).fingerprint and cfg.key((part, test)) == cfg.key((whole.subset([5, 1, 9, 1], relabel=True), test))
+    assert part.fingerprint == whole.subset([5, 1, 9, 1], relabel=True).fingerprint
+    assert cfg.key((part, test)) == cfg.key((whole.subset([5, 1, 9, 1], relabel=True), test))
 
 
 def test_parts_read_the_packed_copy_of_the_whole(tmp_path, monkeypatch):
@@ -130,23 +148,31 @@ def test_parts_read_the_packed_copy_of_the_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("HAPNB_CACHE", str(tmp_path / "cache"))
     base = {**TOY, "freeze": "bn", "epochs": 1, "lr": 1e-4, "packed": 40}
     r = quiet(CFG.replace(base=base, select=dict(mode="all"), rounds=2), tmp_path / "store")
-    assert len(list((tmp_path / "cache/packed").glob("*.pack"))) == 2 and r.rounds["images"].is_monotonic_increasing and r.rounds["selected"][0] > 0
+    assert len(list((tmp_path / "cache/packed").glob("*.pack"))) == 2
+    assert r.rounds["images"].is_monotonic_increasing
+    assert r.rounds["selected"][0] > 0
     cfg = T.RunConfig.from_dict(base)
     whole, _ = T.load_splits(cfg)
     part = ow.training_part(whole, [5, 80, 9, 5], torch.tensor([4, 4, 2, 2]))
     small = T._pack(cfg, part)
-    assert [small.image(i).tobytes() for i in range(4)] == [whole.image(i).tobytes() for i in (5, 80, 9, 5)] and torch.equal(small.labels, part.labels)
-    assert small.store.path == T._pack(cfg, whole).store.path and small.fingerprint not in (part.fingerprint, T._pack(cfg, whole.subset([5, 80], share=True)).fingerprint)
-    assert [small.store.name(int(i)) for i in small.index] == [whole.store.name(int(whole.index[i])) for i in (5, 80, 9, 5)]
+    assert [small.image(i).tobytes() for i in range(4)] == [whole.image(i).tobytes() for i in (5, 80, 9, 5)]
+    assert torch.equal(small.labels, part.labels)
+    assert small.store.path == T._pack(cfg, whole).store.path
+    assert small.fingerprint not in (part.fingerprint, T._pack(cfg, whole.subset([5, 80], share=True)).fingerprint)
+    assert [small.store.name(int(i)) for i in small.index] == [whole.store.name(int(whole.index[i]))
+                                                               for i in (5, 80, 9, 5)]
 
 
 def test_training_part():
     whole = load("toy", "train")
     part = ow.training_part(whole, [3, 40, 4, 80], torch.tensor([7, 30, 7, 12]), {7: "disc 00"})
-    assert part.labels[:, 0].tolist() == [0, 2, 0, 1] and part.class_names == [["disc 00", "class 12", "class 30"]] and part.labels.shape == (4, 1)
+    assert part.labels[:, 0].tolist() == [0, 2, 0, 1]
+    assert part.class_names == [["disc 00", "class 12", "class 30"]]
+    assert part.labels.shape == (4, 1)
     assert [part.image(i).tobytes() for i in range(4)] == [whole.image(i).tobytes() for i in (3, 40, 4, 80)]
     assert part.fingerprint != ow.training_part(whole, [3, 40, 4, 80], torch.tensor([7, 30, 30, 12])).fingerprint
-    assert ow.never_drawn(torch.tensor([0, 0, 0, 0, 1, 1, 3]), T.RunConfig()) == 3 and ow.never_drawn(torch.tensor([0, 1]), T.RunConfig(sampler="balanced")) == 0
+    assert ow.never_drawn(torch.tensor([0, 0, 0, 0, 1, 1, 3]), T.RunConfig()) == 3
+    assert ow.never_drawn(torch.tensor([0, 1]), T.RunConfig(sampler="balanced")) == 0
 
 
 # ---- choosing
@@ -156,8 +182,10 @@ def test_distance_and_closeness_against_loops():
     z, known = (F.normalize(torch.randn(n, 5, generator=g, dtype=torch.double), dim=1) for n in (30, 40))
     y, c = torch.randint(0, 6, (40,), generator=g) * 3, torch.randint(-1, 8, (30,), generator=g)
     means = [F.normalize(known[y == k].mean(0), dim=0) for k in y.unique()]
-    assert torch.allclose(ow.class_distance(z, known, y, block=7), torch.stack([min((1 - a @ m) / 2 for m in means) for a in z]))
-    want = [-1. if c[i] < 0 or (c == c[i]).sum() < 2 else float(z[i] @ F.normalize(sum(z[j] for j in range(30) if j != i and c[j] == c[i]), dim=0)) for i in range(30)]
+    assert torch.allclose(ow.class_distance(z, known, y, block=7),
+                          torch.stack([min((1 - a @ m) / 2 for m in means) for a in z]))
+    want = [-1. if c[i] < 0 or (c == c[i]).sum() < 2 else float(z[i] @ F.normalize(sum(z[j] for j in range(30)
+        if j != i and c[j] == c[i]), dim=0)) for i in range(30)]
     assert torch.allclose(ow.closeness(z, c), torch.tensor(want))
 
 
@@ -185,26 +213,47 @@ def test_selection_by_hand():
     assert pick(share=3 / 7) == [0, -1, -1, -1, 2, -1, -1]  # noise is among the three surest, and is not taken
     assert pick(torch.tensor([.1, .2, .3, .9, .15, 1, 1]), threshold=.5, distance=.15) == [-1, 0, 1, -1, -1, -1, -1]
     again = lambda rows: torch.tensor([5, 5, 6, 6])[:len(rows)]
-    assert ow.select_samples(c, d, None, dict(mode="recluster", threshold=.5), again)[1].tolist() == [5, 5, 6, -1, 6, -1, -1]
+    assert ow.select_samples(c, d, None, dict(mode="recluster", threshold=.5), again)[1].tolist() == [5, 5, 6, -1, 6,
+        -1, -1]
     assert pick(threshold=2.) == [-1] * 7
     with pytest.raises(ValueError, match="give distance=class_distance"): pick(threshold=.5, distance=.1)
     with pytest.raises(ValueError, match="needs again="): pick(threshold=.5, mode="recluster")
 
 
-@pytest.mark.parametrize("select, message", [(dict(treshold=.5), "Did you mean 'threshold'"), (dict(mode="desity", threshold=.5), "Did you mean 'density'"), ({"mode": "density"}, "needs a threshold of density or a share"),
-                                             (dict(threshold=.5, share=.5), "one of the two"), (dict(mode="all", threshold=.5), "belong to mode 'density'"), (dict(share=0), "share must be above 0"),
-                                             (dict(threshold=.5, smallest=0), "smallest"), (dict(threshold=float("nan")), "NaN|nan|finite")])
+@pytest.mark.parametrize("select, message", [(dict(treshold=.5), "Did you mean 'threshold'"),
+                                             (dict(mode="desity", threshold=.5), "Did you mean 'density'"),
+                                             ({"mode": "density"}, "needs a threshold of density or a share"),
+                                             (dict(threshold=.5, share=.5), "one of the two"),
+                                             (dict(mode="all", threshold=.5), "belong to mode 'density'"),
+                                             (dict(share=0), "share must be above 0"),
+                                             (dict(threshold=.5, smallest=0), "smallest"),
+                                             (dict(threshold=float("nan")), "NaN|nan|finite")])
 def test_bad_selections(select, message):
     with pytest.raises(ValueError, match=message): CFG.replace(select=select)
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(clusterer="kmean"), "Did you mean 'kmeans'"), (dict(rounds=0), "rounds must be"), (dict(pool_labels="truth"), "Did you mean 'true'"), (dict(base={**TOY, "seed": 3}), "OpenWorldConfig.seed"),
-    (dict(finetune={"split": "val"}), "belongs to base"), (dict(finetune={"weigth_decay": 1.}), "Did you mean 'weight_decay'"), (dict(base={**TOY, "levels": (0, 1)}), "levels=None"), (dict(hilander={"hiden": 3}), "Did you mean 'hidden'"), (dict(hilander={"attention": "no"}), "attention must be True or False"),
-    (dict(split={"label": "x"}), "Did you mean 'labelled'"), (dict(split={"unlabelled": "x"}), "needs a list of labelled"), (dict(split={"labelled": "x", "known": .5}), "one or the other"), (dict(decode={"kk": 3}), "Did you mean 'k'"),
-    (dict(decode={"tau": 7}), "tau must be 0 to 1"), (dict(decode={"distance": "probs"}), "Did you mean 'prob'"), (dict(clusterer="hdbscan", cluster_args={"min_size": 3}), "Did you mean 'min_cluster_size'"),
-    (dict(clusterer="hdbscan", cluster_args={"clusters": 3}), "cluster_args: hdbscan finds the number"), (dict(clusterer="hdbscan", cluster_args={"min_cluster_size": 1}), "cluster_args: min_cluster_size must be"), (dict(clusterer="kmeans", cluster_args={"clusters": 0}), "1 or more"),
-    (dict(clusterer="kmeans", cluster_args={"clusters": 9, "points_per_cluster": 2}), "cluster_args: .*either"), (dict(clusterer="kmeans", cluster_args={"init": "rnd"}), "cluster_args: unknown init"), (dict(base=3), "must be a dict")])
+    (dict(clusterer="kmean"), "Did you mean 'kmeans'"), (dict(rounds=0), "rounds must be"),
+    (dict(pool_labels="truth"), "Did you mean 'true'"), (dict(base={**TOY, "seed": 3}), "OpenWorldConfig.seed"),
+    (dict(finetune={"split": "val"}), "belongs to base"), (dict(finetune={"weigth_decay": 1.}),
+                                                           "Did you mean 'weight_decay'"),
+                                                           (dict(base={**TOY, "levels": (0, 1)}), "levels=None"),
+                                                           (dict(hilander={"hiden": 3}), "Did you mean 'hidden'"),
+                                                           (dict(hilander={"attention": "no"}),
+                                                            "attention must be True or False"),
+    (dict(split={"label": "x"}), "Did you mean 'labelled'"), (dict(split={"unlabelled": "x"}),
+                                                              "needs a list of labelled"),
+                                                              (dict(split={"labelled": "x", "known": .5}),
+                                                               "one or the other"),
+                                                               (dict(decode={"kk": 3}), "Did you mean 'k'"),
+    (dict(decode={"tau": 7}), "tau must be 0 to 1"), (dict(decode={"distance": "probs"}), "Did you mean 'prob'"),
+    (dict(clusterer="hdbscan", cluster_args={"min_size": 3}), "Did you mean 'min_cluster_size'"),
+    (dict(clusterer="hdbscan", cluster_args={"clusters": 3}), "cluster_args: hdbscan finds the number"),
+    (dict(clusterer="hdbscan", cluster_args={"min_cluster_size": 1}), "cluster_args: min_cluster_size must be"),
+    (dict(clusterer="kmeans", cluster_args={"clusters": 0}), "1 or more"),
+    (dict(clusterer="kmeans", cluster_args={"clusters": 9, "points_per_cluster": 2}), "cluster_args: .*either"),
+    (dict(clusterer="kmeans", cluster_args={"init": "rnd"}), "cluster_args: unknown init"),
+    (dict(base=3), "must be a dict")])
 def test_bad_configs(changes, message):
     with pytest.raises(ValueError, match=message): CFG.replace(**changes)
 
@@ -212,16 +261,21 @@ def test_bad_configs(changes, message):
 def test_config_is_a_plain_value():
     cfg = ow.OpenWorldConfig.from_dict(json.loads(json.dumps(CFG.to_dict())))
     assert cfg == CFG and hash(cfg) == hash(CFG) and cfg.key() == CFG.key()
-    keys = {CFG.replace(**c).key() for c in (dict(seed=1), dict(rounds=2), dict(clusterer="kmeans"), dict(finetune={"lr": .5}), dict(select=dict(threshold=.4)), dict(split={"salt": "x"}), dict(base={**TOY, "lr": .5}))}
+    keys = {CFG.replace(**c).key() for c in (dict(seed=1), dict(rounds=2), dict(clusterer="kmeans"),
+                                             dict(finetune={"lr": .5}), dict(select=dict(threshold=.4)),
+                                             dict(split={"salt": "x"}), dict(base={**TOY, "lr": .5}))}
     assert len(keys | {CFG.key()}) == 8
     with pytest.raises(ValueError, match="Did you mean 'rounds'"): ow.OpenWorldConfig.from_dict(dict(round=3))
-    assert [CFG.hilander_config(r).seed for r in (0, 1)] == [CFG.replace(rounds=2).hilander_config(r).seed for r in (0, 1)] and CFG.hilander_config(0).seed != CFG.hilander_config(1).seed
+    assert [CFG.hilander_config(r).seed for r in (0, 1)] == [CFG.replace(rounds=2).hilander_config(r).seed
+                                                             for r in (0, 1)]
+    assert CFG.hilander_config(0).seed != CFG.hilander_config(1).seed
 
 
 def test_defaults_that_are_not_in_the_key():
     "An empty dict stands for the defaults, so other defaults need another SCHEMA, or old results would be read back for new settings."
     import hashlib, inspect
-    decoding = {p.name: p.default for p in inspect.signature(ow.cluster_hilander).parameters.values() if p.name in ("k", "tau", "distance", "max_levels", "early_stop")}
+    decoding = {p.name: p.default for p in inspect.signature(ow.cluster_hilander).parameters.values()
+                if p.name in ("k", "tau", "distance", "max_levels", "early_stop")}
     known = json.dumps([ow.SCHEMA, HiLanderConfig().to_dict(), decoding, ow.SELECT, ow._SELECT], sort_keys=True)
     assert hashlib.sha256(known.encode()).hexdigest()[:16] == "e66d55c3d5118fe7", "defaults have changed: raise hapnb.openworld.SCHEMA, then write the new hash here"
 
@@ -233,23 +287,34 @@ def test_the_loop(result):
     before = None
     for r in range(2):
         s = result.selection(r)
-        assert s["row"].tolist() == [*parts.labelled, *parts.pool] and (s["mask"] == 1).equals(s["selected"]) and ((s["pseudo_label"] < 0) == (s["mask"] == 2)).all()
-        assert s["selected"].any() and ((s["density"] > .1) == s["selected"])[s["mask"] > 0].all() and s["cluster"][s["mask"] == 0].eq(-1).all()
+        assert s["row"].tolist() == [*parts.labelled, *parts.pool]
+        assert (s["mask"] == 1).equals(s["selected"])
+        assert ((s["pseudo_label"] < 0) == (s["mask"] == 2)).all()
+        assert s["selected"].any()
+        assert ((s["density"] > .1) == s["selected"])[s["mask"] > 0].all()
+        assert s["cluster"][s["mask"] == 0].eq(-1).all()
         T_classes = s["pseudo_label"][s["mask"] == 0]
         new = s[s["selected"]]
-        assert (new["pseudo_label"] - new["cluster"]).unique().tolist() == [T_classes.max() + 1]  # ids are shifted, not numbered again
+        # ids are shifted, not numbered again
+        assert (new["pseudo_label"] - new["cluster"]).unique().tolist() == [T_classes.max() + 1]
         if before is None: assert (s["mask"] == 0).sum() == len(parts.labelled) and T_classes.nunique() == 12
         else:  # what was selected is trained on, under the same class
-            assert ((s["mask"] == 0) == (before["mask"] < 2)).all() and (T_classes == before["pseudo_label"][before["mask"] < 2]).all()
+            assert ((s["mask"] == 0) == (before["mask"] < 2)).all()
+            assert (T_classes == before["pseudo_label"][before["mask"] < 2]).all()
         before = s
         row = result.rounds.loc[r]
         z, chosen = result.embeddings(r), s["selected"].to_numpy()
         y = parts.whole.labels[:, 0].numpy()[s["row"].to_numpy()]
-        assert row["selected"] == chosen.sum() and row["pool"] == (s["mask"] > 0).sum() and row["selected_total"] == (s["mask"] == 0).sum() - len(parts.labelled) + chosen.sum()
+        assert row["selected"] == chosen.sum()
+        assert row["pool"] == (s["mask"] > 0).sum()
+        assert row["selected_total"] == (s["mask"] == 0).sum() - len(parts.labelled) + chosen.sum()
         out = (s["mask"] > 0).to_numpy() & ~np.isin(y, y[:len(parts.labelled)])
-        assert row["bcubed_F_out"] == clustering_scores(y[out], s["cluster"][out])["bcubed_F"] and row["points_out"] == out.sum()
-        assert row["selected_precision"] == pytest.approx(sum(np.bincount(g).max() for _, g in pd.Series(y[chosen]).groupby(s["pseudo_label"][chosen].to_numpy())) / chosen.sum())
-        far = ow.class_distance(z[(s["mask"] > 0).to_numpy(copy=True)], z[(s["mask"] == 0).to_numpy(copy=True)], torch.tensor(T_classes.tolist()))
+        assert row["bcubed_F_out"] == clustering_scores(y[out], s["cluster"][out])["bcubed_F"]
+        assert row["points_out"] == out.sum()
+        assert row["selected_precision"] == pytest.approx(sum(np.bincount(g).max()
+                                                              for _, g in pd.Series(y[chosen]).groupby(s["pseudo_label"][chosen].to_numpy())) / chosen.sum())
+        far = ow.class_distance(z[(s["mask"] > 0).to_numpy(copy=True)], z[(s["mask"] == 0).to_numpy(copy=True)],
+                                torch.tensor(T_classes.tolist()))
         assert np.allclose(s["distance"][s["mask"] > 0], far)
     with pytest.raises(ValueError, match="rounds 0, 1 did"): result.selection(2)
     with pytest.raises(ValueError, match="rounds 0 to 2"): result.selection(3)
@@ -259,37 +324,52 @@ def test_the_loop(result):
 def test_metrics_are_flat(result):
     m, rows = result.metrics, result.rounds
     for r in range(3):
-        assert m[f"R@1_level0_round{r}"] == rows["R@1_level0"][r] == result.training(r).metrics["R@1_level0"] and m[f"H-AP_round{r}"] == rows["H-AP"][r]
-    assert {"selected_round1", "selected_precision_round1", "pairwise_F_in_round1", "bcubed_F_out_round1", "bcubed_F_labelled_round0", "NMI_all_round0", "V_selected_round1"} <= set(m) and "selected_round2" not in m
+        assert m[f"R@1_level0_round{r}"] == rows["R@1_level0"][r] == result.training(r).metrics["R@1_level0"]
+        assert m[f"H-AP_round{r}"] == rows["H-AP"][r]
+    assert {"selected_round1", "selected_precision_round1", "pairwise_F_in_round1", "bcubed_F_out_round1",
+            "bcubed_F_labelled_round0", "NMI_all_round0", "V_selected_round1"} <= set(m)
+    assert "selected_round2" not in m
     assert m["H-AP"] == m["H-AP_round2"] and all(isinstance(v, (int, float)) for v in m.values())
-    assert rows["classes"].is_monotonic_increasing and rows["pseudo_classes"][0] == 0 and rows["images"][1] == rows["images"][0] + rows["selected"][0]
+    assert rows["classes"].is_monotonic_increasing
+    assert rows["pseudo_classes"][0] == 0
+    assert rows["images"][1] == rows["images"][0] + rows["selected"][0]
     assert "| round |" in result._repr_markdown_() and result.key in repr(result)
 
 
 def test_read_back_and_round_zero_is_shared(result, tmp_path):
     store = result.path.parent
     before = {p: p.stat().st_mtime_ns for p in store.rglob("*") if p.is_file()}
-    assert quiet(CFG, store).metrics == result.metrics and {p: p.stat().st_mtime_ns for p in store.rglob("*") if p.is_file()} == before
+    assert quiet(CFG, store).metrics == result.metrics
+    assert {p: p.stat().st_mtime_ns for p in store.rglob("*") if p.is_file()} == before
     one = quiet(CFG.replace(rounds=1), store)  # supervised only
-    assert one.rounds["run"][0] == result.rounds["run"][0] and len(one.rounds) == 1 and one.metrics["H-AP"] == result.metrics["H-AP_round0"]
+    assert one.rounds["run"][0] == result.rounds["run"][0]
+    assert len(one.rounds) == 1
+    assert one.metrics["H-AP"] == result.metrics["H-AP_round0"]
     with pytest.raises(ValueError, match="no round did"): one.selection(0)
     with pytest.raises(FileNotFoundError, match="no finished run"): ow.OpenWorldResult(tmp_path)
 
 
 def test_where_it_was_made_is_kept(result):
-    assert {"torch", "commit", "device", "threads"} <= set(result.environment) and result.environment["device"] == "cpu" and result.environment["data"]["images"] == 288
-    assert result.training(0).environment["torch"] in study.made_by("smoke", "toy", store=result.path.parent, keys=[result.key])
+    assert {"torch", "commit", "device", "threads"} <= set(result.environment)
+    assert result.environment["device"] == "cpu"
+    assert result.environment["data"]["images"] == 288
+    assert result.training(0).environment["torch"] in study.made_by("smoke", "toy", store=result.path.parent,
+                                                                    keys=[result.key])
 
 
 def test_one_process_only(tmp_path, result, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one process.*without a launcher"): quiet(CFG, tmp_path)
-    assert not list(tmp_path.iterdir()) and quiet(CFG, result.path.parent).metrics == result.metrics  # a finished run is read by all
+    assert not list(tmp_path.iterdir())
+    assert quiet(CFG, result.path.parent).metrics == result.metrics  # a finished run is read by all
 
 
-def contents(result): return {str(p.relative_to(result.path)): p.read_bytes() for p in sorted(result.path.rglob("*")) if p.is_file() and p.name != ".lock"}
+def contents(result):
+    return {str(p.relative_to(result.path)): p.read_bytes() for p in sorted(result.path.rglob("*")) if p.is_file()
+            and p.name != ".lock"}
 
-STAGES = ("training.json", "embeddings.safetensors", "hilander", "clusters.parquet", "selection.parquet", "metrics.json")
+STAGES = ("training.json", "embeddings.safetensors", "hilander", "clusters.parquet", "selection.parquet",
+          "metrics.json")
 
 @pytest.mark.parametrize("when", [f"{w} round_{r}/{s}" for r, w in ((0, "before"), (1, "after")) for s in STAGES])
 def test_interrupted_at_each_stage(result, tmp_path, monkeypatch, when):
@@ -351,16 +431,21 @@ for point in points:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has neither fork nor SIGKILL")
 def test_killed_again_and_again(result, tmp_path):
     "SIGKILL in the middle of trainings and just before and after stages get their names, one after the other in one store; then the same bytes, and nothing half written is left."
-    points = ["after state.pt", "before weights.safetensors", "after round_0/training.json", "before round_0/embeddings.safetensors", "after .state", "before round_0/hilander", "after round_0/hilander",
-              "after round_0/clusters.parquet", "before round_0/selection.parquet", "after round_1/training.json", "before round_1/hilander", "after round_2/metrics.json", f"before {result.key}/metrics.json"]
+    points = ["after state.pt", "before weights.safetensors", "after round_0/training.json",
+              "before round_0/embeddings.safetensors", "after .state", "before round_0/hilander",
+              "after round_0/hilander",
+              "after round_0/clusters.parquet", "before round_0/selection.parquet", "after round_1/training.json",
+              "before round_1/hilander", "after round_2/metrics.json", f"before {result.key}/metrics.json"]
     here = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
-    out = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path), *points], capture_output=True, text=True, env=env)
+    out = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path), *points], capture_output=True, text=True,
+                         env=env)
     assert out.stdout.splitlines() == [f"{p} killed" for p in points], out.stderr[-2000:]
     assert list(tmp_path.rglob(".*.part"))  # of the last one
     assert contents(quiet(CFG, tmp_path)) == contents(result) and not list(tmp_path.rglob(".*.part"))
     for name in ("weights.safetensors", "embeddings.safetensors", "metrics.json"):
-        mine, whole = ({p.parent.name: p.read_bytes() for p in s.glob(f"*/{name}")} for s in (tmp_path, result.path.parent))
+        mine, whole = ({p.parent.name: p.read_bytes() for p in s.glob(f"*/{name}")}
+                       for s in (tmp_path, result.path.parent))
         assert len(mine) >= 3 and mine.items() <= whole.items()
 
 
@@ -369,23 +454,31 @@ def test_stages_that_runs_share_are_copied(result, tmp_path, monkeypatch):
     one, made = tmp_path / "one", []
     shutil.copytree(result.path.parent, one)
     def counted(real): return functools.wraps(real)(lambda *a, **k: made.append(real.__name__) or real(*a, **k))
-    for name in ("extract_features", "train_hilander", "cluster_hilander"): monkeypatch.setattr(ow, name, counted(getattr(ow, name)))
+    for name in ("extract_features", "train_hilander", "cluster_hilander"):
+        monkeypatch.setattr(ow, name, counted(getattr(ow, name)))
     first = CFG.replace(rounds=1, last_selection=True)
-    others = dict(threshold=(first.replace(select=dict(threshold=.3)), {}), tau=(first.replace(decode=dict(k=4, tau=.7)), dict(cluster_hilander=2)),
-                  hilander=(first.replace(hilander=SMALL | dict(epochs=61)), dict(train_hilander=1, cluster_hilander=2)),
-                  embedding=(first.replace(base=TOY | dict(epochs=9)), dict(extract_features=1, train_hilander=1, cluster_hilander=2)))
+    others = dict(threshold=(first.replace(select=dict(threshold=.3)), {}),
+                  tau=(first.replace(decode=dict(k=4, tau=.7)), dict(cluster_hilander=2)),
+                  hilander=(first.replace(hilander=SMALL | dict(epochs=61)),
+                            dict(train_hilander=1, cluster_hilander=2)),
+                  embedding=(first.replace(base=TOY | dict(epochs=9)),
+                             dict(extract_features=1, train_hilander=1, cluster_hilander=2)))
     for name, (cfg, work) in others.items():
         made.clear()
         r = quiet(cfg, one)
         assert Counter(made) == work, name
         assert contents(r) == contents(quiet(cfg, tmp_path / name))
-    for model in one.glob("*/round_0/hilander/hilander.safetensors"): model.write_bytes(model.read_bytes()[:-20])  # a copy of something damaged is not used
+    for model in one.glob("*/round_0/hilander/hilander.safetensors"):
+        model.write_bytes(model.read_bytes()[:-20])  # a copy of something damaged is not used
     made.clear()
     r = quiet(first.replace(decode=dict(k=4, tau=.6)), one)
-    assert Counter(made) == dict(train_hilander=1, cluster_hilander=2) and contents(r) == contents(quiet(r.config, tmp_path / "alone"))
+    assert Counter(made) == dict(train_hilander=1, cluster_hilander=2)
+    assert contents(r) == contents(quiet(r.config, tmp_path / "alone"))
 
 
-@pytest.mark.parametrize("file", ["round_0/embeddings.safetensors", "round_0/hilander/hilander.safetensors", "round_1/clusters.parquet", "round_0/selection.parquet", "round_1/training.json", "round_0/metrics.json"])
+@pytest.mark.parametrize("file", ["round_0/embeddings.safetensors", "round_0/hilander/hilander.safetensors",
+                                  "round_1/clusters.parquet", "round_0/selection.parquet", "round_1/training.json",
+                                  "round_0/metrics.json"])
 def test_damaged_state_is_made_again(result, tmp_path, file, capsys):
     folder = tmp_path / result.key
     shutil.copytree(result.path.parent, tmp_path, dirs_exist_ok=True)
@@ -409,26 +502,37 @@ def test_a_stage_that_was_made_from_something_else(result, tmp_path):
     tensors, note = ow._read_tensors(folder / "round_0/embeddings.safetensors")
     ow._write_tensors(folder / "round_0/embeddings.safetensors", {"embeddings": tensors["embeddings"].flip(1)}, note)
     again = quiet(CFG, tmp_path)
-    assert not torch.equal(again.embeddings(0), result.embeddings(0)) and contents(again)["round_0/clusters.parquet"] != contents(result)["round_0/clusters.parquet"]
+    assert not torch.equal(again.embeddings(0), result.embeddings(0))
+    assert contents(again)["round_0/clusters.parquet"] != contents(result)["round_0/clusters.parquet"]
 
 
 def test_nothing_above_the_threshold(tmp_path, capsys):
     cfg = CFG.replace(select=dict(threshold=1.5), rounds=4)
     r = ow.run_rounds(cfg, tmp_path, device="cpu", workers=0)
     assert "no image of 228 was selected (mode density, threshold 1.5" in capsys.readouterr().out
-    assert r.rounds["stopped"].tolist() == [0, 1, 1, 1] and r.rounds["why"].str.contains("no image of").all() and r.rounds["H-AP"].nunique() == 1
-    assert r.metrics["selected_round0"] == 0 and r.metrics["H-AP_round3"] == r.metrics["H-AP"] and r.metrics["stopped_round3"] == 1 and "selected_precision_round0" not in r.metrics
+    assert r.rounds["stopped"].tolist() == [0, 1, 1, 1]
+    assert r.rounds["why"].str.contains("no image of").all()
+    assert r.rounds["H-AP"].nunique() == 1
+    assert r.metrics["selected_round0"] == 0
+    assert r.metrics["H-AP_round3"] == r.metrics["H-AP"]
+    assert r.metrics["stopped_round3"] == 1
+    assert "selected_precision_round0" not in r.metrics
     assert contents(quiet(cfg, tmp_path)) == contents(r) and not r.selection(0)["selected"].any()
 
 
 def test_the_pool_runs_out(tmp_path):
     r = quiet(CFG.replace(select=dict(mode="all"), rounds=3), tmp_path)
-    assert r.rounds["selected"][0] == 228 and r.rounds["why"][1] == "0 images are left in the pool, too few for 4 neighbours each" and r.rounds["stopped"].tolist() == [0, 0, 1]
+    assert r.rounds["selected"][0] == 228
+    assert r.rounds["why"][1] == "0 images are left in the pool, too few for 4 neighbours each"
+    assert r.rounds["stopped"].tolist() == [0, 0, 1]
 
 
 def test_upper_bound(tmp_path):
     r = quiet(CFG.replace(pool_labels="true"), tmp_path)
-    assert r.rounds["images"].tolist() == [288] * 3 and r.rounds["classes"][0] == 36 and r.rounds["H-AP"].nunique() == 1 and r.rounds["stopped"].tolist() == [0, 1, 1]
+    assert r.rounds["images"].tolist() == [288] * 3
+    assert r.rounds["classes"][0] == 36
+    assert r.rounds["H-AP"].nunique() == 1
+    assert r.rounds["stopped"].tolist() == [0, 1, 1]
     assert r.training(0).config == CFG.run_config(0)
 
 
@@ -436,17 +540,22 @@ def test_upper_bound(tmp_path):
 def test_other_clusterers(clusterer, tmp_path):
     r = quiet(CFG.replace(clusterer=clusterer, rounds=2, select={}), tmp_path)
     s, args = r.selection(0), json.loads((r.path / "round_0/clusterer.json").read_text())["args"]
-    assert set(args) == {dict(kmeans="points_per_cluster", agglomerative="threshold", hdbscan="min_cluster_size")[clusterer]} and 0 < s["selected"].sum() <= 228
+    assert set(args) == {dict(kmeans="points_per_cluster", agglomerative="threshold",
+                              hdbscan="min_cluster_size")[clusterer]}
+    assert 0 < s["selected"].sum() <= 228
     if clusterer == "kmeans": assert s["selected"].sum() <= 114
     if clusterer == "hdbscan": assert (s["selected"] == (s["cluster"] >= 0)).all()
     z, new = r.embeddings(0), (s["mask"] > 0).to_numpy(copy=True)
-    assert np.allclose(s["density"][new], ow.closeness(z[new], torch.tensor(s["cluster"][new].to_numpy().copy())), atol=1e-6)
+    assert np.allclose(s["density"][new], ow.closeness(z[new], torch.tensor(s["cluster"][new].to_numpy().copy())),
+                       atol=1e-6)
 
 
 def test_a_number_of_clusters(tmp_path):
     "More clusters than images are left in a later round: as many as images."
     r = quiet(CFG.replace(clusterer="kmeans", cluster_args={"clusters": 150}, select=dict(share=.5)), tmp_path)
-    assert json.loads((r.path / "round_1/clusterer.json").read_text())["args"] == {"clusters": 150} and r.rounds["pool"][1] < 150 and r.rounds["clusters_pool"][0] == 150
+    assert json.loads((r.path / "round_1/clusterer.json").read_text())["args"] == {"clusters": 150}
+    assert r.rounds["pool"][1] < 150
+    assert r.rounds["clusters_pool"][0] == 150
     assert r.rounds["clusters_pool"][1] == r.rounds["pool"][1]
 
 
@@ -456,7 +565,8 @@ def test_recluster_and_distance(tmp_path, result):
     cut = float(result.selection(0)["distance"].quantile(.5))
     far = quiet(CFG.replace(select=dict(threshold=.1, distance=cut), rounds=2), tmp_path).selection(0)
     near = result.selection(0)
-    assert (far["selected"] == (near["selected"] & (near["distance"] > np.float32(cut)))).all() and far["selected"].sum() < near["selected"].sum()
+    assert (far["selected"] == (near["selected"] & (near["distance"] > np.float32(cut)))).all()
+    assert far["selected"].sum() < near["selected"].sum()
 
 
 # ---- no leaks
@@ -475,19 +585,24 @@ def as_table(folder, shuffle):
     pool = parts.pool
     if shuffle: frame.loc[pool, "hue"] = frame.loc[np.random.default_rng(0).permutation(pool), "hue"].to_numpy()
     frame.to_csv(folder / "images.csv", index=False)
-    for name, own in (("L", parts.labelled), ("U", pool)): (folder / f"{name}.txt").write_text("\n".join(frame["path"][own]) + "\n")
-    return CFG.replace(base={**TOY, "dataset": "table", "dataset_args": {}, "data_dir": str(folder / "images.csv")}, split=dict(labelled=str(folder / "L.txt"), unlabelled=str(folder / "U.txt")))
+    for name, own in (("L", parts.labelled), ("U", pool)):
+        (folder / f"{name}.txt").write_text("\n".join(frame["path"][own]) + "\n")
+    return CFG.replace(base={**TOY, "dataset": "table", "dataset_args": {}, "data_dir": str(folder / "images.csv")},
+                       split=dict(labelled=str(folder / "L.txt"), unlabelled=str(folder / "U.txt")))
 
 
 @pytest.mark.parametrize("clusterer", ["hilander", "kmeans", "agglomerative", "hdbscan"])
 def test_labels_of_the_pool_do_not_leak(tmp_path, clusterer):
-    a, b = (as_table(tmp_path / n, s).replace(clusterer=clusterer, select={} if clusterer != "hilander" else CFG.to_dict()["select"]) for n, s in (("a", False), ("b", True)))
+    a, b = (as_table(tmp_path / n, s).replace(clusterer=clusterer,
+                                              select={} if clusterer != "hilander" else CFG.to_dict()["select"])
+                                              for n, s in (("a", False), ("b", True)))
     a, b = (quiet(c, tmp_path / "store") for c in (a, b))
     assert a.key != b.key and a.metrics["bcubed_F_pool_round0"] != b.metrics["bcubed_F_pool_round0"]  # only scores know
     for r in range(2):
         assert a.selection(r)["selected"].any()
         pd.testing.assert_frame_equal(a.selection(r), b.selection(r))
-    assert a.metrics["H-AP_round2" if "H-AP_round2" in a.metrics else "AP_level0_round2"] == b.metrics["H-AP_round2" if "H-AP_round2" in b.metrics else "AP_level0_round2"]
+    assert a.metrics["H-AP_round2" if "H-AP_round2" in a.metrics else "AP_level0_round2"] == b.metrics["H-AP_round2"
+        if "H-AP_round2" in b.metrics else "AP_level0_round2"]
 
 
 # ---- odd data
@@ -505,11 +620,17 @@ def test_a_pool_that_nobody_can_score(tmp_path, monkeypatch, result):
     monkeypatch.setattr(ow, "load_splits", lambda c: (hidden(parts.pool), parts.test))
     r = quiet(cfg, tmp_path)
     pd.testing.assert_frame_equal(r.selection(0), result.selection(0))
-    assert r.rounds["pool"][0] == len(parts.pool) and {"selected_in", "bcubed_F_labelled"} <= set(r.rounds) and not {"selected_precision", "bcubed_F_pool", "bcubed_F_out"} & set(r.rounds)
-    assert r.rounds["selected_out"][0] == r.rounds["selected_in"][0] == 0 < r.rounds["selected"][0] and not len(ow.found_classes(r, 0))
-    with pytest.raises(ValueError, match="pool_labels='true' needs a class, and 228 have none"): quiet(cfg.replace(pool_labels="true"), tmp_path)
+    assert r.rounds["pool"][0] == len(parts.pool)
+    assert {"selected_in", "bcubed_F_labelled"} <= set(r.rounds)
+    assert not {"selected_precision", "bcubed_F_pool", "bcubed_F_out"} & set(r.rounds)
+    assert r.rounds["selected_out"][0] == r.rounds["selected_in"][0] == 0 < r.rounds["selected"][0]
+    assert not len(ow.found_classes(r, 0))
+    with pytest.raises(ValueError, match="pool_labels='true' needs a class, and 228 have none"):
+        quiet(cfg.replace(pool_labels="true"), tmp_path)
     monkeypatch.setattr(ow, "load_splits", lambda c: (hidden(parts.labelled[3:5]), parts.test))
-    with pytest.raises(ValueError, match=f"labelled image needs a class, and 2 have none, first '{ow.image_paths(parts.whole)[parts.labelled[3]]}'"): quiet(cfg, tmp_path)
+    with pytest.raises(ValueError,
+                       match=f"labelled image needs a class, and 2 have none, first '{ow.image_paths(parts.whole)[parts.labelled[3]]}'"):
+        quiet(cfg, tmp_path)
     monkeypatch.setattr(ow, "load_splits", lambda c: (hidden(parts.pool[:9]), parts.test))
     dealt = ow.load_parts(CFG)  # by the rule, an image without a class is in the pool
     assert set(parts.pool[:9]) <= set(dealt.pool) and len(dealt.pool) + len(dealt.labelled) == len(parts.whole)
@@ -537,45 +658,64 @@ def test_copies_in_the_pool(tmp_path):
 # ---- grids, recipes, pictures
 
 def test_a_grid_in_worker_processes(tmp_path, result):
-    grid = study.grid(CFG.replace(rounds=2), 2, method={"Hi-LANDER": {}, "supervised": {"rounds": 1}, "k-means": {"clusterer": "kmeans", "select": {}}, "all labels": {"pool_labels": "true"}})
+    grid = study.grid(CFG.replace(rounds=2), 2, method={"Hi-LANDER": {}, "supervised": {"rounds": 1},
+                                                        "k-means": {"clusterer": "kmeans", "select": {}},
+                                                        "all labels": {"pool_labels": "true"}})
     rows = study.run_grid(grid, tmp_path, jobs=2, device="cpu", progress=False, runner=ow.run_rounds)
     assert len(rows) == 8 and rows["H-AP"].notna().all() and rows["selected_round0"].notna().sum() == 4
     mine = rows[(rows["method"] == "Hi-LANDER") & (rows["seed"] == 0)].iloc[0]
-    assert mine["H-AP_round1"] == result.metrics["H-AP_round1"] and mine["selected_round0"] == result.metrics["selected_round0"]
-    assert (rows["H-AP_round0"][rows["method"] == "supervised"].to_numpy() == rows["H-AP_round0"][rows["method"] == "k-means"].to_numpy()).all()
+    assert mine["H-AP_round1"] == result.metrics["H-AP_round1"]
+    assert mine["selected_round0"] == result.metrics["selected_round0"]
+    assert (rows["H-AP_round0"][rows["method"] == "supervised"].to_numpy()
+            == rows["H-AP_round0"][rows["method"] == "k-means"].to_numpy()).all()
 
 
 @pytest.mark.parametrize("name", ["pss/inat", "pss/inat-vit"])
 def test_recipes_on_a_small_tree(name, tmp_path):
     "Two rounds with the recipe's network, loss, sampler, optimiser and clusterer; images, batch and numbers of epochs are smaller, weights random."
     cfg, _ = inat(tmp_path)
-    small = dict(data_dir=str(tmp_path), dataset_args={"counts": False}, pretrained=False, image_size=32, batch_size=8, epochs=2, ks=(1, 4), sampler_args={"m": 2}, eval_every=0)
-    run = ow.recipe(name).config(base=small, hilander=dict(epochs=2), decode=dict(k=3), select=dict(threshold=-1.), rounds=2, split=thaw_split(cfg))
+    small = dict(data_dir=str(tmp_path), dataset_args={"counts": False}, pretrained=False, image_size=32, batch_size=8,
+                 epochs=2, ks=(1, 4), sampler_args={"m": 2}, eval_every=0)
+    run = ow.recipe(name).config(base=small, hilander=dict(epochs=2), decode=dict(k=3), select=dict(threshold=-1.),
+                                 rounds=2, split=thaw_split(cfg))
     r = quiet(run, tmp_path / "store")
     first, second = r.training(0).config, r.training(1).config
     assert (first.weight_decay, second.weight_decay, first.freeze_blocks) == (4e-4, 1e-3, 11 if "vit" in name else 0)
-    assert r.rounds["selected"][0] == 16 and r.rounds["images"].tolist() == [12, 28] and set(r.metrics) >= {"R@1_level0_round1", "pairwise_F_out_round0"}
+    assert r.rounds["selected"][0] == 16
+    assert r.rounds["images"].tolist() == [12, 28]
+    assert set(r.metrics) >= {"R@1_level0_round1", "pairwise_F_out_round0"}
 
 def thaw_split(cfg): return T.thaw(cfg.split)
 
 
 def test_recipes_say_where_values_come_from():
     for name, r in ow.OPEN_WORLD_RECIPES.items():
-        def paths(d, at=""): return {p for k, v in d.items() for p in (paths(v, f"{at}{k}/") if isinstance(v, dict) and v else {f"{at}{k}"})}
-        assert paths(r.fields) == set(r.sources) and set(r.sources.values()) <= set(ow.SOURCES) and "| select / threshold |" in r._repr_markdown_()
+        def paths(d, at=""):
+            return {p for k, v in d.items() for p in (paths(v, f"{at}{k}/") if isinstance(v, dict) and v
+                                                      else {f"{at}{k}"})}
+        assert paths(r.fields) == set(r.sources)
+        assert set(r.sources.values()) <= set(ow.SOURCES)
+        assert "| select / threshold |" in r._repr_markdown_()
     a, b = (ow.recipe(n).config() for n in ("pss/inat", "pss/inat-vit"))
-    assert (a.rounds, a.finetune, a.decode, a.selection()["threshold"], b.selection()["threshold"]) == (5, {"weight_decay": 1e-3}, {"k": 9, "tau": 0.9, "distance": "prob"}, 0.8, 0.65)
-    assert a.hilander_config(0).to_dict() | {"seed": 0} == HiLanderConfig.published().to_dict() and a.run_config(1).weight_decay == 1e-3 and a.run_config(1).epochs == 400
+    assert (a.rounds, a.finetune, a.decode, a.selection()["threshold"], b.selection()["threshold"]) == (5,
+        {"weight_decay": 1e-3}, {"k": 9, "tau": 0.9, "distance": "prob"}, 0.8, 0.65)
+    assert a.hilander_config(0).to_dict() | {"seed": 0} == HiLanderConfig.published().to_dict()
+    assert a.run_config(1).weight_decay == 1e-3
+    assert a.run_config(1).epochs == 400
     with pytest.raises(ValueError, match="Did you mean 'pss/inat'"): ow.recipe("pss/int")
 
 
 def test_pictures_of_clusters(result):
     table = ow.found_classes(result, 0, unseen=False)
     s, y = result.selection(0), result.parts.whole.labels[:, 0].numpy()
-    assert table["size"].sum() == s["selected"].sum() and (table["right"].sum() / table["size"].sum()) == pytest.approx(result.rounds["selected_precision"][0])
+    assert table["size"].sum() == s["selected"].sum()
+    assert (table["right"].sum() / table["size"].sum()) == pytest.approx(result.rounds["selected_precision"][0])
     unseen = ow.found_classes(result, 0)
     assert not set(unseen["label"]) & set(y[result.parts.labelled])
     good, bad = ow.pick_clusters(table, 3, 2, 1)
-    assert (table.loc[good, "purity"] == 1).all() and (table.loc[bad, "purity"] < 1).all() and len(good) <= 3 and len(bad) <= 2
+    assert (table.loc[good, "purity"] == 1).all()
+    assert (table.loc[bad, "purity"] < 1).all()
+    assert len(good) <= 3
+    assert len(bad) <= 2
     fig = ow.show_clusters(result, 0, good=2, bad=2, columns=5, title="x")
     assert fig.axes[0].images and len(fig.axes[0].images) <= 20

@@ -1,10 +1,14 @@
 """Pictures hold what they were given, and say clearly what they cannot draw."""
+import io
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.text import Text
 from PIL import Image
 
 from hapnb import plots
@@ -21,7 +25,9 @@ def space():
 
 
 def rows(seeds=3):
-    return [dict(loss=l, seed=s, batch_size=b, AP=.2 + .1 * i + .01 * s) for i, l in enumerate(["a", "b"]) for s in range(seeds) for b in (16, 32)]
+    models = enumerate(["a", "b"])
+    return [dict(loss=l, seed=s, batch_size=b, AP=.2 + .1 * i + .01 * s) for i, l in models for s in range(seeds)
+            for b in (16, 32)]
 
 
 def test_top_k_against_a_plain_loop(space):
@@ -44,14 +50,15 @@ def test_top_k_names_a_query_that_does_not_exist(space, queries):
     with pytest.raises(ValueError, match="outside 0..47"): plots.top_k(*space, queries)
 
 
-def test_panel_draws_every_image_once_a_model(space):
+def test_panel_draws_every_image_once_per_model(space):
     images = [Image.new("RGB", (20, 10 + i), (i, 0, 0)) for i in range(48)]
     found = {n: plots.top_k(*space, [0, 5], k=4) for n in ("one", "two", "three")}
-    fig = plots.retrieval_panel(images, [0, 5], {n: f[0] for n, f in found.items()}, {n: f[1] for n, f in found.items()}, LEVELS)
+    idx, shared = ({n: f[i] for n, f in found.items()} for i in (0, 1))
+    fig = plots.retrieval_panel(images, [0, 5], idx, shared, LEVELS)
     ax = fig.axes[0]
     marks = [t.get_text() for t in ax.texts if t.get_text().isdigit()]
     assert len(ax.images) == 2 + 2 * 3 * 4
-    assert marks == [str(int(v)) for b in range(2) for n in found for v in found[n][1][b]]
+    assert marks == [str(int(v)) for b in range(2) for n in found for v in shared[n][b]]
     assert len(fig.legends[0].get_texts()) == 4
 
 
@@ -63,14 +70,17 @@ def test_panel_of_an_unequal_model_is_refused(space):
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])
 def test_maps_repeat(space, method):
-    points = lambda: np.concatenate([c.get_offsets() for c in plots.embedding_map(*space, method=method).axes[0].collections])
+    def points():
+        ax = plots.embedding_map(*space, method=method).axes[0]
+        return np.concatenate([c.get_offsets() for c in ax.collections])
     assert points().shape == (48, 2)
     assert np.array_equal(points(), points())
 
 
 def test_map_leaves_unknown_classes_out(space):
     emb, labels = space
-    labels = labels.clone(); labels[:4] = -1
+    labels = labels.clone()
+    labels[:4] = -1
     fig = plots.embedding_map(emb, labels)
     assert sum(len(c.get_offsets()) for c in fig.axes[0].collections) == 44
 
@@ -79,6 +89,7 @@ def test_figures_and_tables_have_one_interval():
     from hapnb import study
     values = [.31, .335, .32, .36]
     for level in (.9, .95): assert plots.interval(values, level) == study.interval(values, level)[:2]
+    with pytest.raises(ValueError, match="between 0 and 1"): plots.interval(values, 95)
 
 
 def test_dots_show_mean_and_interval():
@@ -95,7 +106,7 @@ def test_a_single_run_is_hollow_and_has_no_interval():
     assert box[0].get_markerfacecolor() == "white" and box[2] == ()
 
 
-def test_curve_has_one_line_a_model_and_log2_ticks():
+def test_curve_has_one_line_per_model_and_log2_ticks():
     fig = plots.curve(pd.DataFrame(rows()), "batch_size", "AP", log2=True)
     ax = fig.axes[0]
     assert len(ax.lines) == 2 and [t.get_text() for t in ax.get_xticklabels()] == ["16", "32"]
@@ -115,7 +126,7 @@ def test_history_from_a_file(tmp_path):
     assert fig.axes[1].lines[0].get_ydata() == pytest.approx([30.])
 
 
-def test_histogram_has_area_one_a_level(space):
+def test_histogram_has_area_one_per_level(space):
     ax = plots.score_histogram(*space, LEVELS).axes[0]
     areas = [float((p.get_data().values * np.diff(p.get_data().edges)).sum()) for p in ax.patches]
     assert areas == pytest.approx([1.] * 4)
@@ -132,6 +143,7 @@ def test_figures_are_closed_and_saved_alike(space, tmp_path):
 
 @pytest.mark.parametrize("call, message", [
     (lambda e, l: plots.embedding_map(e[:3], l), "labels have 48 rows"),
+    (lambda e, l: plots.embedding_map(e / 0, l), "NaN or infinite values in row"),
     (lambda e, l: plots.score_histogram({"m": e[:3]}, l), "'m'"),
     (lambda e, l: plots.score_histogram(e, l, ["one"]), "1 level names for 3 levels"),
     (lambda e, l: plots.metric_dots([], ["AP"]), "no column"),
@@ -150,14 +162,16 @@ def crosses(ax): return [l for l in ax.lines if l.get_marker() == "x"]
 
 
 def test_a_failed_setting_is_crossed_and_the_others_are_kept():
-    broken = [{**r, "AP": np.nan} if r["batch_size"] == 16 and (r["loss"] == "b" or r["seed"] == 2) else r for r in rows()]
+    def failed(r): return r["batch_size"] == 16 and (r["loss"] == "b" or r["seed"] == 2)
+    broken = [{**r, "AP": np.nan} if failed(r) else r for r in rows()]
     ax = plots.curve(broken, "batch_size", "AP", log2=True).axes[0]
     assert [list(l.get_xdata()) for l in crosses(ax)] == [[16], [16]]
     assert [t.get_text() for t in ax.texts] == ["1 of 3 failed", "failed"]
     a, b = [l.get_ydata() for l in ax.lines if l.get_marker() != "x"]
     assert list(a) == pytest.approx([20.5, 21]) and np.isnan(b[0]) and b[1] == pytest.approx(31)
     lowest = ax.transData.transform((16, 20.5))[1]
-    assert all(ax.transAxes.transform((0, l.get_ydata()[0]))[1] < lowest for l in crosses(ax)), "a cross hides a value"
+    heights = [ax.transAxes.transform((0, l.get_ydata()[0]))[1] for l in crosses(ax)]
+    assert max(heights) < lowest, "a cross hides a value"
 
 
 def test_nothing_is_crossed_without_failures():
@@ -166,24 +180,30 @@ def test_nothing_is_crossed_without_failures():
 
 
 def square(bad=()):
-    return [dict(tau=t, weight=w, seed=s, AP=np.nan if (t, w, s) in bad else .1 * t + .01 * w + .001 * s) for t in (1, 2) for w in (0, 3) for s in range(3)]
+    def ap(t, w, s): return np.nan if (t, w, s) in bad else .1 * t + .01 * w + .001 * s
+    return [dict(tau=t, weight=w, seed=s, AP=ap(t, w, s)) for t in (1, 2) for w in (0, 3) for s in range(3)]
+
+
+def cell_texts(ax): return {tuple(np.floor(t.get_position()).astype(int)): t.get_text() for t in ax.texts}
 
 
 def test_surface_writes_mean_and_interval_into_each_cell():
     ax = plots.surface(square(), "tau", "weight", "AP", xlabel="tau (no unit)").axes[0]
     mean, half = plots.interval([10., 10.1, 10.2])
-    text = {t.get_position(): t.get_text() for t in ax.texts}
+    text = cell_texts(ax)
     assert text[0, 0] == f"{mean:.1f}\n± {half:.1f}" and text[1, 1].startswith("23.1") and len(text) == 4
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "2"] and [t.get_text() for t in ax.get_yticklabels()] == ["0", "3"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "2"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["0", "3"] and ax.get_ylim() == (0, 2)
     assert np.asarray(ax.collections[0].get_array()).ravel() == pytest.approx([10.1, 20.1, 13.1, 23.1])
 
 
 def test_surface_says_what_failed_and_what_was_not_run():
     bad = {(1, 0, s) for s in range(3)} | {(2, 3, 1)}
-    ax = plots.surface([r for r in square(bad) if (r["tau"], r["weight"]) != (2, 0)], "tau", "weight", "AP").axes[0]
-    text = {t.get_position(): t.get_text() for t in ax.texts}
+    known = [r for r in square(bad) if (r["tau"], r["weight"]) != (2, 0)]
+    ax = plots.surface(known, "tau", "weight", "AP").axes[0]
+    text = cell_texts(ax)
     assert text[0, 0] == "failed" and text[1, 0] == "not run" and text[1, 1].endswith("1 of 3 failed")
-    assert sorted(round(l.get_xdata()[0]) for l in crosses(ax)) == [0, 1]
+    assert sorted((int(l.get_xdata()[0]), int(l.get_ydata()[0])) for l in crosses(ax)) == [(0, 0), (1, 1)]
 
 
 def test_published_surface_has_a_scale_of_its_own():
@@ -203,5 +223,56 @@ def test_surface_of_one_run_and_of_equal_values():
 
 
 def test_surface_refuses_mixed_rows():
-    with pytest.raises(ValueError, match="tau 1, weight 0 and seed 0: something else varies"): plots.surface(square() * 2, "tau", "weight", "AP")
-    with pytest.raises(ValueError, match="no column 'lambda'"): plots.surface(square(), "tau", "lambda", "AP")
+    for given, x, message in ((square() * 2, "tau", "tau 1, weight 0 and seed 0: something else varies"),
+                              (square(), "lambda", "no column 'lambda'")):
+        with pytest.raises(ValueError, match=message): plots.surface(given, x, "weight", "AP")
+
+
+# names are text
+
+NAMES = ["$10 to $20", "_other", r"x $\frac$ y", "a"]
+
+
+def named_rows(column="loss"):
+    return [{"seed": s, "x": x, column: n, "AP": .1 * i + .01 * s + .1 * x} for i, n in enumerate(NAMES)
+            for s in range(2) for x in (1, 2)]
+
+
+def panel(e, l):
+    idx, shared = plots.top_k(e, l, [0], k=2)
+    return plots.retrieval_panel([Image.new("RGB", (8, 8))] * 48, [0], dict.fromkeys(NAMES, idx),
+                                 dict.fromkeys(NAMES, shared), NAMES[:3])
+
+
+def history(): return [{"epoch": i, "loss $a$ and $b$": 1. / i} for i in (1, 2)]
+
+
+def one(**fields): return [{"loss": "a", **fields}]
+
+
+@pytest.mark.parametrize("draw, in_legend", [
+    pytest.param(panel, (), id="panel"),
+    pytest.param(lambda e, l: plots.embedding_map(e, torch.arange(48) // 12, names=NAMES), NAMES, id="map of classes"),
+    pytest.param(lambda e, l: plots.embedding_map(dict.fromkeys(NAMES, e), l), (), id="maps of models"),
+    pytest.param(lambda e, l: plots.metric_dots(named_rows(), ["AP"]), NAMES, id="dots"),
+    pytest.param(lambda e, l: plots.metric_dots(one(**{"$a$ $": .5}), ["$a$ $"]), (), id="dots of metrics"),
+    pytest.param(lambda e, l: plots.curve(named_rows(), "x", "AP"), NAMES, id="curve"),
+    pytest.param(lambda e, l: plots.curve(one(**{"$a$": 1, "$b$": .5}), "$a$", "$b$"), (), id="curve of columns"),
+    pytest.param(lambda e, l: plots.surface(named_rows("y"), "x", "y", "AP"), (), id="surface"),
+    pytest.param(lambda e, l: plots.loss_shape(dict.fromkeys(NAMES, torch.sigmoid)), NAMES, id="loss shape"),
+    pytest.param(lambda e, l: plots.training_curves(dict.fromkeys(NAMES, history())), (), id="training"),
+    pytest.param(lambda e, l: plots.score_histogram(dict.fromkeys(NAMES, e), l, NAMES[:3]), (), id="scores"),
+])
+def test_names_are_text_and_none_leaves_the_legend(space, draw, in_legend):
+    fig = draw(*space)
+    fig.savefig(io.BytesIO())  # a formula that cannot be read would raise here
+    texts = [t for t in fig.findobj(Text) if t.get_visible()]
+    assert not [t for t in texts if t.get_parse_math() and "$" in t.get_text() and "s_j" not in t.get_text()]
+    assert any("$" in t.get_text() for t in texts)
+    legends = [t.get_text() for l in fig.findobj(Legend) for t in l.get_texts()]
+    assert set(in_legend) <= set(legends) and "x" not in legends
+
+
+def test_captions_of_the_caller_may_hold_formulas():
+    ax = plots.curve(rows(), "batch_size", "AP", xlabel=r"$\tau$", ylabel="$y$").axes[0]
+    assert ax.xaxis.label.get_parse_math() and ax.yaxis.label.get_parse_math()
