@@ -19,10 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .core import pick_device
-from .large_batches import CrossBatchMemory, _check_norms, memory_part
-from .train import (FeatureNet, RunConfig, Trainer, _View, _check_registered, _columns, _images, build_net,
-                         check_memory, load_splits, make_accelerator, make_loss_for, thaw)
+from .batches import _View, _images
+from .config import RunConfig, load_splits, thaw
+from .helpers import pick_device
+from .large_batches import CrossBatchMemory, _check_norms, check_memory, memory_part
+from .runs import FeatureNet, _check_registered, _columns, build_net, make_loss_for
+from .train import Trainer, make_accelerator
 
 # %% ../nbs/36_plan.ipynb #3a8c245e
 def parameters_of(parts: dict, # name -> module, or None
@@ -83,7 +85,7 @@ def counted(cfg: RunConfig, data: tuple) -> dict: # "train", "test" -> {"images"
 # %% ../nbs/36_plan.ipynb #d1f392aa
 def published(cfg: RunConfig) -> dict: # as `counted`; None or absent: not published
     "Look up the published images and classes of a run's dataset; {} if there are none, or none for its split."
-    from hapnb.data import source_of
+    from hapnb.benchmarks import source_of
     try: counts = source_of(cfg.dataset).counts
     except ValueError: return {}  # bundled, or the user's own
     if cfg.split != "test": return {}  # published are the two halves, not our validation classes
@@ -337,7 +339,7 @@ class Plan:
     exact: bool # False: at most `steps_epoch`
     parameters: dict # "trunk", "head", "loss" -> {"all", "trained"}
     memory: dict # what -> (bytes, how that is known)
-    seconds: dict = field(default_factory=dict) # per step: "network", "loss", "optimiser"; per image: "evaluate", "load"
+    seconds: dict = field(default_factory=dict) # step: "network", "loss", "optimiser"; image: "evaluate", "load"
     probe_batch: int = 0 # images that went through the network at once
     notes: list = field(default_factory=list)
 
