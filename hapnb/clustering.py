@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Contingency', 'Scores', 'CLUSTERERS', 'contingency', 'pairwise_scores', 'bcubed_scores', 'clustering_scores',
-           'find_clusterer', 'cluster', 'kmeans', 'agglomerative', 'hdbscan', 'Choice', 'choose']
+           'find_clusterer', 'cluster', 'nmi', 'kmeans', 'agglomerative', 'hdbscan', 'Choice', 'choose']
 
 # %% ../nbs/46_clustering.ipynb #f706e52a
 import importlib, inspect
@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import Registry, check_embeddings, check_number, nearest
-from .metrics import _kmeans, _neighbours, nmi
+from .core import check_embeddings
+from .helpers import Registry, check_number, nearest
+from .metrics import _check_levels, _check_pair, _faiss, _neighbours
 
 # %% ../nbs/46_clustering.ipynb #6a6be3e8
 def _checked(values, name):
@@ -180,6 +181,38 @@ def _spread_rows(x, k, seed):
         if total[-1] == 0: break
         rows.append(min(int(np.searchsorted(total, rng.random() * total[-1], side="right")), len(x) - 1))
     return rows
+
+# %% ../nbs/46_clustering.ipynb #9ddf1153
+def _kmeans(x, k, seed, iterations, backend, start=None):
+    "Cluster numbers of the rows of float32 array `x`; faiss begins at random rows, or at the centres `start` `[k, D]`."
+    if backend == "sklearn":
+        from sklearn.cluster import KMeans
+        return KMeans(k, n_init=1, max_iter=iterations, random_state=seed).fit_predict(x)
+    if backend != "faiss": raise ValueError(f"unknown backend {backend!r}.{nearest(backend, ['faiss', 'sklearn'])} Known: faiss, sklearn.")
+    # without these limits faiss would warn about small clusters and drop points of large ones
+    km = _faiss().Kmeans(x.shape[1], k, niter=iterations, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(x) + 1)
+    km.train(x, init_centroids=start)
+    return km.index.search(x, 1)[1][:, 0]
+
+# %% ../nbs/46_clustering.ipynb #1a1d0bf4
+def nmi(embeddings: Tensor, # [N, D], floats; normalised here
+        labels: Tensor, # integers [N] or [N, L]
+        level: int = 0, # column whose classes are compared
+        seed: int = 0, # of k-means; same seed, same machine: same value
+        clusters: int = None, # default: number of classes
+        iterations: int = 20, # of k-means, as published
+        backend: str = "faiss", # or "sklearn" (k-means++; slow with many classes)
+        ) -> float: # in [0, 1]
+    "Compute normalised mutual information between k-means clusters and classes; unknown labels are left out."
+    from sklearn.metrics import normalized_mutual_info_score
+    emb, labels = _check_pair(embeddings, labels, "embeddings")
+    y = labels[:, _check_levels([level], labels.shape[1])[0]].cpu()
+    if not bool((y >= 0).any()): raise ValueError(f"all labels at level {level} are unknown.")
+    x = F.normalize(emb.cpu()[y >= 0].float(), dim=1).contiguous().numpy()
+    y = y[y >= 0].numpy()
+    k = len(np.unique(y)) if clusters is None else clusters
+    if not 1 <= k <= len(y): raise ValueError(f"{k} clusters for {len(y)} images; choose 1 to {len(y)}.")
+    return float(normalized_mutual_info_score(y, _kmeans(x, k, seed, iterations, backend)))
 
 # %% ../nbs/46_clustering.ipynb #3588533e
 @CLUSTERERS.register("kmeans")

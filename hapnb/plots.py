@@ -19,7 +19,8 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor
 
-from .core import check_embeddings, check_labels, shared_levels, write_atomic
+from .core import check_embeddings, check_labels, shared_levels
+from .helpers import write_atomic
 
 # %% ../nbs/40_plots.ipynb #e2de5be0
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
