@@ -20,8 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from .core import DATASETS, atomic_path, write_atomic
-from .data import BytesStore, RetrievalDataset, SPLITS, check_split, encode, from_frame, split_classes, deal_open_world, what_is_in
+from .helpers import DATASETS, atomic_path, write_atomic
+from .images import BytesStore, encode
+from .datasets import RetrievalDataset, SPLITS, check_split, from_frame, split_classes, deal_open_world
+from .data import what_is_in
 
 # %% ../nbs/21_emoji.ipynb #afc005be
 ASSETS = Path(__file__).parent / "assets" if "__file__" in globals() else Path("../hapnb/assets")

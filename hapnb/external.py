@@ -13,7 +13,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
-from .core import _full, _no_autocast, _rows, check_embeddings, check_labels, check_number, nearest, readable
+from .core import _full, _no_autocast, _rows, check_embeddings, check_labels, readable
+from .helpers import check_number, nearest
 
 # %% ../nbs/12_external.ipynb #ae8f5106
 def _pml(part):

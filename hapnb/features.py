@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
 
-from .core import atomic_path, check_embeddings, nearest, pick_device
-from .train import Result, RunConfig, FeatureNet, _images, embed, environment, features_of, thaw
+from .helpers import atomic_path, nearest, pick_device
+from .core import check_embeddings
+from .runs import Result, FeatureNet, embed, environment, features_of
+from .config import RunConfig, thaw
+from .batches import _images
 
 # %% ../nbs/45_features.ipynb #c1426b13
 def _check_level_names(names):

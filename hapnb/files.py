@@ -16,7 +16,7 @@ from typing import NamedTuple
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from .core import atomic_path, write_atomic
+from .helpers import atomic_path, write_atomic
 
 # %% ../nbs/19_files.ipynb #15e6a816
 def file_hash(path, # a file

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import check_embeddings, check_labels, check_number, pick_device
+from .core import check_embeddings, check_labels
+from .helpers import check_number, pick_device
 from .metrics import _neighbours
 
 # %% ../nbs/47_knn_graphs.ipynb #585341f9

@@ -15,9 +15,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .core import DATASETS, nearest
-from .data import (SOURCES, SPLITS, FileStore, RetrievalDataset, Source, _compare_counts, add_source, check_present, check_split, find_root,
-                        fingerprint_of, from_official, read_commas, read_rows, read_text, some_sizes, table_hash)
+from .helpers import DATASETS, nearest
+from .benchmarks import (
+    SOURCES, Source, _compare_counts, add_source, check_present, find_root, from_official, read_commas, read_rows)
+from .datasets import SPLITS, RetrievalDataset, check_split, fingerprint_of, some_sizes, table_hash
+from .images import FileStore
+from .data import read_text
 
 # %% ../nbs/24_hierarchies.ipynb #7bc1e2c4
 _INAT = dict(

@@ -19,11 +19,12 @@ from torch import nn, Tensor
 from tqdm.auto import tqdm
 
 from .clustering import CLUSTERERS
-from .core import (_no_autocast, check_embeddings, check_labels, check_fields, check_number, nearest,
-                        pick_device, write_atomic)
+from .core import _no_autocast, check_embeddings, check_labels
+from .helpers import check_fields, check_number, nearest, pick_device, write_atomic
 from .graphs import (Graph, Level, canonical_order, cluster_means, find_parents, find_roots, knn_graph,
                           same_class, supervised_density, training_levels)
-from .train import Diverged, _seeded, derive_seed, load_state, save_state
+from .train import Diverged, load_state, save_state
+from .helpers import _seeded, derive_seed
 
 # %% ../nbs/48_hilander.ipynb #65a40396
 _all_ = ["Graph", "knn_graph", "supervised_density"]

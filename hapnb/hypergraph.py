@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
 
-from .core import LOSSES, Batch, EmbeddingLoss, _no_autocast, _rows, check_number, nearest, readable
+from .helpers import LOSSES, check_number, nearest
+from .core import Batch, EmbeddingLoss, _no_autocast, _rows, readable
 
 # %% ../nbs/04_hypergraph.ipynb #89d3f6d6
 def _at_least_0(d):

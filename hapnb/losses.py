@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import Batch, EmbeddingLoss, LOSSES, Registry, Relevance, as_relevance, check_number, level_counts, nearest
+from .core import Batch, EmbeddingLoss, Relevance, as_relevance, level_counts
+from .helpers import LOSSES, Registry, check_number, nearest
 from .hypergraph import *
 from .pairs import *
 from .ranking import Leaky, Part, Sigmoid, Step, Sup, rank_score

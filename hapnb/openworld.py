@@ -23,9 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
 
-from .core import atomic_path, check_fields, check_number, nearest, pick_device, write_atomic, _forced_at
-from .data import RetrievalDataset, deal_open_world, fingerprint_of, read_text, renumber
-from .train import Result, RunConfig, derive_seed, freeze_value, is_finished, environment, load_splits, run, thaw, _launched, _lock, _world
+from .helpers import atomic_path, check_fields, check_number, nearest, pick_device, write_atomic, _forced_at
+from .datasets import RetrievalDataset, deal_open_world, fingerprint_of, renumber
+from .data import read_text
+from .runs import Result, is_finished, environment, run, _lock
+from .config import RunConfig, freeze_value, load_splits, thaw
+from .helpers import derive_seed
+from .train import _launched, _world
 from .recipes import RECIPES, SOURCES, Recipe
 from .features import extract_features
 from .clustering import CLUSTERERS, bcubed_scores, choose, cluster, clustering_scores, find_clusterer, pairwise_scores, _CONSTANTS, _check_own, _settled_by

@@ -18,8 +18,9 @@ from PIL import Image
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from .core import check_number, nearest, write_atomic
-from .data import UNREADABLE, RetrievalDataset, decode, encode, fingerprint_of
+from .helpers import check_number, nearest, write_atomic
+from .images import UNREADABLE, decode, encode
+from .datasets import RetrievalDataset, fingerprint_of
 
 # %% ../nbs/27_packed.ipynb #29e14175
 def shrink(im: Image.Image, # RGB

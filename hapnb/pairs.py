@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
 
-from .core import LOSSES, Batch, EmbeddingLoss, _rows, check_labels, check_number, readable
+from .helpers import LOSSES, check_number
+from .core import Batch, EmbeddingLoss, _rows, check_labels, readable
 
 # %% ../nbs/02_pairs.ipynb #3fdba996
 def _pairs(loss, batch: Batch):

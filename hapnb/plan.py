@@ -19,10 +19,13 @@ from torch import nn, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .core import pick_device
+from .helpers import pick_device
 from .large_batches import CrossBatchMemory, _check_norms, memory_part
-from .train import (FeatureNet, RunConfig, Trainer, _View, _check_registered, _columns, _images, build_net, check_memory, load_splits, make_accelerator,
-                         make_loss_for, thaw)
+from .runs import FeatureNet, _check_registered, _columns, build_net, make_loss_for
+from .config import RunConfig, load_splits, thaw
+from .train import Trainer, make_accelerator
+from .batches import _View, _images
+from .large_batches import check_memory
 
 # %% ../nbs/36_plan.ipynb #75183db6
 def counted(cfg: RunConfig, data: tuple) -> dict: # "train", "test" -> {"images", "classes": one number a level}
@@ -36,7 +39,7 @@ def counted(cfg: RunConfig, data: tuple) -> dict: # "train", "test" -> {"images"
 # %% ../nbs/36_plan.ipynb #d1f392aa
 def published(cfg: RunConfig) -> dict: # as `counted`; None or absent: not published
     "Look up the published images and classes of a run's dataset; {} if there are none, or none for its split."
-    from hapnb.data import source_of
+    from hapnb.benchmarks import source_of
     try: counts = source_of(cfg.dataset).counts
     except ValueError: return {}  # bundled, or one's own
     if cfg.split != "test": return {}  # published are the two halves, not our validation classes

@@ -19,7 +19,8 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor
 
-from .core import check_embeddings, check_labels, shared_levels, write_atomic
+from .core import check_embeddings, check_labels, shared_levels
+from .helpers import write_atomic
 
 # %% ../nbs/40_plots.ipynb #e2de5be0
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -406,7 +407,7 @@ def curve(
         if log2: _log2_axis(ax, sorted(df[x].unique()))
         ax.set_xlabel(xlabel or x, parse_math=bool(xlabel))
         ax.set_ylabel(label or (f"{col} (%)" if scale == 100 else col), parse_math=bool(label))
-    legend(fig, entries, loc="outside upper center", ncol=min(len(names), 6))
+    if len(names) > 1: legend(fig, entries, loc="outside upper center", ncol=min(len(names), 6))
     return fig
 
 # %% ../nbs/40_plots.ipynb #d1003cf7

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import _full, check_number, level_counts, level_mask, readable
+from .core import _full, level_counts, level_mask, readable
+from .helpers import check_number
 
 # %% ../nbs/01_ranking.ipynb #7ee898bf
 HUGE = 2.0 ** 100  # what empty places lie below all others

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import nearest
+from .helpers import nearest
 
 # %% ../nbs/35_recipes.ipynb #b59b2bc5
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ _ARGS = {"loss": "loss_args", "sampler": "sampler_args", "schedule": "schedule_a
 @patch
 def config(self: Recipe, **changes): # a `RunConfig`
     "Make the `RunConfig` of a recipe with some fields changed; dicts are merged, and the arguments of an exchanged part are dropped."
-    from hapnb.train import RunConfig
+    from hapnb.config import RunConfig
     fields = deepcopy(self.fields)
     other = {part for part in _ARGS if part in changes and changes[part] != fields.get(part)}
     for part in other: fields[_ARGS[part]] = {}

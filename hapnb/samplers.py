@@ -13,7 +13,8 @@ import numpy as np
 from fastcore.basics import patch
 from torch.utils.data import Sampler
 
-from .core import SAMPLERS, check_labels, check_number, nearest
+from .helpers import SAMPLERS, check_number, nearest
+from .core import check_labels
 
 # %% ../nbs/22_samplers.ipynb #f8b7473d
 class EpochSampler(Sampler):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
-from .core import LOSSES, Batch, EmbeddingLoss, check_number
+from .helpers import LOSSES, check_number
+from .core import Batch, EmbeddingLoss
 
 # %% ../nbs/03_surrogates.ipynb #65fac476
 def _soft_histograms(scores: Tensor, # similarities [Q, N]; beyond -1 and 1 they count at the end nodes

@@ -9,7 +9,8 @@ import torch
 from scipy.io import savemat
 
 from hapnb import benchmarks, data
-from hapnb.data import load, missing, source_of
+from hapnb.data import load
+from hapnb.benchmarks import missing, source_of
 from layouts_fine import CARS, CUB, INSHOP, SOP, lines, make_cars, make_cub, make_inshop, make_sop, taxonomy_cub
 
 MAKE = dict(cub=make_cub, cars=make_cars, sop=make_sop, inshop=make_inshop)

@@ -232,7 +232,7 @@ def test_doctor_says_what_is_missing(call, tmp_path):
 
 
 def test_doctor_of_a_complete_dataset(call, tmp_path, monkeypatch):
-    from hapnb.data import SOURCES, source_of
+    from hapnb.benchmarks import SOURCES, source_of
     layouts_fine.make_cub(tmp_path)
     small = dict(train=dict(images=len(TRAIN) * 3, classes=(len(TRAIN),)), test=dict(images=len(TEST) * 3, classes=(len(TEST),)))
     monkeypatch.setitem(SOURCES, "cub", dataclasses.replace(source_of("cub"), counts=small))
@@ -382,7 +382,7 @@ def test_features_of_a_run_are_its_own_and_can_be_evaluated(clone, call):
         status, out, err = call("features", "--run", name, "--out", "f.parquet", *argv)
         assert (status, err) == (0, "") and f"run {key}, toy/test" in out and "f.parquet: 0.0 MB" in out
     from hapnb.features import read_features
-    from hapnb.train import Result
+    from hapnb.runs import Result
     assert torch.equal(read_features("f.parquet").embeddings, Result(f"store/{key}").embeddings())
     found = json.loads(call("evaluate", "f.parquet", "--json", "--device", "cpu")[1])
     assert found == pytest.approx({k: v for k, v in Result(f"store/{key}").metrics.items() if k in found})
@@ -554,7 +554,7 @@ def test_a_run_is_evaluated_by_its_own_protocol(call, tmp_path):
     kept = json.loads((run / "metrics.json").read_text())
     status, out, err = shown("--ks", "1,2")
     assert status == 0 and json.loads(out) == pytest.approx(kept), err
-    from hapnb.train import Result
+    from hapnb.runs import Result
     wrong = evaluate(Result(run).embeddings(), Result(run).labels(), ks=(1, 2))
     assert json.loads(out)["AP_level0"] != pytest.approx(wrong["AP_level0"])  # leave-one-out is another question
     (tmp_path / "inshop").rename(tmp_path / "elsewhere")

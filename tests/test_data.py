@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 from hapnb import data, emoji
-from hapnb.data import BytesStore, RetrievalDataset, check_gaps, decode, encode, load, name_hash, split_classes
+from hapnb.images import BytesStore, decode, encode
+from hapnb.datasets import RetrievalDataset, check_gaps, name_hash, split_classes
+from hapnb.data import load
 from hapnb.core import check_labels
 
 

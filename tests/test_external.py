@@ -9,7 +9,7 @@ import torch.nn.functional as F
 pytest.importorskip("pytorch_metric_learning")
 
 from hapnb import external
-from hapnb.core import LOSSES
+from hapnb.helpers import LOSSES
 from hapnb.external import PMLLoss, pml_loss, pml_losses, pml_miner, pml_miners
 from hapnb.losses import SmoothAPLoss, make_loss
 from test_metrics import Far, TwoDevices

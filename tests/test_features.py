@@ -10,9 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from hapnb import features
-from hapnb.data import RetrievalDataset, load
+from hapnb.datasets import RetrievalDataset
+from hapnb.data import load
 from hapnb.features import FeatureTable, check_same_space, extract_features, read_features, write_features
-from hapnb.train import RunConfig, load_splits, run
+from hapnb.config import RunConfig, load_splits
+from hapnb.runs import run
 
 
 def table(n=7, d=3, levels=2, seed=0, **more):

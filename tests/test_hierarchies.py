@@ -10,7 +10,8 @@ from layouts_hier import INAT_TEST, SPECIES, glued, image_id, jpeg, make_dyml, m
 
 from hapnb import hierarchies as H
 from hapnb.core import check_labels
-from hapnb.data import SOURCES, load, missing
+from hapnb.benchmarks import SOURCES, missing
+from hapnb.data import load
 from hapnb.protocols import evaluate_protocol
 
 MAKE = {"inat-base": make_inat, "inat-full": make_inat, "vehicleid": make_vehicleid, "gldv2": make_gldv2,

@@ -14,10 +14,12 @@ from torch import nn
 
 import hapnb.losses
 import hapnb.train as T
-from hapnb.core import LOSSES
+from hapnb.helpers import LOSSES
 from hapnb.large_batches import CrossBatchMemory, memory_part, takes_references, gradcache_backward
 from hapnb.losses import make_loss
-from hapnb.train import Result, RunConfig, Trainer
+from hapnb.runs import Result
+from hapnb.config import RunConfig
+from hapnb.train import Trainer
 
 OURS = [n for n in LOSSES.names() if LOSSES.get(n).__module__.startswith("hapnb.")]
 ALONE = ("HISTLoss",)  # take no reference set

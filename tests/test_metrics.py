@@ -11,7 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hapnb.core import Relevance, shared_levels
-from hapnb.metrics import decomposability_gap, dyml, evaluate, nmi, parse_memory, recall_at_k
+from hapnb.metrics import decomposability_gap, evaluate, recall_at_k
+from hapnb.protocols import dyml
+from hapnb.clustering import nmi
+from hapnb.retrieval import parse_memory
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_metrics.json").read_text())
 KS = (1, 2, 4, 8)

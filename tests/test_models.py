@@ -19,9 +19,11 @@ from torch import nn
 
 import hapnb.core
 from hapnb import models
-from hapnb.core import TRUNKS
-from hapnb.models import (GeMPool, Head, RetrievalNet, Trunk, TrunkInfo, cached_features, fold_batchnorm, lite0_state, load_weights,
-                          make_pooling, make_trunk, read_weights, train_transform, trunk_info, trunk_stages, weights_hash)
+from hapnb.helpers import TRUNKS
+from hapnb.models import (
+    GeMPool, Head, RetrievalNet, Trunk, TrunkInfo, lite0_state, load_weights, make_pooling, make_trunk, read_weights,
+    train_transform, trunk_info, trunk_stages)
+from hapnb.batches import cached_features, fold_batchnorm, weights_hash
 
 prepare = models.test_transform
 LITE0 = "tf_efficientnet_lite0"
@@ -989,6 +991,6 @@ def test_all_trunks_on_a_fake_gpu(name, size, head):
 
 def test_no_trunk_is_forgotten():
     import hapnb.trunks  # registers the transformers
-    from hapnb.core import TRUNKS
+    from hapnb.helpers import TRUNKS
     ours = {n for n in TRUNKS.names() if TRUNKS.get(n).__module__ in ("hapnb.models", "hapnb.trunks")}
     assert ours == {case[0] for case in test_all_trunks_on_a_fake_gpu.pytestmark[0].args[1]}

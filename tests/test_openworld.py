@@ -14,7 +14,8 @@ import hapnb.features
 import hapnb.train as T
 from hapnb import emoji, openworld as ow, study
 from hapnb.clustering import clustering_scores
-from hapnb.data import deal_open_world, load
+from hapnb.datasets import deal_open_world
+from hapnb.data import load
 from hapnb.hilander import HiLanderConfig
 
 TOY = dict(dataset="toy", dataset_args={"hues": 24}, trunk="toy", image_size=32, epochs=10, batch_size=24, embed_dim=16,

@@ -9,7 +9,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import hapnb.packed as module
-from hapnb.data import BytesStore, FileStore, RetrievalDataset, decode, encode, fingerprint_of
+from hapnb.images import BytesStore, FileStore, decode, encode
+from hapnb.datasets import RetrievalDataset, fingerprint_of
 from hapnb.packed import FORMATS, pack_image, packed, shrink, unpack_image
 
 
@@ -509,7 +510,8 @@ def test_it_says_what_it_does(tmp_path, capsys):
 
 
 def test_a_run_from_a_packed_copy(tmp_path, monkeypatch):
-    from hapnb.train import RunConfig, run
+    from hapnb.config import RunConfig
+    from hapnb.runs import run
     monkeypatch.setenv("HAPNB_CACHE", str(tmp_path / "cache"))
     for c, name in enumerate(("a/x", "a/y", "b/x", "b/y")):
         (tmp_path / "photos" / name).mkdir(parents=True)

@@ -3,11 +3,13 @@ import pytest
 import torch
 
 import hapnb.plan as P
-from hapnb.data import source_of
+from hapnb.benchmarks import source_of
 from hapnb.plan import LiveBytes, activation_bytes, batch_that_fits, class_table, optimizer_bytes, plan, published, saved_bytes, steps_from_counts
 from hapnb.recipes import RECIPES, recipe
 from hapnb.samplers import make_sampler
-from hapnb.train import RunConfig, build_net, build_trainer, load_splits, make_accelerator, run
+from hapnb.config import RunConfig, load_splits
+from hapnb.runs import build_net, build_trainer, run
+from hapnb.train import make_accelerator
 
 TOY = RunConfig(dataset="toy", trunk="toy", freeze="bn", image_size=32, batch_size=24, embed_dim=16, epochs=3, ks=(1, 2))
 

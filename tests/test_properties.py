@@ -16,7 +16,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hapnb import losses
-from hapnb.core import LOSSES, Relevance, shared_levels
+from hapnb.helpers import LOSSES
+from hapnb.core import Relevance, shared_levels
 from hapnb.losses import (BlackBoxAPLoss, FastAPLoss, HAPLoss, PairLoss, RankLoss, SmoothAPLoss, SmoothHAPLoss, SmoothRecallLoss, SoftBinAPLoss, SupAPLoss,
                           SupNDCGLoss, SupRecallLoss, make_loss)
 from hapnb.metrics import evaluate

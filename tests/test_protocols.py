@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 import hapnb.protocols as protocols
-from hapnb.metrics import dyml, evaluate
+from hapnb.protocols import dyml
+from hapnb.metrics import evaluate
 from hapnb.protocols import PROTOCOLS, evaluate_protocol, random_gallery
 from test_metrics import Far, TwoDevices
 

@@ -11,7 +11,9 @@ import hapnb.train as T
 from hapnb import cli, study
 from hapnb.models import test_transform as final_transform, train_transform
 from hapnb.recipes import EMOJI_RATES, RECIPES, SOURCES, base_for, recipe, recipes_table
-from hapnb.train import RunConfig, build_trainer, load_splits, make_accelerator, make_loss_for, thaw
+from hapnb.config import RunConfig, load_splits, thaw
+from hapnb.runs import build_trainer, make_loss_for
+from hapnb.train import make_accelerator
 
 # optimiser, lr, distributions, hypergraph network, weight decay, step, epochs after warm-up, tau, alpha, lambda_s
 VALUES = {

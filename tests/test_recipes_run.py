@@ -12,7 +12,9 @@ from layouts_hier import glued, jpeg, put
 
 import hapnb.train as T
 from hapnb.recipes import RECIPES, recipe
-from hapnb.train import build_trainer, load_splits, make_accelerator, thaw
+from hapnb.runs import build_trainer
+from hapnb.config import load_splits, thaw
+from hapnb.train import make_accelerator
 
 SIZE = 32  # side of the crops
 BATCH = {"hierarchical": 16, "m_per_class": 8, "random": 8}

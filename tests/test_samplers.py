@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from hapnb.core import SAMPLERS
+from hapnb.helpers import SAMPLERS
 from hapnb.samplers import (BalancedSampler, HierarchicalSampler, MPerClassSampler, RandomBatchSampler, class_rows,
                             epoch_summary, make_sampler)
 

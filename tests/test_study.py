@@ -14,10 +14,12 @@ from hypothesis import given, strategies as st
 from scipy import stats
 
 from hapnb import study
-from hapnb.core import write_atomic
-from hapnb.study import (Claim, Grid, RunError, StudyFailed, WrongUse, begin, check_parameters, claim_better, find_studies, grid, holm,
-                         interval, make_table, made_by, paired_test, pick_studies, profile_settings, read_run, run_grid, run_study,
-                         save_claims, save_figure, save_table, summarise, write_claims)
+from hapnb.helpers import write_atomic
+from hapnb.tables import Claim, claim_better, make_table, made_by, save_claims, save_figure, save_table, write_claims
+from hapnb.grids import Grid, RunError, grid, read_run, run_grid
+from hapnb.study import (
+    StudyFailed, WrongUse, begin, check_parameters, find_studies, pick_studies, profile_settings, run_study)
+from hapnb.statistics import holm, interval, paired_test, summarise
 from toy_study import PARAMETERS, Toy, toy_look, toy_run, write_study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -248,7 +250,7 @@ def test_damaged_result_and_unwritable_store(tmp_path):
 
 
 def test_real_runs(tmp_path):
-    from hapnb.train import RunConfig
+    from hapnb.config import RunConfig
     base = RunConfig(dataset="toy", image_size=32, epochs=1, batch_size=24, embed_dim=8)
     rows = run_grid(grid(base, 1, loss=["SupAPLoss"]), store=tmp_path, jobs=1, device="cpu", progress=False)
     assert 0 < rows["H-AP"][0] <= 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 from brute import dots, mean, shared, to_embeddings
 from conftest import GOLDEN, golden_inputs
-from hapnb.core import LOSSES
+from hapnb.helpers import LOSSES
 from hapnb.surrogates import BlackBoxAPLoss, FastAPLoss, SoftBinAPLoss
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 import hapnb.train as T
-from hapnb.core import LOSSES, EmbeddingLoss
-from hapnb.train import Diverged, Result, RunConfig, Trainer, run
+from hapnb.helpers import LOSSES
+from hapnb.core import EmbeddingLoss
+from hapnb.train import Diverged, Trainer
+from hapnb.runs import Result, run
+from hapnb.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = RunConfig(dataset="toy", trunk="toy", image_size=32, embed_dim=16, batch_size=24, epochs=4, lr=0.01, ks=(1, 2))
@@ -808,7 +811,7 @@ def photos(tmp_path_factory):
 
 def spied(monkeypatch):
     "What `image` of a dataset was asked for."
-    from hapnb.data import RetrievalDataset
+    from hapnb.datasets import RetrievalDataset
     asked, image = [], RetrievalDataset.image
     def spy(self, i, *args, **kw):
         asked.append(kw.get("at_least", args[0] if args else None))

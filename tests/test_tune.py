@@ -10,7 +10,9 @@ import torch
 
 import hapnb.tune as U
 from hapnb.losses import SupAPLoss
-from hapnb.train import Result, RunConfig, Trainer, is_finished, run
+from hapnb.runs import Result, is_finished, run
+from hapnb.config import RunConfig
+from hapnb.train import Trainer
 from hapnb.tune import Search, apply_params, axis, search, span
 
 BASE = RunConfig(dataset="toy", trunk="toy", image_size=32, split="val", embed_dim=16, batch_size=24, epochs=3, lr=0.01, ks=(1, 2),

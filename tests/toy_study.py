@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import nbformat
 
-from hapnb.core import write_atomic
+from hapnb.helpers import write_atomic
 
 
 @dataclass(frozen=True)
@@ -59,5 +59,5 @@ def write_study(path, parameters=PARAMETERS, cells=(), tags=("parameters",), ker
 
 if __name__ == "__main__":  # `python toy_study.py STORE`: a grid to be killed
     from toy_study import Toy, toy_run
-    from hapnb.study import grid, run_grid
+    from hapnb.grids import grid, run_grid
     run_grid(grid(Toy(wait=1.0), seeds=4), store=sys.argv[1], jobs=2, device="cpu", runner=toy_run)
