@@ -1,4 +1,4 @@
-"""Feature files: nothing is lost on the way to disk, strangers can read them, faults are named; extraction repeats a run's numbers."""
+"""Feature files lose nothing, others can read them, faults are named; extraction repeats the numbers of a run."""
 import json, os, subprocess, sys
 
 import numpy as np
@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from hapnb import features
 from hapnb.datasets import RetrievalDataset
 from hapnb.data import load
-from hapnb.features import FeatureTable, check_same_space, extract_features, read_features, write_features
+from hapnb.features import (FeatureTable, check_same_space, extract_features, read_embeddings, read_features,
+                            write_features)
 from hapnb.config import RunConfig, load_splits
 from hapnb.runs import run
 
@@ -36,7 +37,7 @@ def same(a, b):
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 30), st.integers(1, 9), st.integers(0, 3), st.integers(1, 40))
-def test_round_trip_whatever_the_row_groups(tmp_path, n, d, levels, group):
+def test_round_trip_with_any_row_groups(tmp_path, n, d, levels, group):
     old, features._GROUP = features._GROUP, group
     try: path = write_features(table(n, d, levels), tmp_path / "f.parquet")
     finally: features._GROUP = old
@@ -44,7 +45,7 @@ def test_round_trip_whatever_the_row_groups(tmp_path, n, d, levels, group):
     assert pq.ParquetFile(path).num_row_groups == -(-n // max(group // d, 1))
 
 
-def test_no_class_names_and_kinds_of_numbers(tmp_path):
+def test_any_kind_of_number_and_no_class_names(tmp_path):
     t = FeatureTable(torch.eye(3, dtype=torch.float64), np.array([0, 1, -1], np.int32))
     back = read_features(write_features(t, tmp_path / "f.parquet"))
     assert back.class_names is None
@@ -111,7 +112,7 @@ def test_faults_in_late_rows_are_counted_from_the_start(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="row 70000 has an embedding of 2"): read_features(path)
 
 
-def test_no_parquet_newer_format_and_no_file(tmp_path):
+def test_other_files_newer_formats_and_missing_files_are_named(tmp_path):
     (tmp_path / "t.parquet").write_text("path,embedding")
     with pytest.raises(ValueError, match="not a whole parquet file"): read_features(tmp_path / "t.parquet")
     with pytest.raises(FileNotFoundError, match="no such file of features"): read_features(tmp_path / "none.parquet")
@@ -120,7 +121,7 @@ def test_no_parquet_newer_format_and_no_file(tmp_path):
         read_features(written(tmp_path, dict(embedding=[[1.]]), {b"hapnb": json.dumps(dict(format=2)).encode()}))
 
 
-def test_files_of_others(tmp_path):
+def test_files_of_others_are_read_as_they_mean_it(tmp_path):
     path = written(tmp_path, dict(embedding=[[1, 2], [3, 4], [5, 6]], species=["b", "a", None], genus_id=[1, 0, 1],
                                   genus=["g1", "g0", "g1"], year=[2001, 2002, 2001]))
     t = read_features(path)
@@ -139,7 +140,72 @@ def test_files_of_others(tmp_path):
     with pytest.raises(ValueError, match="whole numbers or names"): read_features(half, "score")
 
 
-def test_a_column_that_somebody_took_away(tmp_path):
+def test_gaps_in_class_numbers_are_unknown_in_every_kind_of_column(tmp_path):
+    whole = [3, None, 0, 3]
+    for kind in (pa.int64(), pa.int8(), pa.uint32(), pa.float64(), pa.float32()):
+        path = written(tmp_path, dict(embedding=[[1.]] * 4, fine_id=pa.array(whole, kind)))
+        t = read_features(path)
+        assert (t.level_names, t.labels[:, 0].tolist()) == (("fine",), [3, -1, 0, 3]), kind
+    # a column of halves is no column of classes, and its name alone does not make it one
+    assert read_features(written(tmp_path, dict(embedding=[[1.]], fine_id=[.5]))).labels is None
+    for column, text in ((pa.array([2.0**53]), "too large"), (pa.array([2**64 - 1], pa.uint64()), "too large"),
+                         (pa.array([True]), "has the type bool")):
+        with pytest.raises(ValueError, match=text):
+            read_features(written(tmp_path, dict(embedding=[[1.]], fine_id=column)), "fine_id")
+
+
+def test_a_flipped_bit_is_an_error_or_changes_nothing(tmp_path):
+    path = write_features(table(40, 4), tmp_path / "f.parquet")
+    whole, same_table = path.read_bytes(), read_features(path)
+    for at in range(4, len(whole), max(len(whole) // 150, 1)):
+        data = bytearray(whole)
+        data[at] ^= 1
+        path.write_bytes(data)
+        try: found = read_features(path)
+        except ValueError as e: assert str(path) in str(e)
+        else: same(same_table, found)
+
+
+def saved(path, **arrays):
+    if path.suffix == ".npz": np.savez(path, **arrays)
+    else:
+        from safetensors.torch import save_file
+        save_file({k: torch.as_tensor(v) for k, v in arrays.items()}, path)
+    return path
+
+
+def test_arrays_of_others(tmp_path):
+    x = np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)
+    other = read_embeddings(saved(tmp_path / "a.npz", embeddings=x.astype(">f4"), labels=np.array([2, -1, 0], ">i8")))
+    assert np.array_equal(other.embeddings.numpy(), x) and other.labels[:, 0].tolist() == [2, -1, 0]
+    named = read_embeddings(saved(tmp_path / "b.npz", embeddings=x, labels=[["b", "u"], ["", "u"], ["a", "v"]]))
+    assert named.labels.tolist() == [[1, 0], [-1, 0], [0, 1]] and named.class_names == [["a", "b"], ["u", "v"]]
+    half = saved(tmp_path / "c.safetensors", embeddings=torch.tensor(x).bfloat16(), labels=[[0, 0], [1, 0], [2, 1]])
+    assert torch.equal(read_embeddings(half).embeddings, torch.tensor(x).bfloat16().float())
+    assert read_embeddings(half, [1]).labels.tolist() == [[0], [0], [1]]
+    assert read_embeddings(saved(tmp_path / "d.npz", embeddings=x)).labels is None
+    path = write_features(table(), tmp_path / "f.parquet")
+    same(read_features(path), read_embeddings(path))
+
+
+@pytest.mark.parametrize("name, arrays, text", [
+    ("a.npz", dict(embedings=[[1.]]), "Did you mean 'embedings'"), ("a.npz", dict(embeddings=[[1j]]), "a.npz"),
+    ("a.npz", dict(embeddings=[1.]), "shape"), ("a.npz", dict(embeddings=[["x"]]), "must be numbers"),
+    ("a.npz", dict(embeddings=[[1.]], labels=np.array(3)), "labels"),
+    ("a.npz", dict(embeddings=[[1.]], labels=[.5]), "must be integers"),
+    ("a.npz", dict(embeddings=[[1.]], labels=np.array(["2020-01-01"], "M8[D]")), "must be numbers"),
+    ("a.npz", dict(embeddings=[[1.]], labels=np.array([2**64 - 1], np.uint64)), "too large"),
+    ("a.npz", dict(embeddings=[[1.], [2.]], labels=[0]), "2 embeddings but 1 rows of labels"),
+    ("a.npz", dict(embeddings=np.array([[1]], object)), "cannot be read"),
+    ("a.safetensors", dict(embeddings=[[float("nan")]]), r"row\(s\) 0 of 1"), ("a.npy", {}, "unknown kind of file")])
+def test_faults_in_arrays_name_the_file(tmp_path, name, arrays, text):
+    path = tmp_path / name
+    if arrays: saved(path, **arrays)
+    with pytest.raises(ValueError, match=text) as e: read_embeddings(path)
+    assert str(path) in str(e.value)
+
+
+def test_a_column_that_was_taken_away(tmp_path):
     "pyarrow keeps our note when it drops a column, so the note may promise what is not there."
     path = write_features(table(), tmp_path / "f.parquet")
     pq.write_table(pq.read_table(path).drop_columns(["level 0_id"]), tmp_path / "g.parquet")
@@ -148,7 +214,7 @@ def test_a_column_that_somebody_took_away(tmp_path):
     assert torch.equal(read_features(tmp_path / "g.parquet", "level 1").labels[:, 0], table().labels[:, 1])
 
 
-def test_two_spaces():
+def test_tables_of_two_networks_are_not_mixed():
     a = table(run="a")
     for b, text in ((table(d=4), "3 dimensions and F 4"), (table(run="b"), "do not live in one space"),
                     (table(run=None, trunk="t"), "trunk t")):
@@ -174,7 +240,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("freeze", ["trunk", "none"])
-def test_the_numbers_of_the_run_itself_and_no_trace_on_the_random_state(runs, freeze):
+def test_extraction_repeats_the_numbers_of_the_run_and_leaves_the_random_state_alone(runs, freeze):
     torch.manual_seed(5)
     state = torch.get_rng_state().clone()
     t = extract_features(runs[freeze], runs[freeze].dataset(), "cpu", workers=0)
@@ -187,7 +253,7 @@ def test_the_numbers_of_the_run_itself_and_no_trace_on_the_random_state(runs, fr
     assert t.class_names == [list(c) for c in runs[freeze].dataset().class_names] and len(set(t.paths)) == len(t)
 
 
-def test_any_split_any_part_any_data(runs, tmp_path):
+def test_any_split_part_or_dataset_can_be_extracted(runs, tmp_path):
     train = load_splits(RunConfig(**CFG))[0]
     whole = extract_features(str(runs["trunk"].path), train, "cpu", workers=0)
     part = extract_features(runs["trunk"], train.subset(np.arange(10, 20)), "cpu", levels=[1], workers=0)
@@ -212,7 +278,7 @@ def test_nan_embeddings_are_named(runs, monkeypatch):
         extract_features(runs["trunk"], test, "cpu")
 
 
-def test_bad_requests(runs):
+def test_wrong_requests_are_refused_with_the_reason(runs):
     ds = runs["trunk"].dataset()
     for args, kw, text in (((None, ds), {}, "either a run"), ((runs["trunk"], ds), dict(trunk="toy"), "either a run"),
                            ((runs["trunk"], ds), dict(pooling="max"), "its own settings"),
@@ -226,7 +292,9 @@ def test_bad_requests(runs):
 
 def test_a_million_numbers_are_read_without_a_second_copy(tmp_path):
     path = write_features(FeatureTable(torch.randn(200_000, 64)), tmp_path / "f.parquet")  # 51 MB
-    code = "import resource, sys; from hapnb.features import read_features; import pyarrow.parquet\nm = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nb = m(); t = read_features(sys.argv[1]); print(len(t), (m() - b) // 1000)"
+    code = ("import resource, sys; from hapnb.features import read_features; import pyarrow.parquet\n"
+            "m = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "b = m(); t = read_features(sys.argv[1]); print(len(t), (m() - b) // 1000)")
     out = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True,
                          env=os.environ).stdout.split()
     assert out[0] == "200000" and int(out[1]) < 51 + 130, out
