@@ -30,7 +30,7 @@ class Schema(BaseModel):
         if values is not None and not isinstance(values, Mapping):
             raise UserError(f"{where} must be a dictionary, got {_short(values)}.")
         try: return cls.model_validate(plain(values or {}, where))
-        except ValidationError as e: raise UserError(_sentence(cls, where, e.errors()[0])) from None
+        except ValidationError as e: raise UserError(_sentence(cls, where, min(e.errors(), key=lambda x: x["type"] != "extra_forbidden"))) from None
 
     def given(self) -> dict:
         "The settings that were given, without defaults."
