@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
-from torch.autograd.function import once_differentiable
 
-from .helpers import LOSSES, check_number, nearest
-from .core import Batch, EmbeddingLoss, _no_autocast, _rows, readable
+from .core import Batch, EmbeddingLoss, unit_rows
+from .helpers import LOSSES, _no_autocast, _rows, check_flag, check_number, nearest, readable, transforming
 
 # %% ../nbs/04_hypergraph.ipynb #89d3f6d6
 def _at_least_0(d):
@@ -37,14 +36,21 @@ def _euclidean(x, mu, log_vars):
 
 def _cosine(x, mu, log_vars): return _at_least_0(1 - x @ mu.T)
 
-def _manhattan(x, mu, log_vars): return torch.cdist(x, mu, p=1)
+def _manhattan(x, mu, log_vars):
+    # torch's cdist can be differentiated once
+    return (x[:, None] - mu).abs().sum(2) if transforming() else torch.cdist(x, mu, p=1)
 
 DISTANCES = {"mahalanobis": _mahalanobis, "euclidean": _euclidean, "cosine": _cosine, "manhattan": _manhattan}
 
 # %% ../nbs/04_hypergraph.ipynb #82d4508f
 def _one_block(x, means, log_vars, distance):
     "Distances `[N, c]` of unit rows to a few classes."
-    return DISTANCES[distance](x, F.normalize(means, dim=1), log_vars)
+    return DISTANCES[distance](x, unit_rows(means), log_vars)
+
+def _in_blocks(x, means, log_vars, distance, size):
+    "Distances to all classes by ordinary operations."
+    blocks = range(0, len(means), size)
+    return torch.cat([_one_block(x, means[b:b + size], log_vars[b:b + size], distance) for b in blocks], 1)
 
 def _block_size(x, classes, distance):
     "How many classes to take at once."
@@ -68,25 +74,28 @@ class _Blocks(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         (x, means, log_vars), size, need = ctx.saved_tensors, ctx.size, ctx.needs_input_grad[:3]
+        # enabled: a gradient of the gradient is wanted, so autograd has to see all blocks
+        if torch.is_grad_enabled() or transforming():
+            with torch.enable_grad(): d = _in_blocks(x, means, log_vars, ctx.distance, size)
+            return *_slopes(d, (x, means, log_vars), grad, need, torch.is_grad_enabled()), None, None
         total = [torch.zeros_like(t) if n else None for t, n in zip((x, means, log_vars), need)]
         for b in range(0, len(means), size):
             rows = slice(b, b + size)
             part = [t.detach().requires_grad_(n) for t, n in zip((x, means[rows], log_vars[rows]), need)]
             with torch.enable_grad(), _no_autocast(x): d = _one_block(*part, ctx.distance)
-            with _no_autocast(x): found = _slopes(d, part, grad[:, rows])
+            with _no_autocast(x): found = _slopes(d, part, grad[:, rows], need)
             for t, f, whole in zip(total, found, (True, False, False)):
                 if f is not None: (t if whole else t[rows]).add_(f)
         return *total, None, None
 
 # %% ../nbs/04_hypergraph.ipynb #32d5f2a1
-def _slopes(value, leaves, grad):
-    "Gradients of `value` for those leaves that want one; None for the others."
-    wanted = [t for t in leaves if t.requires_grad]
-    found = iter(torch.autograd.grad(value, wanted, grad))
-    return [next(found) if t.requires_grad else None for t in leaves]
+def _slopes(value, inputs, grad, need, again=False):
+    "Gradients of `value` for those inputs that need one, None for the others; `again`: they will be differentiated themselves."
+    wanted = [t for t, n in zip(inputs, need) if n]
+    found = iter(torch.autograd.grad(value, wanted, grad, create_graph=again))
+    return [next(found) if n else None for n in need]
 
 # %% ../nbs/04_hypergraph.ipynb #d7e14d90
 def class_distances(x: Tensor, # embeddings [N, D], any length
@@ -98,9 +107,10 @@ def class_distances(x: Tensor, # embeddings [N, D], any length
     "Measure how far unit vectors are from class distributions; memory O(NC + CD), never N x C x D. An unknown distance is a `ValueError`."
     if distance not in DISTANCES:
         raise ValueError(f"unknown distance {distance!r}.{nearest(distance, DISTANCES)} Known: {', '.join(DISTANCES)}.")
-    x, size = F.normalize(x, dim=1), size or _block_size(x, len(means), distance)
+    x, size = unit_rows(x), size or _block_size(x, len(means), distance)
     if distance != "mahalanobis": log_vars = log_vars.detach()  # not used: no gradient, rather than one of zeros
     if len(means) <= size: return _one_block(x, means, log_vars, distance)
+    if transforming(): return _in_blocks(x, means, log_vars, distance, size)
     return _Blocks.apply(x, means, log_vars, distance, size)
 
 # %% ../nbs/04_hypergraph.ipynb #68831fbd
@@ -132,7 +142,7 @@ def hyperedges(target: Tensor, # class of each node, LongTensor [N]; -1 = unknow
     "List the classes that may be hyperedges, in ascending order, and which of them are: those present, each once."
     if num_classes <= len(target):
         classes = torch.arange(num_classes, device=target.device)
-        return classes, torch.zeros(num_classes + 1, dtype=torch.bool, device=target.device).index_fill_(0, target + 1, True)[1:]
+        return classes, torch.zeros(num_classes + 1, dtype=torch.bool, device=target.device).index_fill(0, target + 1, True)[1:]
     classes = target.sort().values
     return classes.clamp(min=0), (classes >= 0) & (classes != classes.roll(1)) | _first(classes) & (classes >= 0)
 
@@ -221,6 +231,8 @@ class HISTLoss(EmbeddingLoss):
     `loss(embeddings [N, D], labels [N] or [N, L])`, classes 0..C-1 at `level`. Terms `distribution`, `hypergraph`. Parameters
     `distributions.means`, `distributions.log_vars` `[C, D]` and `hgnn`. Rows with -1 are nodes without a loss; a batch of one and a
     batch of one class are fine. `ref_emb` takes no part. Computes in the type of its parameters. Memory O(N C + C D)."""
+    any_length = True
+
     def __init__(self,
                  num_classes: int, # C
                  embedding_size: int, # D
@@ -239,7 +251,8 @@ class HISTLoss(EmbeddingLoss):
         self.distributions = ClassDistributions(num_classes, embedding_size, distance)
         self.hgnn = HGNN(embedding_size, hidden, num_classes, layers)
         self.tau, self.alpha, self.lambda_s = float(tau), float(alpha), float(lambda_s)
-        self.drop_underflow, self.level = drop_underflow, level
+        self.drop_underflow = check_flag("drop_underflow", drop_underflow)
+        self.level = check_number("level", level, least=0, whole=True)
 
 # %% ../nbs/04_hypergraph.ipynb #e5afcea0
 @patch(as_prop=True)
@@ -289,7 +302,7 @@ def values(self: HISTLoss, batch: Batch):
     own = self._distribution_term(distances, target.clamp(min=0), known)
     scores = self.hgnn(x, self._normalised_incidence(distances, target))
     mixed = F.cross_entropy(scores, target.clamp(min=0), reduction="none")
-    for name, v in (("distribution", own), ("hypergraph", mixed)): self._terms[name] = (v * known).sum().detach() / known.sum().clamp(min=1)
+    self.note(**{name: (v * known).sum() / known.sum().clamp(min=1) for name, v in (("distribution", own), ("hypergraph", mixed))})
     return own + self.lambda_s * mixed, known
 
 # %% ../nbs/04_hypergraph.ipynb #2df549fb

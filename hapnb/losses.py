@@ -9,7 +9,8 @@ __all__ = ['RankLoss', 'SmoothAPLoss', 'SupAPLoss', 'HAPLoss', 'SmoothHAPLoss', 
            'CSLLoss', 'FastAPLoss', 'SoftBinAPLoss', 'BlackBoxAPLoss', 'HISTLoss']
 
 # %% ../nbs/10_losses.ipynb #ef706de5
-import importlib, inspect, math
+import inspect
+import math
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import Batch, EmbeddingLoss, Relevance, as_relevance, level_counts
-from .helpers import LOSSES, Registry, check_number, nearest
+from .helpers import LOSSES, check_flag, check_number, nearest
 from .hypergraph import *
 from .pairs import *
 from .ranking import Leaky, Part, Sigmoid, Step, Sup, rank_score
@@ -33,7 +34,7 @@ class RankLoss(EmbeddingLoss):
                  level: int = 0, # column of the labels that says who is a positive; None where `tree`
                  similarity: str = "cosine", reduction: str = "mean"):
         super().__init__(similarity, reduction)
-        if (level is None) != self.tree or not isinstance(level, (int, type(None))):
+        if (level is None) != self.tree:
             raise ValueError(f"level must be a column number of the labels, got {level!r}; losses over all levels are HAPLoss, SmoothHAPLoss and the NDCG losses.")
         self.level = level if self.tree else check_number("level", level, least=0, whole=True)
 
@@ -130,7 +131,7 @@ class HAPLoss(RankLoss):
                  strict: bool = False): # an exact tie counts 1, as in the step, not 1/2 as in the released code
         super().__init__(None, similarity, reduction)
         self.f, self.above = Sup(tau, rho, delta, offset, start, strict), Leaky(beta, gamma, leak)
-        self.relevance, self.with_hrank = as_relevance(relevance), with_hrank
+        self.relevance, self.with_hrank = as_relevance(relevance), check_flag("with_hrank", with_hrank)
         self.lowest = self.relevance.lowest
 
     def parts(self, a, L):
@@ -302,7 +303,7 @@ class SumLoss(EmbeddingLoss):
         for name, loss in self.losses.items():
             v, n = loss.values(batch)
             v = v * n * len(n) / n.sum().clamp(min=1).to(v.dtype)  # each part averages over the queries that count for it
-            self._terms[name] = v.detach().mean()
+            self.note(**{name: v.mean()})
             total = total + self.weights[name] * v
         return total, torch.ones_like(n)
 
@@ -345,14 +346,6 @@ class HAPPIERLoss(SumLoss):
         super().__init__({"rank": (1 - lam, rank), "cluster": (lam, cluster)}, similarity, reduction)
 
 # %% ../nbs/10_losses.ipynb #bc9b203a
-class _Losses(Registry):
-    "The table of losses; `pml/NAME` is looked up in pytorch-metric-learning."
-    def get(self, name):
-        if not str(name).startswith("pml/"): return super().get(name)
-        return importlib.import_module("hapnb.external").pml_maker(name)  # only now: it is optional, and comes after this notebook
-
-LOSSES.__class__ = _Losses
-
 def make_loss(name: str, # a registered name, such as "HAPPIERLoss", or "pml/NAME" for a loss of pytorch-metric-learning
               num_classes: int = None, # given to losses that take it
               embedding_size: int = None, # given to losses that take it
@@ -361,6 +354,7 @@ def make_loss(name: str, # a registered name, such as "HAPPIERLoss", or "pml/NAM
               ) -> EmbeddingLoss:
     "Make a loss from its name; unknown names and arguments are `ValueError`s with the nearest known one."
     cls = LOSSES.get(name)
+    # a function, which knows its arguments itself
     if str(name).startswith("pml/"): return cls(num_classes=num_classes, embedding_size=embedding_size, **args)
     known = [p for p in inspect.signature(cls.__init__).parameters if p != "self"]
     given = dict(num_classes=num_classes, embedding_size=embedding_size, proxy_labels=proxy_labels)
@@ -368,7 +362,8 @@ def make_loss(name: str, # a registered name, such as "HAPPIERLoss", or "pml/NAM
     for k in args:
         if k not in known: raise ValueError(f"{name} has no argument {k!r}.{nearest(k, [*known, *given])} It takes: {', '.join(known)}.")
     try: return cls(**args)
-    except TypeError as e: raise ValueError(f"{name}: {e}.") from e
+    # torch raises a RuntimeError for sizes that do not fit into memory
+    except (TypeError, RuntimeError) as e: raise ValueError(f"{name}: {str(e).splitlines()[0]}.") from e
 
 # %% ../nbs/10_losses.ipynb #0b0a93c0
 _all_ = ["CalibrationLoss", "PairLoss", "ProxyLoss", "NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "ProxyAnchorLoss", "CSLLoss",

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
 
-from .helpers import LOSSES, check_number
-from .core import Batch, EmbeddingLoss, _rows, check_labels, readable
+from .core import Batch, EmbeddingLoss, check_labels, unit_rows
+from .helpers import LOSSES, _rows, check_flag, check_number, readable
 
 # %% ../nbs/02_pairs.ipynb #3fdba996
 def _pairs(loss, batch: Batch):
@@ -61,7 +61,7 @@ def values(self: CalibrationLoss, batch: Batch):
     s, pos, neg = _pairs(self, batch)
     p = _share((self.pos_margin - s).relu(), pos, self.average == "nonzero")
     n = _share((s - self.neg_margin).relu(), neg, self.average == "nonzero")
-    self._terms.update(positive=p.sum().detach(), negative=n.sum().detach())
+    self.note(positive=p.sum(), negative=n.sum())
     return len(s) * (p + n), torch.ones_like(p, dtype=torch.bool)
 
 # %% ../nbs/02_pairs.ipynb #a02e778e
@@ -89,7 +89,7 @@ def values(self: PairLoss, batch: Batch):
     s, pos, neg = _pairs(self, batch)
     if self.drop_equal is not None: pos &= s <= 1 - self.drop_equal
     p, n = torch.where(pos, 1 - s, 0.).sum(1), torch.where(neg & (s > self.margin), s, 0.).sum(1)
-    self._terms.update(positive=p.mean().detach(), negative=n.mean().detach())
+    self.note(positive=p.mean(), negative=n.mean())
     return p + n, torch.ones_like(p, dtype=torch.bool)
 
 # %% ../nbs/02_pairs.ipynb #bc0c5fb0
@@ -103,7 +103,8 @@ class ProxyLoss(EmbeddingLoss):
                  reduction: str = "mean", # or "none"
                  ):
         super().__init__(similarity, reduction)
-        for name, value in (("num_classes", num_classes), ("embedding_size", embedding_size)): check_number(name, value, least=1, whole=True)
+        num_classes = check_number("num_classes", num_classes, least=1, whole=True)
+        embedding_size = check_number("embedding_size", embedding_size, least=1, whole=True)
         self.level, self.weight = check_number("level", level, least=0, whole=True), nn.Parameter(torch.empty(num_classes, embedding_size))
         nn.init.uniform_(self.weight, -embedding_size**-0.5, embedding_size**-0.5)
 
@@ -164,7 +165,7 @@ class NormSoftmaxLoss(ProxyLoss):
 @patch
 def logits(self: NormSoftmaxLoss, emb: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     "Give `[Q, C]` similarities to the proxies over the temperature."
-    return emb @ F.normalize(weight, dim=1).T / self.temperature
+    return emb @ unit_rows(weight).T / self.temperature
 
 # %% ../nbs/02_pairs.ipynb #ba8baa61
 class _BiasProxies:
@@ -208,14 +209,14 @@ class AMSoftmaxLoss(_BiasProxies, ProxyLoss):
                  reduction: str = "mean", # or "none"
                  ):
         super().__init__(num_classes, embedding_size, level, similarity, reduction)
-        self.margin, self.scale, self.plain = check_number("margin", margin), check_number("scale", scale, above=0), plain
+        self.margin, self.scale, self.plain = check_number("margin", margin), check_number("scale", scale, above=0), check_flag("plain", plain)
         if plain: self.add_bias()
 
 # %% ../nbs/02_pairs.ipynb #2b38738c
 @patch
 def logits(self: AMSoftmaxLoss, emb: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     "Give `[Q, C]` scaled similarities with the margin off the target's."
-    out = emb @ weight.T + self.bias if self.plain else emb @ F.normalize(weight, dim=1).T
+    out = emb @ weight.T + self.bias if self.plain else emb @ unit_rows(weight).T
     return self.scale * out.scatter_add(1, target[:, None], torch.full_like(out[:, :1], -self.margin))
 
 # %% ../nbs/02_pairs.ipynb #c2db5e13
@@ -238,7 +239,7 @@ class ProxyAnchorLoss(ProxyLoss):
         self.margin, self.scale = check_number("margin", margin), check_number("scale", scale, above=0)
         nn.init.kaiming_normal_(self.weight, mode="fan_out")
 
-    def logits(self, emb: Tensor, weight: Tensor, target: Tensor) -> Tensor: return self.scale * emb @ F.normalize(weight, dim=1).T
+    def logits(self, emb: Tensor, weight: Tensor, target: Tensor) -> Tensor: return self.scale * emb @ unit_rows(weight).T
 
 # %% ../nbs/02_pairs.ipynb #15c2c537
 def _anchored(x: Tensor, # exponents [Q, C]
@@ -261,7 +262,7 @@ def values(self: ProxyAnchorLoss, batch: Batch):
     own = target[:, None] == torch.arange(self.num_classes, device=target.device)
     p = _anchored(shift - s, own, own.any(0).sum().clamp(min=1), each)
     n = _anchored(shift + s, ~own & known[:, None], self.num_classes, each)
-    self._terms.update(positive=p.sum().detach(), negative=n.sum().detach())
+    self.note(positive=p.sum(), negative=n.sum())
     return (known.sum() * (p + n) if each else (p + n).expand(len(s))), known
 
 # %% ../nbs/02_pairs.ipynb #5ed9f83e
@@ -293,7 +294,7 @@ class CSLLoss(EmbeddingLoss):
         proxy_labels = check_labels(proxy_labels, "proxy_labels")
         if readable(proxy_labels) and (len(proxy_labels[:, 0].unique()) < len(proxy_labels) or bool((proxy_labels < 0).any())):
             raise ValueError("proxy_labels must have exactly one row a finest class, and no -1.")
-        check_number("embedding_size", embedding_size, least=1, whole=True)
+        embedding_size = check_number("embedding_size", embedding_size, least=1, whole=True)
         self.margins, self.scale = _csl_margins(margins, proxy_labels.shape[1]), check_number("scale", scale, above=0)
         self.register_buffer("proxy_labels", proxy_labels)
         self.weight = nn.Parameter(torch.empty(len(proxy_labels), embedding_size))
@@ -317,7 +318,7 @@ def values(self: CSLLoss, batch: Batch):
     "The sum over levels for each query, `[Q]`; rows with a known finest class count."
     _same_size(self, batch.emb)
     (own, known), (emb, weight) = self.own_proxy(batch), _wide(batch.emb, self.weight)
-    sim, total = self.scale * emb @ F.normalize(weight, dim=1).T, 0
+    sim, total = self.scale * emb @ unit_rows(weight).T, 0
     mine, nothing = sim.gather(1, own[:, None])[:, 0], torch.finfo(sim.dtype).min / 4  # finite, so that no NaN comes back
     for l, m in enumerate(self.margins):
         y = batch.labels[:, l]

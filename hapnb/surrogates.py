@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
-from .helpers import LOSSES, check_number
 from .core import Batch, EmbeddingLoss
+from .helpers import LOSSES, check_number
 
 # %% ../nbs/03_surrogates.ipynb #65fac476
 def _soft_histograms(scores: Tensor, # similarities [Q, N]; beyond -1 and 1 they count at the end nodes
@@ -109,24 +109,21 @@ def _true_ranks(scores: Tensor, pos: Tensor) -> tuple:
     return scores.shape[1] - below, pos.sum(1, keepdim=True) - pos_below
 
 # %% ../nbs/03_surrogates.ipynb #b1a06aec
-class _BlackBoxAP(torch.autograd.Function):
-    "One minus the average precision of each query; the slope is the finite difference of two rankings."
-    @staticmethod
-    def forward(ctx, scores, pos, lam, eps):
-        rank, within = _true_ranks(scores, pos)
-        number = pos.sum(1, keepdim=True).to(scores.dtype)
-        size, queries = (scores > -torch.inf).sum(1, keepdim=True).to(scores.dtype), (number > 0).sum().clamp(min=1)
-        share = within.to(scores.dtype) / rank * pos / (number + eps).clamp(min=1)
-        push = share / rank * size / queries  # slope of the mean loss by the ranks over their number
-        moved = scores.shape[1] - _below(scores + lam * push)[0]
-        ctx.save_for_backward((moved - rank) * (queries / (lam * size.clamp(min=1))))
-        return 1 - share.sum(1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        slope, = ctx.saved_tensors
-        return slope * grad[:, None], None, None, None
+def _black_box_ap(scores, pos, lam, eps, left_out=None):
+    "One minus the average precision of each query; its gradient is the finite difference of two rankings."
+    # what is left out lies below everything, and is never moved
+    ranked = scores.detach() if left_out is None else scores.detach().masked_fill(left_out, -torch.inf)
+    rank, within = _true_ranks(ranked, pos)
+    number = pos.sum(1, keepdim=True).to(scores.dtype)
+    size = (ranked > -torch.inf).sum(1, keepdim=True).to(scores.dtype)
+    queries = (number > 0).sum().clamp(min=1)
+    share = within.to(scores.dtype) / rank * pos / (number + eps).clamp(min=1)
+    # the derivative of the mean loss with respect to rank / number of items
+    push = share / rank * size / queries
+    moved = scores.shape[1] - _below(ranked + lam * push)[0]
+    slope = (moved - rank) * (queries / (lam * size.clamp(min=1)))
+    # the second term is 0, but has the gradient that we want
+    return 1 - share.sum(1) + (slope * (scores - scores.detach())).sum(1)
 
 # %% ../nbs/03_surrogates.ipynb #a2bddf43
 @LOSSES.register()
@@ -148,6 +145,7 @@ class BlackBoxAPLoss(EmbeddingLoss):
                  ):
         super().__init__(similarity, reduction)
         check_number("lambda_val", lambda_val, above=0), check_number("margin", margin, least=0), check_number("eps", eps, least=0)
+        if noise is not None and not callable(noise): raise ValueError(f"noise must be a function of the scores, got {noise!r}.")
         self.lambda_val, self.margin, self.eps, self.noise = lambda_val, margin, eps, noise
         self.level = check_number("level", level, least=0, whole=True)
 
@@ -165,5 +163,4 @@ def values(self: BlackBoxAPLoss, batch: Batch):
     "One minus the average precision of each query, `[Q]`, and which queries have a positive."
     shared = batch.shared(self.pick_level(batch, self.level))
     pos, scores = shared == 1, self.harder(batch.scores(), shared == 1)
-    if batch.left_out is not None: scores = scores.masked_fill(shared < 0, -torch.inf)  # below everything, and never moved
-    return _BlackBoxAP.apply(scores, pos, self.lambda_val, self.eps), pos.any(1)
+    return _black_box_ap(scores, pos, self.lambda_val, self.eps, batch.left_out), pos.any(1)

@@ -9,6 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+import hapnb.batches as B
+import hapnb.config as C
+import hapnb.helpers as H
+import hapnb.models as M
+import hapnb.runs as R
 import hapnb.train as T
 from hapnb.helpers import LOSSES
 from hapnb.core import EmbeddingLoss
@@ -117,7 +122,7 @@ def test_fields_that_came_later_leave_old_keys_alone():
     whole = TOY.replace(freeze="bn")
     added = [dict(memory={"size": "train"}), dict(memory={"size": 99}), dict(memory={"size": 99, "weight": 2.0}), dict(miner="pml/TripletMarginMiner"), dict(miner="pml/TripletMarginMiner", miner_args={"margin": 1}),
              dict(freeze_blocks=1), dict(packed=64), dict(packed=64, packed_format="jpeg"), dict(packed=64, packed_format="jpeg80"), dict(decode="shrink"), dict(protocol={"kind": "leave-one-out"})]
-    assert {k for c in added for k in c} | {"micro_batch"} == set(T._ADDED)
+    assert {k for c in added for k in c} | {"micro_batch"} == set(C._ADDED)
     assert len({whole.replace(**c).key(parts) for c in [{}, *added]}) == 1 + len(added)
     for c in added: assert RunConfig.from_dict(json.loads(json.dumps(whole.replace(**c).to_dict()))) == whole.replace(**c)
 
@@ -136,12 +141,12 @@ def test_features_follow_the_content_of_a_weights_file(tmp_path):
     from hapnb.models import make_trunk
     state, path = make_trunk("timm/resnet18", pretrained=False).net.state_dict(), tmp_path / "w.safetensors"
     cfg = TOY.replace(trunk="timm/resnet18", pretrained=str(path), dataset_args={"hues": 2, "each": 2}, sampler="random", sampler_args={}, batch_size=6)
-    ds = T.load_splits(cfg)[0]
+    ds = C.load_splits(cfg)[0]
     found = []
     for scale in (1., 2.):
         save_file({k: v * scale if k == "conv1.weight" else v for k, v in state.items()}, path)
-        found.append(T.features_of(cfg, ds))
-        assert T.features_of(cfg, ds, progress=True) is found[-1]
+        found.append(R.features_of(cfg, ds))
+        assert R.features_of(cfg, ds, progress=True) is found[-1]
     assert not torch.equal(*found)
     result = toy_run(cfg, tmp_path / "runs")
     result.model()
@@ -162,20 +167,20 @@ def test_an_image_more_is_seen_in_the_same_process(tmp_path):
         for j in range(2): Image.new("RGB", (4, 4), (40 * i, 99, 99 * j)).save(tmp_path / kind / f"{j}.png")
     cfg = TOY.replace(dataset="folder", data_dir=str(tmp_path))
     key = cfg.key()
-    assert cfg.key() == key and T.load_splits(cfg)[0] is T.load_splits(cfg)[0]
+    assert cfg.key() == key and C.load_splits(cfg)[0] is C.load_splits(cfg)[0]
     for kind in ("a/x", "a/y"): Image.new("RGB", (4, 4)).save(tmp_path / kind / "2.png")
     assert cfg.key() != key
 
 
 def test_a_misspelt_loss_argument_fails_before_the_features(tmp_path, monkeypatch):
-    monkeypatch.setattr(T, "features_of", lambda *a, **kw: pytest.fail("features were computed first"))
+    monkeypatch.setattr(R, "features_of", lambda *a, **kw: pytest.fail("features were computed first"))
     with pytest.raises(ValueError, match="'lam'"): toy_run(TOY.replace(loss_args={"lamb": 1}), tmp_path)
 
 
 def test_the_folder_of_features(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("HAPNB_CACHE", "~/kept")
-    assert T.cache_folder() == tmp_path / "kept"
+    assert H.cache_folder() == tmp_path / "kept"
 
 
 def test_force_trains_again(tmp_path, monkeypatch):
@@ -191,7 +196,7 @@ def test_force_trains_again(tmp_path, monkeypatch):
 def test_read_back_and_same_again(tmp_path, monkeypatch):
     first = toy_run(TOY, tmp_path / "a")
     assert contents(first) == contents(toy_run(TOY, tmp_path / "b"))
-    monkeypatch.setattr(T, "_make_run", lambda *a: pytest.fail("a finished run was made again"))
+    monkeypatch.setattr(R, "_make_run", lambda *a: pytest.fail("a finished run was made again"))
     again = toy_run(TOY, tmp_path / "a")
     assert again.metrics == first.metrics and again.config == TOY and again.key == TOY.key()
     assert list(again.history.epoch) == [0, 1, 2, 3] and {"loss", "lr_head", "lr_loss", "seconds", "spread", "grad_norm"} <= set(again.history)
@@ -264,15 +269,15 @@ def test_kill_9_at_random_moments(tmp_path, cfg):
 
 def test_killed_while_writing_results(tmp_path, monkeypatch):
     want = contents(toy_run(TOY, tmp_path / "whole"))
-    write = T.write_atomic
+    write = R.write_atomic
     for stop in ("weights.safetensors", "embeddings.safetensors", "history.csv", "environment.json", "metrics.json"):
         def fails(path, data):
             if Path(path).name == stop: raise OSError(28, "No space left on device")
             return write(path, data)
-        monkeypatch.setattr(T, "write_atomic", fails)
+        monkeypatch.setattr(R, "write_atomic", fails)
         with pytest.raises(OSError, match="No space left"): toy_run(TOY, tmp_path / "full")
-        assert not T.is_finished(tmp_path / "full" / TOY.key())
-    monkeypatch.setattr(T, "write_atomic", write)
+        assert not R.is_finished(tmp_path / "full" / TOY.key())
+    monkeypatch.setattr(R, "write_atomic", write)
     assert contents(toy_run(TOY, tmp_path / "full")) == want
 
 
@@ -286,9 +291,9 @@ def test_damaged_checkpoint_starts_again(tmp_path, capsys):
 
 
 def _tell(cfg, store):
-    make = T._make_run
+    make = R._make_run
     def told(*args): print("making"); make(*args)
-    T._make_run = told
+    R._make_run = told
     slowly(cfg, store, seconds=0.1)
 
 
@@ -326,7 +331,7 @@ def test_nan_stops_and_keeps(tmp_path):
     cfg = TOY.replace(loss="NaNAfterLoss", loss_args={"after": 8})
     with pytest.raises(Diverged, match=r"loss is nan at epoch \d, step \d") as e: toy_run(cfg, tmp_path, save_every=0)
     path = tmp_path / cfg.key()
-    assert str(path) in str(e.value) and not T.is_finished(path)
+    assert str(path) in str(e.value) and not R.is_finished(path)
     assert len(pd.read_csv(path / "history.csv")) >= 1
     state = T.load_state(path / "state.pt")
     assert all(v.isfinite().all() for v in state["net"].values() if v.is_floating_point())
@@ -434,7 +439,7 @@ def test_bad_pieces(tmp_path, groups, message):
 
 
 def test_a_misspelt_piece_fails_before_the_features(tmp_path, monkeypatch):
-    monkeypatch.setattr(T, "features_of", lambda *a, **k: pytest.fail("features were computed first"))
+    monkeypatch.setattr(R, "features_of", lambda *a, **k: pytest.fail("features were computed first"))
     with pytest.raises(ValueError, match="hgnn"): toy_run(PIECES.replace(groups={"loss.hgn": {}}), tmp_path)
 
 
@@ -453,7 +458,7 @@ def test_pieces_of_hist_learn_at_their_own_rates(tmp_path, freeze):
 def test_a_rate_of_a_piece_reaches_only_that_piece(tmp_path):
     "With a rate of zero a piece stays where it started, and the others do not."
     cfg = PIECES.replace(weight_decay=0.0, epochs=2)
-    start = {k: v.clone() for k, v in T.build_trainer(cfg, T.load_splits(cfg)[0], T.make_accelerator("cpu"))[0].loss.named_parameters()}
+    start = {k: v.clone() for k, v in R.build_trainer(cfg, C.load_splits(cfg)[0], T.make_accelerator("cpu"))[0].loss.named_parameters()}
     for piece in ("distributions", "hgnn"):
         other = {"distributions": "hgnn", "hgnn": "distributions"}[piece]
         found = toy_run(cfg.replace(groups={f"loss.{piece}": {"lr": 0.0}, f"loss.{other}": {"lr": 0.1}}), tmp_path).weights()
@@ -462,7 +467,7 @@ def test_a_rate_of_a_piece_reaches_only_that_piece(tmp_path):
 
 
 def test_pieces_are_in_the_key(tmp_path):
-    data = T.load_splits(PIECES)
+    data = C.load_splits(PIECES)
     swap = {"loss.hgnn": {"lr": 1e-3}, "loss.distributions": {"lr": 0.1}}
     other = {"loss.hgnn": {"lr": 2e-3}, "loss.distributions": {"lr": 0.1}}
     assert PIECES.key(data) == PIECES.replace(groups=swap).key(data) == RunConfig.from_dict(json.loads(json.dumps(PIECES.to_dict()))).key(data)
@@ -532,7 +537,7 @@ class Halves:
 
 def _train(loss, out):
     acc = T.make_accelerator("cpu")
-    t = make_trainer(loss, accelerator=acc, epochs=2, lr=0.01, optimizer="sgd").fit(T.FeatureBatches(*data(22), Halves()))
+    t = make_trainer(loss, accelerator=acc, epochs=2, lr=0.01, optimizer="sgd").fit(B.FeatureBatches(*data(22), Halves()))
     history = [{k: v for k, v in r.items() if k != "seconds"} for r in t.history]
     if acc.is_main_process: T.save_state(out, dict(net=t.net.state_dict(), loss=t.loss.state_dict(), history=history))
     acc.wait_for_everyone()
@@ -581,7 +586,7 @@ def test_run_with_two_processes(tmp_path, cfg):
 
 def _remember(memory, micro_batch, out):
     acc = T.make_accelerator("cpu")
-    t = make_trainer("SmoothAPLoss", accelerator=acc, epochs=3, lr=0.01, optimizer="sgd", memory=memory, micro_batch=micro_batch).fit(T.FeatureBatches(*data(22), Halves()))
+    t = make_trainer("SmoothAPLoss", accelerator=acc, epochs=3, lr=0.01, optimizer="sgd", memory=memory, micro_batch=micro_batch).fit(B.FeatureBatches(*data(22), Halves()))
     T.save_state(f"{out}{acc.process_index}", dict(net=t.net.state_dict(), memory=t.memory.state_dict(), history=[{k: v for k, v in r.items() if k != "seconds"} for r in t.history]))
     acc.wait_for_everyone()
 
@@ -615,7 +620,7 @@ def test_training_with_a_memory_is_the_papers_two_terms(loss, unique):
     x, y = data(24)
     batches = [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 0, 1], [4, 8, 12, 16, 5, 9]]
     memory = dict(size=24, unique=True, weight=0.5, start_epoch=1) if unique else dict(size=10, weight=0.5, start_epoch=1)
-    t = make_trainer(loss, epochs=3, lr=0.1, optimizer="sgd", memory=memory).fit(T.FeatureBatches(x, y, Rows(*batches)))
+    t = make_trainer(loss, epochs=3, lr=0.1, optimizer="sgd", memory=memory).fit(B.FeatureBatches(x, y, Rows(*batches)))
     torch.manual_seed(1)
     net, own = Net(), make_loss(loss, num_classes=4, embedding_size=3)
     opt = torch.optim.SGD([*net.parameters(), *own.parameters()], lr=0.1)
@@ -693,8 +698,8 @@ TRIPLET = TOY.replace(loss="pml/TripletMarginLoss", miner="pml/TripletMarginMine
 def test_a_miner_chooses_for_the_loss(tmp_path):
     miners, losses = pytest.importorskip("pytorch_metric_learning.miners"), pytest.importorskip("pytorch_metric_learning.losses")
     cfg = TRIPLET.replace(optimizer="sgd", lr=0.5, schedule="constant", epochs=1)
-    t, batches = T.build_trainer(cfg, T.load_splits(cfg)[0], T.make_accelerator("cpu"))
-    own, _ = T.build_trainer(cfg, T.load_splits(cfg)[0], T.make_accelerator("cpu"))
+    t, batches = R.build_trainer(cfg, C.load_splits(cfg)[0], T.make_accelerator("cpu"))
+    own, _ = R.build_trainer(cfg, C.load_splits(cfg)[0], T.make_accelerator("cpu"))
     t.fit(batches)
     miner, loss = miners.TripletMarginMiner(margin=0.3, type_of_triplets="semihard"), losses.TripletMarginLoss()
     opt = torch.optim.SGD(own.net.parameters(), lr=0.5)
@@ -720,7 +725,7 @@ def test_a_miner_with_a_memory_and_two_passes(tmp_path):
     (dict(loss="pml/P2SGradLoss"), "P2SGradLoss does not take the pairs of pml/TripletMarginMiner"), (dict(loss="pml/TripletMarginLos"), "TripletMarginLoss")])
 def test_miners_that_do_not_fit(tmp_path, monkeypatch, change, message):
     pytest.importorskip("pytorch_metric_learning")
-    monkeypatch.setattr(T, "features_of", lambda *a, **k: pytest.fail("features were computed first"))
+    monkeypatch.setattr(R, "features_of", lambda *a, **k: pytest.fail("features were computed first"))
     with pytest.raises(ValueError, match=message): toy_run(TRIPLET.replace(**change), tmp_path)
 
 
@@ -729,13 +734,13 @@ def test_a_miner_looks_at_the_level_of_the_loss(asked, level):
     pytest.importorskip("pytorch_metric_learning")
     cfg = TRIPLET.replace(loss_args={"level": 1}, miner_args={"margin": 9., **asked})
     y = torch.tensor([[0, 0], [1, 0], [2, 1], [3, 1]])  # alone at level 0, pairs at level 1
-    found = T._make_miner(cfg)(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), y)
-    assert T._make_miner(cfg).level == level and (len(found[0]) > 0) == (level == 1)
+    found = R._make_miner(cfg)(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), y)
+    assert R._make_miner(cfg).level == level and (len(found[0]) > 0) == (level == 1)
 
 
 def test_a_miner_that_cannot_work_with_a_memory_is_named_at_once(tmp_path, monkeypatch):
     pytest.importorskip("pytorch_metric_learning")
-    monkeypatch.setattr(T, "features_of", lambda *a, **k: pytest.fail("features were computed first"))
+    monkeypatch.setattr(R, "features_of", lambda *a, **k: pytest.fail("features were computed first"))
     cfg = TRIPLET.replace(miner="pml/BatchEasyHardMiner", miner_args={})
     with pytest.raises(ValueError, match="the image's own copy"): toy_run(cfg.replace(memory={"size": "train", "start_epoch": 1}), tmp_path)
     with pytest.raises(pytest.fail.Exception): toy_run(cfg, tmp_path)  # without a memory it is good
@@ -751,8 +756,8 @@ def test_embeddings_that_break_are_named_with_a_miner_too():
 
 
 def test_nothing_is_loaded_where_nothing_is_shared(monkeypatch):
-    monkeypatch.setattr(T, "load_splits", lambda cfg: pytest.fail("the dataset was read"))
-    T.prepare(TOY.replace(freeze="bn"), "cpu", progress=False)
+    monkeypatch.setattr(R, "load_splits", lambda cfg: pytest.fail("the dataset was read"))
+    R.prepare(TOY.replace(freeze="bn"), "cpu", progress=False)
 
 
 # ---- protocols
@@ -789,7 +794,7 @@ def test_the_datasets_protocol_is_followed(tmp_path):
 def test_protocol_errors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="'part' is 'test' in row 0"): toy_run(TOY.replace(protocol={"kind": "query-gallery"}), tmp_path)
     with pytest.raises(ValueError, match="levels=None"): toy_run(TOY.replace(levels=(0,), protocol={"kind": "dyml"}), tmp_path)
-    monkeypatch.setattr(T, "features_of", lambda *a, **k: pytest.fail("features were computed first"))
+    monkeypatch.setattr(R, "features_of", lambda *a, **k: pytest.fail("features were computed first"))
     with pytest.raises(ValueError, match="'query-gallery'"): toy_run(TOY.replace(protocol={"kind": "query-galery"}), tmp_path)
 
 
@@ -835,19 +840,19 @@ def test_images_are_decoded_no_larger_than_needed(tmp_path, monkeypatch, photos,
 
 def test_features_of_small_images_have_a_place_of_their_own(tmp_path, monkeypatch, photos):
     cfg = photos.replace(freeze="trunk", augment={})
-    test = T.load_splits(cfg)[1]
-    full = T.features_of(cfg, test)
+    test = C.load_splits(cfg)[1]
+    full = R.features_of(cfg, test)
     asked, _ = spied(monkeypatch)
-    small = T.features_of(cfg.replace(decode="shrink"), test)
+    small = R.features_of(cfg.replace(decode="shrink"), test)
     assert set(asked) == {40} and not torch.equal(full, small)
     torch.testing.assert_close(full, small, atol=0.1, rtol=0.1)
-    T._IN_MEMORY.clear()
-    assert torch.equal(T.features_of(cfg, test), full)  # from disk
+    R._IN_MEMORY.clear()
+    assert torch.equal(R.features_of(cfg, test), full)  # from disk
     assert len(asked) == len(test)
 
 
 def test_a_shrunk_dataset_survives_pickling(photos):
-    ds = T._Shrunk(T.load_splits(photos)[1], 40)
+    ds = B._Shrunk(C.load_splits(photos)[1], 40)
     again = pickle.loads(pickle.dumps(ds))
     assert again.fingerprint == ds.fingerprint != ds.dataset.fingerprint and len(again) == len(ds) and again.image(0).size == (100, 75)
     with pytest.raises(AttributeError): again.nothing
@@ -879,7 +884,7 @@ def test_training_reads_a_packed_copy(tmp_path, monkeypatch, photos):
     assert small.dataset().fingerprint == full.dataset().fingerprint  # where the images came from
     frozen = photos.replace(packed=60, freeze="trunk", augment={})
     calls.clear()
-    T.prepare(frozen, "cpu", progress=False)
+    R.prepare(frozen, "cpu", progress=False)
     assert {s for s, _ in calls} == {"train", "test"}
     with pytest.raises(ValueError, match="packed=45 keeps fewer pixels than the 50"): toy_run(photos.replace(packed=45), tmp_path)
 
@@ -888,7 +893,7 @@ def test_two_processes_pack_once(tmp_path, photos, monkeypatch):
     "Both ask for the copy before they meet: packing may take longer than a process waits for the others."
     monkeypatch.setenv("HAPNB_CACHE", str(tmp_path / "cache"))
     import hapnb.packed as P
-    make, pack, wait = P._make, T._pack, T.make_accelerator
+    make, pack, wait = P._make, R._pack, R.make_accelerator
     def noted(kind, f):
         def g(*args, **kw):
             (tmp_path / f"{kind}.{os.environ['RANK']}.{time.monotonic_ns()}").touch()
@@ -898,7 +903,7 @@ def test_two_processes_pack_once(tmp_path, photos, monkeypatch):
         a = wait(*args)
         a.wait_for_everyone = noted("meets", a.wait_for_everyone)
         return a
-    for module, name, kind, f in ((P, "_make", "made", make), (T, "_pack", "asks", pack), (T, "make_accelerator", None, None)):
+    for module, name, kind, f in ((P, "_make", "made", make), (R, "_pack", "asks", pack), (R, "make_accelerator", None, None)):
         monkeypatch.setattr(module, name, accelerator if f is None else noted(kind, f))
     together(toy_run, photos.replace(packed=60), tmp_path / "two")
     order = lambda kind, rank: sorted(int(p.name.split(".")[2]) for p in tmp_path.glob(f"{kind}.{rank}.*"))
@@ -908,10 +913,10 @@ def test_two_processes_pack_once(tmp_path, photos, monkeypatch):
 
 def test_needed_side_of_the_library_transforms():
     from hapnb.models import test_transform as testing, train_transform as training
-    trunk = T.toy_trunk()
-    assert T.needed_side(testing(trunk, 32, 0.8)) == 40 and T.needed_side(testing(trunk, 32, 0.8, square=True)) == 40 and T.needed_side(training(trunk, 32, resize=50)) == 50
+    trunk = M.toy_trunk()
+    assert B.needed_side(testing(trunk, 32, 0.8)) == 40 and B.needed_side(testing(trunk, 32, 0.8, square=True)) == 40 and B.needed_side(training(trunk, 32, resize=50)) == 50
     transform = training(trunk, 32, (0.25, 1.), (0.5, 2.))
-    side = T.needed_side(transform)
+    side = B.needed_side(transform)
     torch.manual_seed(0)
     boxes = [transform.transforms[0].make_params([torch.zeros(3, side, side)]) for _ in range(300)]
     assert side == 91 and min(min(b["height"], b["width"]) for b in boxes) >= 31  # rounding of a box to whole pixels
@@ -921,7 +926,7 @@ def test_needed_side_of_the_library_transforms():
 
 def test_first_blocks_stand_still(tmp_path):
     cfg = TOY.replace(trunk="timm/resnet18", pretrained=False, freeze="bn", freeze_blocks=2, epochs=1, batch_size=16, loss="SmoothAPLoss", dataset_args={"hues": 4, "each": 4})
-    start = {k: v.clone() for k, v in T.build_trunk(cfg).state_dict().items()}
+    start = {k: v.clone() for k, v in R.build_trunk(cfg).state_dict().items()}
     after = {k.removeprefix("trunk."): v for k, v in toy_run(cfg, tmp_path).weights().items() if k.startswith("trunk.")}
     moved = {k for k in start if not torch.equal(start[k], after[k])}
     assert moved and all("layer3" in k or "layer4" in k for k in moved)
@@ -933,9 +938,9 @@ def test_first_blocks_stand_still(tmp_path):
 @pytest.mark.parametrize("freeze", ["trunk", "bn"])
 def test_whitening_makes_the_start_white(tmp_path, monkeypatch, freeze):
     cfg = TOY.replace(init="whitening", norm=None, embed_dim=4, freeze=freeze, epochs=0, normalise=False, loss="HISTLoss", loss_args={"hidden": 4})
-    train = T.load_splits(cfg)[0]
-    t, batches = T.build_trainer(cfg, train, T.make_accelerator("cpu"))
-    x = T.features_of(TOY, train)
+    train = C.load_splits(cfg)[0]
+    t, batches = R.build_trainer(cfg, train, T.make_accelerator("cpu"))
+    x = R.features_of(TOY, train)
     z = t.net.head.proj(t.net.head.norm(x))
     torch.testing.assert_close(torch.cov(z.T), torch.eye(4), atol=2e-2, rtol=0)
     torch.testing.assert_close(z.mean(0), torch.zeros(4), atol=1e-3, rtol=0)
@@ -946,21 +951,21 @@ def test_whitening_makes_the_start_white(tmp_path, monkeypatch, freeze):
 
 
 def test_whitening_looks_at_some_images_only():
-    assert T._some_rows(7).tolist() == list(range(7))
-    many = T._some_rows(20000)
-    assert len(many) == 5000 and bool((many.diff() > 0).all()) and torch.equal(many, T._some_rows(20000))
+    assert R._some_rows(7).tolist() == list(range(7))
+    many = R._some_rows(20000)
+    assert len(many) == 5000 and bool((many.diff() > 0).all()) and torch.equal(many, R._some_rows(20000))
 
 
 def test_checkpoints_of_a_large_network_leave_time_to_train(tmp_path, monkeypatch):
     "A checkpoint that takes 10 s is written every 200 s, not every 30."
     now, saved = [0.], []
-    monkeypatch.setattr(T.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(T, "save_state", lambda *a: (saved.append(now[0]), now.__setitem__(0, now[0] + 10.)))
+    monkeypatch.setattr(R.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(R, "save_state", lambda *a: (saved.append(now[0]), now.__setitem__(0, now[0] + 10.)))
     trainer = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True), state_dict=dict)
-    clock = T._Clock(trainer, tmp_path, TOY, None, 30., False)
+    clock = R._Clock(trainer, tmp_path, TOY, None, 30., False)
     while now[0] < 500: now[0] += 1; clock.after_step(trainer)
     assert saved == [30., 240., 450.]
-    saved.clear(); clock = T._Clock(trainer, tmp_path, TOY, None, 0, False)
+    saved.clear(); clock = R._Clock(trainer, tmp_path, TOY, None, 0, False)
     for _ in range(3): clock.after_step(trainer)
     assert len(saved) == 3  # 0: after each step
 
@@ -968,12 +973,12 @@ def test_checkpoints_of_a_large_network_leave_time_to_train(tmp_path, monkeypatc
 def test_a_trained_network_needs_nothing_but_its_run(tmp_path):
     "The ImageNet weights that it started from may be gone, and the network too."
     cfg = TOY.replace(freeze="bn", pretrained=str(tmp_path / "trunk.pth"), epochs=1)
-    torch.save(T.build_net(cfg.replace(pretrained=False)).trunk.net.state_dict(), tmp_path / "trunk.pth")
+    torch.save(R.build_net(cfg.replace(pretrained=False)).trunk.net.state_dict(), tmp_path / "trunk.pth")
     result = toy_run(cfg, tmp_path / "runs")
     (tmp_path / "trunk.pth").unlink()
     from hapnb.models import test_transform as plain
     net, part = result.model(), result.dataset()
-    torch.testing.assert_close(T.embed(net, part, plain(net, 32)), result.embeddings(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(R.embed(net, part, plain(net, 32)), result.embeddings(), rtol=0, atol=1e-6)
 
 
 def test_links_that_lead_round_in_the_data_folder(tmp_path):
@@ -982,6 +987,6 @@ def test_links_that_lead_round_in_the_data_folder(tmp_path):
     for name in "ab": (tmp_path / "data" / name).symlink_to(tmp_path / "data", target_is_directory=True)
     (tmp_path / "data/table.csv").write_text("x")
     for p in (tmp_path / "data/sub", tmp_path / "data"): os.utime(p, ns=(5, 5))
-    assert T._changed(tmp_path / "data") == 5 and T._changed(tmp_path / "data/table.csv") == os.stat(tmp_path / "data/table.csv").st_mtime_ns
+    assert C._changed(tmp_path / "data") == 5 and C._changed(tmp_path / "data/table.csv") == os.stat(tmp_path / "data/table.csv").st_mtime_ns
     os.utime(tmp_path / "data/sub", ns=(9, 9))
-    assert T._changed(tmp_path / "data") == 9
+    assert C._changed(tmp_path / "data") == 9
