@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# %% ../nbs/16_images.ipynb #772f0568
+# %% ../nbs/16_images.ipynb #3cf0114d
 def _eight_bits(im):
     "A grey image with more than 8 bits per pixel as one with 8."
     x = np.asarray(im).astype(np.float64)
@@ -25,7 +25,7 @@ def _eight_bits(im):
     scaled = x if top == 255 else x // 256 if top == 65535 else x * 255 / top
     return Image.fromarray(scaled.astype(np.uint8))
 
-# %% ../nbs/16_images.ipynb #aa66cc11
+# %% ../nbs/16_images.ipynb #e22402fc
 def to_rgb(im: Image.Image) -> Image.Image:
     "Bring an opened image to RGB: EXIF rotation applied, transparency on white, deep grey brought to 8 bits."
     im = ImageOps.exif_transpose(im)
@@ -36,7 +36,7 @@ def to_rgb(im: Image.Image) -> Image.Image:
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return im.convert("RGB")
 
-# %% ../nbs/16_images.ipynb #8d739163
+# %% ../nbs/16_images.ipynb #66839c77
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
                   ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k")
@@ -72,11 +72,13 @@ def _what_it_is(data):
     kind = next((k for m, k in _OTHERS.items() if head.startswith(m.lower()) or head[4:12] == m), None)
     return f": it is {kind}" if kind else ""
 
-# %% ../nbs/16_images.ipynb #4989da32
+# %% ../nbs/16_images.ipynb #99648a83
 def _opened(data):
     "Read the header; `BadImage` for other formats and for too many pixels."
     if not data: raise BadImage("empty file")
-    try: im = Image.open(io.BytesIO(data), formats=FORMATS)
+    # an older Pillow lacks some
+    Image.init()
+    try: im = Image.open(io.BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
     except UnidentifiedImageError as e: raise BadImage(why_not(e) + _what_it_is(data)) from e
     if im.width * im.height > max_pixels():
         raise BadImage(f"{im.width} x {im.height} pixels, and the limit is {max_pixels():,}: make it smaller, "
