@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch.utils.data import Dataset
 
 from .core import check_labels
-from .helpers import nearest, UserError
+from .helpers import UserError, check_number, nearest
 from .images import UNREADABLE, decode, looks_whole, why_not
 from .labels import code_levels, split_column
 
@@ -184,6 +184,7 @@ def from_frame(frame: pd.DataFrame, # one row per image: the levels' names, perh
                ) -> RetrievalDataset:
     "Build the dataset of one split from a table of names; empty cells and -1 are unknown classes."
     check_split(split)
+    check_number("val", val, least=0, whole=True)
     frame, levels = frame.reset_index(drop=True), list(levels)
     codes, names = code_levels(frame, levels, name)
     part = _parts_of(frame, codes, names, levels, val, name)
@@ -196,7 +197,7 @@ def from_frame(frame: pd.DataFrame, # one row per image: the levels' names, perh
                          rows=hashlib.sha256(rows.tobytes()).hexdigest())
     return RetrievalDataset(store, labels, names, levels, name, split, key, rows, meta, protocol=protocol)
 
-# %% ../nbs/18_datasets.ipynb #2c43a308
+# %% ../nbs/18_datasets.ipynb #ab3d1951
 def _parts_of(frame, codes, names, levels, val, name):
     "The part of each row, from the names of its classes."
     # the code -1 takes the last entry, None
