@@ -87,7 +87,7 @@ def _are_splits(tops):
     odd = next(t for t in tops if not split_name(t))
     alike = {t for t in tops if looks_like_split(t)}
     if {"train", "test"} <= {split_name(t) for t in known} or len(alike) > 1 and len(alike) == len(tops):
-        names = " and ".join(sorted(alike or known)[:2])
+        names = " and ".join([t for t in tops if t in alike][:2])
         raise UserError(f"folders {names} stand beside {odd or 'images'!r}, so it is not clear whether they are splits "
                         f"or classes. Splits are {', '.join(PARTS)}: move what is none of them elsewhere, or rename "
                         "the classes.")
@@ -190,7 +190,7 @@ def load_table(split="test", data_dir=None, # the table: a .csv, .tsv or .parque
     store, source = _table_images(frame, image, levels, path, Path(root or path.parent))
     return from_frame(frame.drop(columns=image), store, levels, "table", split, source, val)
 
-# %% ../nbs/20_data.ipynb #a7a1291f
+# %% ../nbs/20_data.ipynb #5234d983
 def _table_images(frame, image, levels, path, root):
     "The images of a table, and a hash of all that defines them and their labels."
     cells = frame[image].tolist()
@@ -351,5 +351,5 @@ def load_toy(split="test", data_dir=None, # there is nothing to find: the images
     source = hashlib.sha256(b"".join(images)).hexdigest()
     return from_frame(frame, store, ["hue", "shape"], "toy", split, source)
 
-# %% ../nbs/20_data.ipynb #d591c2fb
+# %% ../nbs/20_data.ipynb #a9b04ce1
 __getattr__ = late_names(__name__, dict.fromkeys(("fetch", "missing", "source_of"), "hapnb.benchmarks"))
