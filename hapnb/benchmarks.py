@@ -36,7 +36,8 @@ class Source:
     terms: str # licence or terms of use, or "unknown"
     layout: str # the tree on disk, as text
     needs: tuple # relative paths that must exist; "a | b" means one of the two
-    counts: dict = field(default_factory=dict) # split -> {"images": n, "classes": (finest, ..., coarsest)}, None = not published
+    # split -> {"images": n, "classes": (finest, ..., coarsest)}, None = not published
+    counts: dict = field(default_factory=dict)
     archives: tuple = () # dicts with url, name, and sha256 or md5 where the source publishes one
     folders: tuple = () # names that the unpacked folder usually has
     def _repr_markdown_(self): return str(self)
@@ -59,9 +60,12 @@ def source_of(name: str) -> Source:
 @patch
 def __str__(self: Source):
     number = lambda n: "?" if n is None else f"{n:,}"
-    rows = [f"- {split}: {number(c.get('images'))} images, classes {' / '.join(map(number, c.get('classes', ())))}" for split, c in self.counts.items()]
-    files = [f"- {a['name']}: {a['url']}" + "".join(f" ({k} {a[k]})" for k in ("sha256", "md5") if a.get(k)) for a in self.archives]
-    return "\n".join([f"**{self.title}** (`{self.name}`)", "", self.paper, "", f"Get it: {self.url}", f"Size: {self.size}", f"Terms: {self.terms}",
+    rows = [f"- {split}: {number(c.get('images'))} images, classes {' / '.join(map(number, c.get('classes', ())))}"
+            for split, c in self.counts.items()]
+    files = [f"- {a['name']}: {a['url']}" + "".join(f" ({k} {a[k]})" for k in ("sha256", "md5") if a.get(k))
+             for a in self.archives]
+    return "\n".join([f"**{self.title}** (`{self.name}`)", "", self.paper, "", f"Get it: {self.url}",
+                      f"Size: {self.size}", f"Terms: {self.terms}",
                       "", *rows, *files, "", "```", self.layout.strip("\n"), "```"])
 
 # %% ../nbs/23_benchmarks.ipynb #5e528fb9
@@ -73,7 +77,7 @@ def find_root(data_dir, # the dataset's folder, or the folder that holds it
               needs, # relative paths that must exist
               name: str, # the dataset's name, for the message and its usual folder names
               ) -> Path:
-    "Find the folder that holds all of `needs`; `FileNotFoundError` says what is missing, what is there and where to get it."
+    "Find the folder that holds all of `needs`; `FileNotFoundError` says what is missing and where to get it."
     source = SOURCES.get(name)
     wanted = f"{source.title if source else name} ({', '.join(needs)})"
     root = need_dir(data_dir, wanted)
@@ -81,19 +85,23 @@ def find_root(data_dir, # the dataset's folder, or the folder that holds it
     best = min(tried, key=lambda p: len(lacking(p, needs)))
     if not (gone := lacking(best, needs)): return best
     get = f" Get it from {source.url} ({source.size})." if source else ""
-    raise FileNotFoundError(f"looked for {wanted} in {best}, but {', '.join(gone)} {'is' if len(gone) == 1 else 'are'} missing; {what_is_in(best)}.{get}")
+    raise FileNotFoundError(f"looked for {wanted} in {best}, but {', '.join(gone)} "
+                            f"{'is' if len(gone) == 1 else 'are'} missing; {what_is_in(best)}.{get}")
 
 # %% ../nbs/23_benchmarks.ipynb #1012712c
 def _columns_of(frame, columns, path):
     "The wanted columns of a table with a header, blanks around the names dropped."
     frame.columns = [str(c).strip() for c in frame.columns]
     if gone := [c for c in columns if c not in frame]:
-        raise ValueError(f"{path} has no column {gone[0]!r}.{nearest(gone[0], frame.columns)} Columns: {', '.join(frame.columns)}.")
+        raise ValueError(f"{path} has no column {gone[0]!r}.{nearest(gone[0], frame.columns)} Columns: "
+                         f"{', '.join(frame.columns)}.")
     return frame[list(columns)]
 
 def _quick_rows(text, width):
     "Read a table of values between blanks with pandas; None if any line has another number of values."
-    try: frame = pd.read_csv(io.StringIO(text), sep=r"\s+", header=None, dtype=str, quoting=3, keep_default_na=False, na_values=[])
+    try:
+        frame = pd.read_csv(io.StringIO(text), sep=r"\s+", header=None, dtype=str, quoting=3, keep_default_na=False,
+                            na_values=[])
     except (pd.errors.ParserError, pd.errors.EmptyDataError): return None
     short = frame.isna() | (frame == "")  # pandas fills up a short line
     return frame if frame.shape[1] == width and not short.any(axis=None) else None
@@ -110,7 +118,9 @@ def read_rows(path, # a text file of values between blanks
     if frame is None:  # something is wrong: look line by line
         lines = [(i, s) for i, line in enumerate(text.split("\n"), 1) if (s := line.split())]
         for i, s in lines:
-            if len(s) != len(names): raise ValueError(f"{path}, line {i}: {len(s)} values, expected {len(names)} ({', '.join(names)}): {' '.join(s)[:80]!r}. Fetch the file again.")
+            if len(s) != len(names):
+                raise ValueError(f"{path}, line {i}: {len(s)} values, expected {len(names)} ({', '.join(names)}): "
+                                 f"{' '.join(s)[:80]!r}. Fetch the file again.")
         frame = pd.DataFrame([s for _, s in lines])
     if header: frame = frame.iloc[1:].reset_index(drop=True)
     if not len(frame): raise ValueError(f"{path} has no rows.")
@@ -126,8 +136,11 @@ def read_commas(path, # a CSV file
     text = read_text(path)
     if not text.strip(): raise ValueError(f"{path} has no rows.")
     names = [n.strip() for n in text.split("\n", 1)[0].split(",")] if header else list(columns)
-    kinds = pc.ConvertOptions(column_types={n: pa.string() for n in names}, strings_can_be_null=False, quoted_strings_can_be_null=False)
-    try: table = pc.read_csv(io.BytesIO(text.encode()), pc.ReadOptions(use_threads=False, column_names=names, skip_rows=int(header)), convert_options=kinds)
+    kinds = pc.ConvertOptions(column_types={n: pa.string() for n in names}, strings_can_be_null=False,
+                              quoted_strings_can_be_null=False)
+    try:
+        table = pc.read_csv(io.BytesIO(text.encode()), pc.ReadOptions(use_threads=False, column_names=names,
+                                                                      skip_rows=int(header)), convert_options=kinds)
     except pa.ArrowInvalid as e: raise ValueError(f"{path}: {e}. Fetch the file again.") from e
     return _columns_of(table.to_pandas(), columns, path).apply(lambda c: c.str.strip())
 
@@ -150,20 +163,25 @@ def check_present(root, paths, name: str):
     "Check that all images of a published dataset exist; `FileNotFoundError` names the first and counts them."
     if gone := absent_files(root, paths):
         first = "\n".join(f"  {p}" for p in gone[:5]) + (f"\n  and {len(gone) - 5:,} more" if len(gone) > 5 else "")
-        how = f": hapnb.data.fetch({name!r}, DIR, again=True)" if name in SOURCES and any(map(_is_archive, SOURCES[name].archives)) else ""
-        raise FileNotFoundError(f"{len(gone):,} of {len(paths):,} images of {name} are missing below {root}:\n{first}\nUnpack the archive again{how}.")
+        fetched = name in SOURCES and any(map(_is_archive, SOURCES[name].archives))
+        how = f": hapnb.data.fetch({name!r}, DIR, again=True)" if fetched else ""
+        raise FileNotFoundError(f"{len(gone):,} of {len(paths):,} images of {name} are missing below "
+                                f"{root}:\n{first}\nUnpack the archive again{how}.")
 
 # %% ../nbs/23_benchmarks.ipynb #4a4ff757
 def _compare_counts(found, # dict: images, classes
                     wanted, # the same, None = not published
                     what): # for the message
     pairs = [("images", found["images"], wanted.get("images"))]
-    pairs += [(f"classes at level {i}", f, w) for i, (f, w) in enumerate(zip(found["classes"], wanted.get("classes", ())))]
+    pairs += [(f"classes at level {i}", f, w) for i,
+              (f, w) in enumerate(zip(found["classes"], wanted.get("classes", ())))]
     if wrong := [f"{f:,} {n}, expected {w:,}" for n, f, w in pairs if w is not None and f != w]:
-        raise ValueError(f"{what} has {'; '.join(wrong)}. These are the published numbers: fetch the data again, or give counts=False (hapnb train: --dataset-args '{{\"counts\": false}}') if you mean to use a part of them.")
+        raise ValueError(f"{what} has {'; '.join(wrong)}. These are the published numbers: fetch the data again, or "
+                         f"give counts=False (hapnb train: --dataset-args '{{\"counts\": false}}') if you mean to "
+                         f"use a part of them.")
 
 # %% ../nbs/23_benchmarks.ipynb #3ce99183
-def from_official(frame: pd.DataFrame, # one row an image: path (relative, with "/"), split, the levels; other columns go to `meta`
+def from_official(frame: pd.DataFrame, # one row per image: path (relative, "/"), split, levels; others go to `meta`
                   root, # where the paths start
                   levels, # names of the level columns, finest first
                   name: str, # the dataset's name
@@ -179,7 +197,8 @@ def from_official(frame: pd.DataFrame, # one row an image: path (relative, with 
         of = frame["split"].isin({part, *SPLITS.get(part, ())}) | (part == "all")
         if "part" in frame: of |= frame["part"] == part  # query, gallery
         rows = frame[of]
-        _compare_counts(dict(images=len(rows), classes=tuple(rows[l].nunique() for l in levels)), wanted, f"{name}/{part}")
+        _compare_counts(dict(images=len(rows), classes=tuple(rows[l].nunique() for l in levels)), wanted,
+                        f"{name}/{part}")
     check_present(root, frame["path"].tolist(), name)
     files = [f"{root}/{p}" for p in frame["path"].tolist()]
     key = fingerprint_of(rows=table_hash(frame), sizes=some_sizes(files))
@@ -189,17 +208,21 @@ def from_official(frame: pd.DataFrame, # one row an image: path (relative, with 
 def fetch(name: str, # a published dataset
           data_dir, # where to; a folder is made there
           progress: bool = True, # show bars
-          again: bool = False, # True: write files of the archives that were lost; also what was deleted is fetched again
+          again: bool = False, # True: write files that were lost; deleted archives are fetched again
           ) -> Path: # data_dir
-    "Download and unpack a published dataset; `ValueError` with the page where that has to be done by hand; prints what is left to do."
+    "Download and unpack a published dataset; `ValueError` names the page where that has to be done by hand."
     source, to = source_of(name), Path(data_dir).expanduser()
-    if not source.archives: raise ValueError(f"{source.title} has to be fetched by hand: {source.url} ({source.size}). Terms: {source.terms}. Then it must look like this:\n{source.layout}")
+    if not source.archives:
+        raise ValueError(f"{source.title} has to be fetched by hand: {source.url} ({source.size}). Terms: "
+                         f"{source.terms}. Then it must look like this:\n{source.layout}")
     for a in source.archives:
-        if _is_archive(a) and is_unpacked(to / a["name"], to) and not again: continue  # you may have deleted the archive since
+        # you may have deleted the archive since
+        if _is_archive(a) and is_unpacked(to / a["name"], to) and not again: continue
         file = download(a["url"], to / a["name"], a.get("sha256"), a.get("md5"), progress)
         if _is_archive(a): unpack(file, to, progress, again)
     try: find_root(to, source.needs, name)
-    except FileNotFoundError as e: print(f"All that can be fetched without you is there, but not all of {source.title}: {e}", flush=True)
+    except FileNotFoundError as e:
+        print(f"All that can be fetched without you is there, but not all of {source.title}: {e}", flush=True)
     return to
 
 def _is_archive(file) -> bool: return not file["name"].endswith((".csv", ".txt", ".mat"))
@@ -208,19 +231,22 @@ def _is_archive(file) -> bool: return not file["name"].endswith((".csv", ".txt",
 def missing(name: str, # a published dataset
             data_dir, # where you put it
             **kw) -> list: # sentences; none: everything is there
-    "Say what is missing or wrong with a dataset on disk, an empty list if nothing is; `ValueError` for arguments that its loader does not take."
+    "Say what is missing or wrong with a dataset on disk; an empty list if nothing is."
     source, loader, out = source_of(name), check_arguments(name, kw), []
     for split in ("train", "test"):
         try: loader(split=split, data_dir=data_dir, **kw)
         except (OSError, ValueError) as e:
             if str(e) not in out: out.append(str(e))
-    if out and not any(source.url in s for s in out): out.append(f"{source.title}: get it from {source.url} ({source.size}). Terms: {source.terms}.")
+    if out and not any(source.url in s for s in out):
+        out.append(f"{source.title}: get it from {source.url} ({source.size}). Terms: {source.terms}.")
     return out
 
 # %% ../nbs/23_benchmarks.ipynb #35cf43ae
 add_source(Source(
-    "cub", "CUB-200-2011", "C. Wah, S. Branson, P. Welinder, P. Perona, S. Belongie: The Caltech-UCSD Birds-200-2011 Dataset, CNS-TR-2011-001, 2011.",
-    "https://www.vision.caltech.edu/datasets/cub_200_2011/", "1.1 GB", "unknown; the photographs are from Flickr, whose users keep their rights",
+    "cub", "CUB-200-2011", "C. Wah, S. Branson, P. Welinder, P. Perona, S. Belongie: The Caltech-UCSD Birds-200-2011 "
+                  "Dataset, CNS-TR-2011-001, 2011.",
+    "https://www.vision.caltech.edu/datasets/cub_200_2011/", "1.1 GB",
+                  "unknown; the photographs are from Flickr, whose users keep their rights",
     """
 CUB_200_2011/
   images.txt                 1 001.Black_footed_Albatross/Black_Footed_Albatross_0046_18.jpg
@@ -230,21 +256,27 @@ CUB_200_2011/
   taxonomy.csv               yours, optional: class,family,order
 """, ("images.txt", "image_class_labels.txt", "classes.txt", "images"),
     {"train": dict(images=5864, classes=(100,)), "test": dict(images=5924, classes=(100,))},
-    (dict(name="CUB_200_2011.tgz", url="https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", md5="97eceeb196236b17998738112f37df78"),),
+    (dict(name="CUB_200_2011.tgz", url="https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+          md5="97eceeb196236b17998738112f37df78"),),
     ("CUB_200_2011",)));
 
 # %% ../nbs/23_benchmarks.ipynb #50e1d48b
 def numbers(column: pd.Series, path) -> pd.Series:
     "Turn a column of text into integers; `ValueError` names the first value that is none."
     out = pd.to_numeric(column, errors="coerce")
-    if (bad := out.isna() | (out % 1 != 0)).any(): raise ValueError(f"{path}: {column[bad].iloc[0]!r} in column {column.name!r} is not a whole number. Fetch the file again.")
+    if (bad := out.isna() | (out % 1 != 0)).any():
+        raise ValueError(f"{path}: {column[bad].iloc[0]!r} in column {column.name!r} is not a whole number. Fetch "
+                         f"the file again.")
     return out.astype(np.int64)
 
 def look_up(keys, table: pd.Series, path) -> np.ndarray:
     "Values of a table with a unique index; `ValueError` names the first key that it lacks or has twice."
-    if (twice := table.index[table.index.duplicated()]).size: raise ValueError(f"{path}: {twice[0]} stands there twice. Fetch the file again.")
+    if (twice := table.index[table.index.duplicated()]).size:
+        raise ValueError(f"{path}: {twice[0]} stands there twice. Fetch the file again.")
     at = table.index.get_indexer(keys)
-    if (gone := np.flatnonzero(at < 0)).size: raise ValueError(f"{path} has no row for {list(keys)[gone[0]]} ({gone.size:,} are missing). Fetch the file again.")
+    if (gone := np.flatnonzero(at < 0)).size:
+        raise ValueError(f"{path} has no row for {list(keys)[gone[0]]} ({gone.size:,} are missing). "
+                         "Fetch the file again.")
     return table.to_numpy()[at]
 
 # %% ../nbs/23_benchmarks.ipynb #4422bb0c
@@ -256,8 +288,11 @@ def add_taxonomy(frame: pd.DataFrame, # with the columns `class_id` and levels[0
     if taxonomy is None: return list(levels)
     path = Path(taxonomy).expanduser()
     more = [c.strip() for c in read_text(path).split("\n", 1)[0].split(",")]
-    if more[0] != "class" or len(more) < 2: raise ValueError(f"{path}: the first line must be class,level,... with finer levels first; it is {','.join(more)!r}.")
-    if clash := [c for c in more[1:] if c in frame]: raise ValueError(f"{path}: column {clash[0]!r} exists already; give it another name.")
+    if more[0] != "class" or len(more) < 2:
+        raise ValueError(f"{path}: the first line must be class,level,... with finer levels first; it is "
+                         f"{','.join(more)!r}.")
+    if clash := [c for c in more[1:] if c in frame]:
+        raise ValueError(f"{path}: column {clash[0]!r} exists already; give it another name.")
     table = read_commas(path, more).set_index("class")
     keys = frame["class_id"].astype(str) if table.index.str.fullmatch(r"\d+").all() else frame[levels[0]]
     for c in more[1:]: frame[c] = look_up(keys, table[c], path)
@@ -283,14 +318,17 @@ def load_cub(split="test", data_dir=None,
     class_of = pd.Series(numbers(labels.class_id, root / "image_class_labels.txt").to_numpy(), labels.image_id)
     class_id = look_up(images.image_id, class_of, root / "image_class_labels.txt")
     name_of = pd.Series(names.name.to_numpy(), numbers(names.class_id, root / "classes.txt").to_numpy())
-    frame = pd.DataFrame(dict(path="images/" + images.path, species=look_up(class_id, name_of, root / "classes.txt"), class_id=class_id, image_id=images.image_id))
+    frame = pd.DataFrame(dict(path="images/" + images.path, species=look_up(class_id, name_of, root / "classes.txt"),
+                              class_id=class_id, image_id=images.image_id))
     frame["split"] = halves(class_id, 100)
     return from_official(frame, root, add_taxonomy(frame, ["species"], taxonomy), "cub", split, counts, val)
 
 # %% ../nbs/23_benchmarks.ipynb #1ae6f282
 add_source(Source(
-    "cars", "Cars-196", "J. Krause, M. Stark, J. Deng, L. Fei-Fei: 3D Object Representations for Fine-Grained Categorization, ICCV workshops 2013.",
-    "https://ai.stanford.edu/~jkrause/cars/car_dataset.html (the page is no longer there; other projects name http://ftp.cs.stanford.edu/cs/cvgl/CARS196.zip, which we have not tried)", "1.9 GB", "unknown",
+    "cars", "Cars-196", "J. Krause, M. Stark, J. Deng, L. Fei-Fei: 3D Object Representations for Fine-Grained "
+                  "Categorization, ICCV workshops 2013.",
+    "https://ai.stanford.edu/~jkrause/cars/car_dataset.html (the page is no longer there; other projects name "
+                  "http://ftp.cs.stanford.edu/cs/cvgl/CARS196.zip, which we have not tried)", "1.9 GB", "unknown",
     """
 cars196/                       the older edition
   cars_annos.mat
@@ -301,7 +339,8 @@ stanford_cars/                 or the newer one
   cars_train/00001.jpg
   cars_test/00001.jpg
 """, ("cars_annos.mat | devkit/cars_train_annos.mat | cars_train_annos.mat", "car_ims | cars_train"),
-    {"train": dict(images=8054, classes=(98,)), "test": dict(images=8131, classes=(98,))}, (), ("cars196", "stanford_cars", "cars", "CARS196")));
+    {"train": dict(images=8054, classes=(98,)), "test": dict(images=8131, classes=(98,))}, (),
+                  ("cars196", "stanford_cars", "cars", "CARS196")));
 
 # %% ../nbs/23_benchmarks.ipynb #a4e6d6f1
 def read_mat(path, name: str):
@@ -310,16 +349,21 @@ def read_mat(path, name: str):
     from scipy.io.matlab import MatReadError
     if not Path(path).is_file(): raise FileNotFoundError(f"looked for the file {path}.")
     try: found = loadmat(path, squeeze_me=True)
-    except (ValueError, TypeError, KeyError, IndexError, EOFError, OSError, NotImplementedError, MatReadError, zlib.error) as e:
+    except (ValueError, TypeError, KeyError, IndexError, EOFError, OSError, NotImplementedError, MatReadError,
+            zlib.error) as e:
         raise ValueError(f"{path} is not a MATLAB file that can be read ({e}). Fetch it again.") from e
-    if name not in found: raise ValueError(f"{path} has no variable {name!r}.{nearest(name, [k for k in found if k[0] != '_'])}")
+    if name not in found:
+        raise ValueError(f"{path} has no variable {name!r}.{nearest(name, [k for k in found if k[0] != '_'])}")
     return np.atleast_1d(found[name])
 
 def read_annotations(path, text: str) -> pd.DataFrame: # path, class_id
     "Read the annotations of Cars-196; `text` is the field with the file's name."
     found = read_mat(path, "annotations")
-    if gone := [f for f in (text, "class") if f not in (found.dtype.names or ())]: raise ValueError(f"{path}: the annotations have no field {gone[0]!r}, but {', '.join(found.dtype.names or ())}.")
-    return pd.DataFrame(dict(path=[str(p).replace("\\", "/") for p in found[text]], class_id=[int(c) for c in found["class"]]))
+    if gone := [f for f in (text, "class") if f not in (found.dtype.names or ())]:
+        there = ", ".join(found.dtype.names or ())
+        raise ValueError(f"{path}: the annotations have no field {gone[0]!r}, but {there}.")
+    return pd.DataFrame(dict(path=[str(p).replace("\\", "/") for p in found[text]],
+                             class_id=[int(c) for c in found["class"]]))
 
 # %% ../nbs/23_benchmarks.ipynb #43eae13d
 def first_of(root, *paths) -> Path:
@@ -329,11 +373,13 @@ def first_of(root, *paths) -> Path:
 def cars_frame(root) -> tuple: # frame, class names
     "Read either edition of Cars-196."
     if (root / "cars_annos.mat").is_file():
-        return read_annotations(root / "cars_annos.mat", "relative_im_path"), read_mat(root / "cars_annos.mat", "class_names")
+        return read_annotations(root / "cars_annos.mat", "relative_im_path"), read_mat(root / "cars_annos.mat",
+                                                                                       "class_names")
     files = {"cars_train": first_of(root, "devkit/cars_train_annos.mat", "cars_train_annos.mat"),
              "cars_test": first_of(root, "cars_test_annos_withlabels.mat", "devkit/cars_test_annos_withlabels.mat")}
     if not files["cars_test"].is_file():
-        raise FileNotFoundError(f"{root} lacks cars_test_annos_withlabels.mat, the classes of the test images: cars_test_annos.mat does not have them.")
+        raise FileNotFoundError(f"{root} lacks cars_test_annos_withlabels.mat, the classes of the test images: "
+                                f"cars_test_annos.mat does not have them.")
     parts = [read_annotations(file, "fname").assign(folder=folder) for folder, file in files.items()]
     frame = pd.concat(parts, ignore_index=True)
     frame["path"] = frame.pop("folder") + "/" + frame["path"]
@@ -349,14 +395,17 @@ def load_cars(split="test", data_dir=None,
     "Load Cars-196 from either edition: classes 1-98 are training, 99-196 test."
     root = find_root(data_dir, SOURCES["cars"].needs, "cars")
     frame, names = cars_frame(root)
-    frame["model"] = look_up(frame.class_id, pd.Series([str(n) for n in names], range(1, len(names) + 1)), "class_names")
+    frame["model"] = look_up(frame.class_id, pd.Series([str(n) for n in names], range(1, len(names) + 1)),
+                             "class_names")
     frame["split"] = halves(frame.class_id, 98)
     return from_official(frame, root, add_taxonomy(frame, ["model"], taxonomy), "cars", split, counts, val)
 
 # %% ../nbs/23_benchmarks.ipynb #f72a7065
 add_source(Source(
-    "sop", "Stanford Online Products", "H. O. Song, Y. Xiang, S. Jegelka, S. Savarese: Deep Metric Learning via Lifted Structured Feature Embedding, CVPR 2016.",
-    "https://cvgl.stanford.edu/projects/lifted_struct/", "2.9 GB", "unknown; the photographs belong to eBay and its sellers",
+    "sop", "Stanford Online Products", "H. O. Song, Y. Xiang, S. Jegelka, S. Savarese: Deep Metric Learning via "
+                  "Lifted Structured Feature Embedding, CVPR 2016.",
+    "https://cvgl.stanford.edu/projects/lifted_struct/", "2.9 GB", "unknown; the photographs belong to eBay and its "
+                  "sellers",
     """
 Stanford_Online_Products/
   Ebay_train.txt             image_id class_id super_class_id path
@@ -365,7 +414,8 @@ Stanford_Online_Products/
   ... 12 folders
 """, ("Ebay_train.txt", "Ebay_test.txt"),
     {"train": dict(images=59551, classes=(11318, 12)), "test": dict(images=60502, classes=(11316, 12))},
-    (dict(name="Stanford_Online_Products.zip", url="http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip", md5="7f73d41a2f44250d4779881525aea32e"),),
+    (dict(name="Stanford_Online_Products.zip", url="http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip",
+          md5="7f73d41a2f44250d4779881525aea32e"),),
     ("Stanford_Online_Products",)));
 
 # %% ../nbs/23_benchmarks.ipynb #2de830ca
@@ -383,14 +433,19 @@ def load_sop(split="test", data_dir=None,
     folder = frame["path"].str.partition("/")[0]
     kinds = pd.DataFrame(dict(number=frame.pop("super_class_id"), folder=folder)).drop_duplicates()
     if len(kinds) != kinds.number.nunique() or len(kinds) != kinds.folder.nunique():
-        raise ValueError(f"{root}: the numbers of the kinds and the folders do not agree: {kinds.values.tolist()[:14]}. Fetch the label files again.")
+        raise ValueError(f"{root}: the numbers of the kinds and the folders do not agree: "
+                         f"{kinds.values.tolist()[:14]}. Fetch the label files again.")
     frame["kind"] = folder.str.removesuffix("_final")
     return from_official(frame, root, ["product", "kind"], "sop", split, counts, val)
 
 # %% ../nbs/23_benchmarks.ipynb #2d2cf63c
 add_source(Source(
-    "inshop", "In-shop Clothes Retrieval (DeepFashion)", "Z. Liu, P. Luo, S. Qiu, X. Wang, X. Tang: DeepFashion: Powering Robust Clothes Recognition and Retrieval with Rich Annotations, CVPR 2016.",
-    "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html (files img.zip and list_eval_partition.txt)", "unknown",
+    "inshop", "In-shop Clothes Retrieval (DeepFashion)",
+    "Z. Liu, P. Luo, S. Qiu, X. Wang, X. Tang: DeepFashion: Powering Robust Clothes Recognition and Retrieval with "
+    "Rich Annotations, CVPR 2016.",
+    "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html (files img.zip and "
+    "list_eval_partition.txt)",
+    "unknown",
     "non-commercial research and education only; the authors do not own the images (its README)",
     """
 inshop/
@@ -407,14 +462,22 @@ def inshop_frame(file) -> pd.DataFrame: # path, item, category, gender, split, p
     "Read list_eval_partition.txt."
     frame = read_rows(file, ["image_name", "item_id", "evaluation_status"], header=True, skip=1)
     said = read_text(file).split("\n", 1)[0].strip()
-    if said != str(len(frame)): raise ValueError(f"{file}: the first line promises {said!r} rows, there are {len(frame):,}. Fetch the file again.")
-    if odd := sorted(set(frame.evaluation_status) - {"train", "query", "gallery"}): raise ValueError(f"{file}: unknown evaluation status {odd[0]!r}; expected train, query or gallery.")
+    if said != str(len(frame)):
+        raise ValueError(f"{file}: the first line promises {said!r} rows, there are {len(frame):,}. "
+                         "Fetch the file again.")
+    if odd := sorted(set(frame.evaluation_status) - {"train", "query", "gallery"}):
+        raise ValueError(f"{file}: unknown evaluation status {odd[0]!r}; expected train, query or gallery.")
     folders = frame.image_name.str.extract(r"^img/([^/]+)/([^/]+)/.+$")
-    if (bad := folders[0].isna()).any(): raise ValueError(f"{file}: {frame.image_name[bad].iloc[0]!r} is not img/gender/category/item/image. Fetch the file again.")
+    if (bad := folders[0].isna()).any():
+        raise ValueError(f"{file}: {frame.image_name[bad].iloc[0]!r} is not img/gender/category/item/image. Fetch "
+                         f"the file again.")
     category = (folders[0] + "/" + folders[1]).groupby(frame.item_id).transform("first")
-    if moved := int((category != folders[0] + "/" + folders[1]).sum()): warnings.warn(f"{file}: {moved} images lie in another category than their item's first image; the first one counts.")
+    if moved := int((category != folders[0] + "/" + folders[1]).sum()):
+        warnings.warn(f"{file}: {moved} images lie in another category than their item's first image; the first one "
+                      f"counts.")
     train = frame.evaluation_status == "train"
-    return pd.DataFrame(dict(path=frame.image_name, item=frame.item_id, category=category, gender=category.str.partition("/")[0],
+    return pd.DataFrame(dict(path=frame.image_name, item=frame.item_id, category=category,
+                             gender=category.str.partition("/")[0],
                              split=np.where(train, "train", "test"), part=frame.evaluation_status.mask(train)))
 
 # %% ../nbs/23_benchmarks.ipynb #8bb3d262
@@ -427,4 +490,5 @@ def load_inshop(split="test", data_dir=None,
     root = find_root(data_dir, SOURCES["inshop"].needs, "inshop")
     frame = inshop_frame(first_of(root, *(p.strip() for p in SOURCES["inshop"].needs[0].split("|"))))
     if not (root / "img").is_dir(): frame["path"] = "Img/" + frame["path"]
-    return from_official(frame, root, ["item", "category", "gender"], "inshop", split, counts, val, {"kind": "query-gallery"})
+    return from_official(frame, root, ["item", "category", "gender"], "inshop", split, counts, val,
+                         {"kind": "query-gallery"})

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from .helpers import DATASETS, atomic_path, write_atomic
-from .images import BytesStore, encode
+from .images import BytesStore, decode, encode
 from .datasets import RetrievalDataset, SPLITS, check_split, from_frame, split_classes, deal_open_world
 from .data import what_is_in
 
@@ -34,8 +34,10 @@ def check_sha256(data: bytes, path: Path, wanted: str):
     "Compare a file's SHA-256 with the wanted one; `OSError` names the file and the remedy."
     found = hashlib.sha256(data).hexdigest()
     if found != wanted:
-        raise OSError(f"{path} is damaged: its SHA-256 is {found[:12]}..., expected {wanted[:12]}... ({len(data)} bytes). "
-                      "Install hapnb again, restore the file with `git checkout`, or rebuild it with `hapnb.emoji.build`.")
+        raise OSError(f"{path} is damaged: its SHA-256 is {found[:12]}..., expected {wanted[:12]}... ({len(data)} "
+                      f"bytes). "
+                      "Install hapnb again, restore the file with `git checkout`, or rebuild it with "
+                      "`hapnb.emoji.build`.")
 
 # %% ../nbs/21_emoji.ipynb #ddbce574
 def find_parquet(data_dir=None) -> Path: # None: the file that comes with the library
@@ -50,7 +52,8 @@ def find_parquet(data_dir=None) -> Path: # None: the file that comes with the li
 def _read(path, size, mtime):
     data = path.read_bytes()
     note = path.with_suffix(".sha256")
-    if not note.is_file(): raise FileNotFoundError(f"{note} is missing: it holds the SHA-256 of {path.name} and belongs beside it.")
+    if not note.is_file():
+        raise FileNotFoundError(f"{note} is missing: it holds the SHA-256 of {path.name} and belongs beside it.")
     check_sha256(data, path, note.read_text().split()[0])
     return pq.read_table(pa.BufferReader(data)), hashlib.sha256(data).hexdigest()
 
@@ -84,7 +87,8 @@ def open_world_parts(frame: pd.DataFrame, # columns concept, subgroup, source, s
     "Cut `fit` into labelled, unlabelled known and unlabelled unknown images, by hashes of names."
     out = pd.Series("", index=frame.index)
     fit = frame[frame.split == "fit"]
-    out[fit.index] = deal_open_world(fit.concept.tolist(), fit.subgroup.tolist(), fit.source.tolist(), 1 / every, labelled)
+    out[fit.index] = deal_open_world(fit.concept.tolist(), fit.subgroup.tolist(), fit.source.tolist(), 1 / every,
+                                     labelled)
     return out.tolist()
 
 # %% ../nbs/21_emoji.ipynb #75ef34dc
@@ -99,19 +103,29 @@ class Source:
 
 # %% ../nbs/21_emoji.ipynb #6fe4c3a7
 SOURCES = {
-    "noto": Source("1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad", "Apache-2.0", "Google Inc", "https://github.com/googlefonts/noto-emoji"),
-    "twemoji": Source("1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7", "CC-BY-4.0", "Twitter", "https://github.com/jdecked/twemoji"),
-    "openmoji": Source("1.2.29", "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5", "CC-BY-SA-4.0", "OpenMoji", "https://github.com/hfg-gmuend/openmoji"),
-    "fluent-emoji": Source("1.2.7", "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b", "MIT", "Microsoft Corporation", "https://github.com/microsoft/fluentui-emoji"),
-    "fluent-emoji-flat": Source("1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175", "MIT", "Microsoft Corporation", "https://github.com/microsoft/fluentui-emoji"),
-    "noto-v1": Source("1.2.5", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37", "Apache-2.0", "Google Inc", "https://github.com/googlefonts/noto-emoji"),
-    "emojione": Source("1.2.3", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e", "CC-BY-4.0", "Emoji One", "https://github.com/EmojiTwo/emojitwo"),
-    "emojione-v1": Source("1.2.3", "6641d59d48a42823fdc2b84e7427e9f302944eb98d2c7d94d6e67c139e7b37b3", "CC-BY-SA-4.0", "Emoji One", "https://github.com/joypixels/emojione-legacy"),
-    "fxemoji": Source("1.2.2", "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef", "Apache-2.0", "Mozilla", "https://github.com/mozilla/fxemoji"),
+    "noto": Source("1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad", "Apache-2.0",
+                   "Google Inc", "https://github.com/googlefonts/noto-emoji"),
+    "twemoji": Source("1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7", "CC-BY-4.0",
+                      "Twitter", "https://github.com/jdecked/twemoji"),
+    "openmoji": Source("1.2.29", "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5", "CC-BY-SA-4.0",
+                       "OpenMoji", "https://github.com/hfg-gmuend/openmoji"),
+    "fluent-emoji": Source("1.2.7", "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b", "MIT",
+                           "Microsoft Corporation", "https://github.com/microsoft/fluentui-emoji"),
+    "fluent-emoji-flat": Source("1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175", "MIT",
+                                "Microsoft Corporation", "https://github.com/microsoft/fluentui-emoji"),
+    "noto-v1": Source("1.2.5", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37", "Apache-2.0",
+                      "Google Inc", "https://github.com/googlefonts/noto-emoji"),
+    "emojione": Source("1.2.3", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e", "CC-BY-4.0",
+                       "Emoji One", "https://github.com/EmojiTwo/emojitwo"),
+    "emojione-v1": Source("1.2.3", "6641d59d48a42823fdc2b84e7427e9f302944eb98d2c7d94d6e67c139e7b37b3", "CC-BY-SA-4.0",
+                          "Emoji One", "https://github.com/joypixels/emojione-legacy"),
+    "fxemoji": Source("1.2.2", "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef", "Apache-2.0",
+                      "Mozilla", "https://github.com/mozilla/fxemoji"),
 }
 
 # %% ../nbs/21_emoji.ipynb #1b8f0b08
-EMOJIBASE = Source("17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a", "MIT", "Miles Johnson", "https://github.com/milesj/emojibase")
+EMOJIBASE = Source("17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a", "MIT", "Miles Johnson",
+                   "https://github.com/milesj/emojibase")
 BUILT_WITH = {"resvg_py": "0.5.0", "pillow": "13.0.0", "pyarrow": "26.0.1"} # other versions may give other bytes
 
 # %% ../nbs/21_emoji.ipynb #3d092c21
@@ -125,14 +139,19 @@ def fetch(package: str, # npm name without version
     path = cache / f"{package.strip('@').replace('/', '-')}-{source.version}.tgz"
     if not path.is_file():
         npm = shutil.which("npm")
-        if npm is None: raise RuntimeError("npm is needed to fetch the icon sets: install Node.js. (Only rebuilding needs it; the built file comes with hapnb.)")
+        if npm is None:
+            raise RuntimeError("npm is needed to fetch the icon sets: install Node.js. (Only rebuilding needs it; "
+                               "the built file comes with hapnb.)")
         with tempfile.TemporaryDirectory(dir=cache) as tmp:  # a download that is cut off leaves nothing
-            done = subprocess.run([npm, "pack", "--silent", f"{package}@{source.version}", "--pack-destination", tmp], capture_output=True, text=True)
+            done = subprocess.run([npm, "pack", "--silent", f"{package}@{source.version}", "--pack-destination", tmp],
+                                  capture_output=True, text=True)
             if done.returncode or not Path(tmp, path.name).is_file():
-                raise RuntimeError(f"`npm pack {package}@{source.version}` failed (is the npm registry reachable?): {done.stderr.strip()[-500:]}")
+                raise RuntimeError(f"`npm pack {package}@{source.version}` failed (is the npm registry reachable?): "
+                                   f"{done.stderr.strip()[-500:]}")
             Path(tmp, path.name).replace(path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != source.sha256: raise OSError(f"{path} has SHA-256 {found}, expected {source.sha256}: delete it and fetch it again.")
+    if found != source.sha256:
+        raise OSError(f"{path} has SHA-256 {found}, expected {source.sha256}: delete it and fetch it again.")
     return path
 
 # %% ../nbs/21_emoji.ipynb #6c6a6175
@@ -168,7 +187,7 @@ def slug(name: str) -> str:
 def name_index(concepts: pd.DataFrame,
                sets: dict, # name -> (icons.json, chars.json)
                ) -> dict: # icon name -> code
-    "Collect the names by which concepts are known, from labels, then from sets with code points, then from their aliases."
+    "Collect the names of concepts: from labels, then from sets with code points, then from their aliases."
     index = {}
     for code, label in zip(concepts.index, concepts.concept): index.setdefault(slug(label), code)
     for icons, chars in sets.values():
@@ -206,8 +225,10 @@ FIXES = { # set -> icon name -> code of what it shows, or None: no concept's dra
     "noto-v1": {"cricket": "1f3cf"},
     "emojione": {"cricket": "1f3cf"},
     "emojione-v1": {"window": None, "keyboard": None},
-    "fxemoji": {"cat": "1f431", "catside": "1f408", "dog": "1f436", "dogside": "1f415", "mouse": "1f42d", "mouseside": "1f401",
-                "pig": "1f437", "pigside": "1f416", "tiger": "1f42f", "tigerside": "1f405", "bunny": "1f430", "bunnyside": "1f407",
+    "fxemoji": {"cat": "1f431", "catside": "1f408", "dog": "1f436", "dogside": "1f415", "mouse": "1f42d",
+                "mouseside": "1f401",
+                "pig": "1f437", "pigside": "1f416", "tiger": "1f42f", "tigerside": "1f405", "bunny": "1f430",
+                "bunnyside": "1f407",
                 "dragonhead": "1f432", "dragonside": "1f409", "construction": "1f3d7", "constructionsign": "1f6a7",
                 "keyboard": "1f3b9", "kiss": None, "window": None}}
 
@@ -219,28 +240,32 @@ def icon_svg(icons: dict, # icons.json of a set
     flip = False
     while name not in icons["icons"]:
         alias = icons["aliases"][name]
-        if extra := set(alias) - {"parent", "hFlip"}: raise ValueError(f"alias {name!r} asks for {sorted(extra)}, which is not drawn here.")
+        if extra := set(alias) - {"parent", "hFlip"}:
+            raise ValueError(f"alias {name!r} asks for {sorted(extra)}, which is not drawn here.")
         flip, name = flip ^ alias.get("hFlip", False), alias["parent"]
     icon = icons["icons"][name]
     left, top = icon.get("left", 0), icon.get("top", 0)
     width, height = (icon.get(k, icons.get(k, 16)) for k in ("width", "height"))
     side = max(width, height)
     body = f'<g transform="translate({2 * left + width:g} 0) scale(-1 1)">{icon["body"]}</g>' if flip else icon["body"]
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{side:g}" height="{side:g}" '
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{side:g}" '
+            f'height="{side:g}" '
             f'viewBox="{left - (side - width) / 2:g} {top - (side - height) / 2:g} {side:g} {side:g}">{body}</svg>')
 
 # %% ../nbs/21_emoji.ipynb #517d47fe
 def draw(svg: str, size: int = 64) -> Image.Image: # RGB, size x size pixels
     "Draw an SVG on white."
     try: import resvg_py
-    except ImportError as e: raise RuntimeError("resvg-py is needed to draw the icons: pip install resvg-py. (Only rebuilding needs it.)") from e
+    except ImportError as e:
+        raise RuntimeError("resvg-py is needed to draw the icons: pip install resvg-py. "
+                           "(Only rebuilding needs it.)") from e
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
-    return Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    return decode(bytes(png))
 
 # %% ../nbs/21_emoji.ipynb #c84b9534
 def keep_rows(concepts, # concept of each row, in the order of preference
               pixels: np.ndarray, # uint8 [N, H, W, 3]
-              close: float = 2.0, # mean absolute difference in grey levels below which two drawings of a concept are one
+              close: float = 2.0, # mean difference in grey levels below which two drawings of a concept are one
               fewest: int = 2, # concepts with fewer images are dropped
               ) -> np.ndarray: # positions that are kept
     "Drop repeated drawings, then concepts with too few images."
@@ -261,11 +286,13 @@ def gather(cache, # folder for tarballs
     sources = sources or SOURCES
     base = fetch("emojibase-data", EMOJIBASE, cache)
     data, groups, unicode_names = read_json(base, "en/data.json", "meta/groups.json", "meta/unicode-names.json")
-    sets = {s: tuple(read_json(fetch(f"@iconify-json/{s}", src, cache), "icons.json", "chars.json")) for s, src in sources.items()}
+    sets = {s: tuple(read_json(fetch(f"@iconify-json/{s}", src, cache), "icons.json", "chars.json")) for s,
+            src in sources.items()}
     concepts = read_concepts(data, groups)
     index = name_index(concepts, sets)
     found = {s: match(*sets[s], concepts, index, unicode_names, FIXES.get(s)) for s in sources}
-    rows = [dict(code=c, **concepts.loc[c], source=s, icon=found[s][c]) for c in concepts.index for s in sources if c in found[s]]
+    rows = [dict(code=c, **concepts.loc[c], source=s, icon=found[s][c]) for c in concepts.index for s in sources
+            if c in found[s]]
     pixels = np.stack([np.asarray(draw(icon_svg(sets[r["source"]][0], r["icon"]), size)) for r in rows])
     return pd.DataFrame(rows), pixels
 
@@ -280,7 +307,8 @@ def to_table(frame: pd.DataFrame, # from gather, kept rows only
     frame["split"] = frame.concept.map(parts)
     frame["open_world"] = open_world_parts(frame)
     for key in ("licence", "author", "url"): frame[key] = [getattr(sources[s], key) for s in frame.source]
-    images = [dict(bytes=encode(Image.fromarray(p)), path=f"{s}/{n}.webp") for p, s, n in zip(pixels, frame.source, frame.icon)]
+    images = [dict(bytes=encode(Image.fromarray(p)), path=f"{s}/{n}.webp") for p, s,
+              n in zip(pixels, frame.source, frame.icon)]
     columns = {"image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))}
     for level in LEVELS:
         columns[level] = pa.array(list(frame[level]), pa.string())
@@ -288,7 +316,8 @@ def to_table(frame: pd.DataFrame, # from gather, kept rows only
     for key in ("code", "source", "icon", "licence", "author", "url", "split", "open_world"):
         columns[key] = pa.array(list(frame[key]), pa.string())
     kinds = {"string": "string", "int16": "int16"}
-    features = {k: {"_type": "Image"} if k == "image" else {"dtype": kinds[str(v.type)], "_type": "Value"} for k, v in columns.items()}
+    features = {k: {"_type": "Image"} if k == "image" else {"dtype": kinds[str(v.type)], "_type": "Value"} for k,
+                v in columns.items()}
     return pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 # %% ../nbs/21_emoji.ipynb #90cb296e
@@ -329,34 +358,52 @@ def other_versions() -> dict: # package -> (installed or None, the version that 
     return out
 
 # %% ../nbs/21_emoji.ipynb #2936ede6
-MIT_TEXT = """Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is furnished to do so, subject to the following conditions:
-
-The above copyright notice and this permission notice shall be included in all copies or substantial portions of the Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE."""
+MIT_TEXT = (
+    "Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated "
+    "documentation files (the \"Software\"), to deal in the Software without restriction, including without "
+    "limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of "
+    "the Software, and to permit persons to whom the Software is furnished to do so, subject to the following "
+    "conditions:\n\n"
+    "The above copyright notice and this permission notice shall be included in all copies or substantial "
+    "portions of the Software.\n\n"
+    "THE SOFTWARE IS PROVIDED \"AS IS\", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT "
+    "LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO "
+    "EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN "
+    "AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE "
+    "OR OTHER DEALINGS IN THE SOFTWARE.")
 
 LICENCES = {"Apache-2.0": ("Apache License 2.0", "https://www.apache.org/licenses/LICENSE-2.0"),
             "MIT": ("MIT License", "text below"),
-            "CC-BY-4.0": ("Creative Commons Attribution 4.0 International", "https://creativecommons.org/licenses/by/4.0/legalcode"),
-            "CC-BY-SA-4.0": ("Creative Commons Attribution-ShareAlike 4.0 International", "https://creativecommons.org/licenses/by-sa/4.0/legalcode")}
+            "CC-BY-4.0": ("Creative Commons Attribution 4.0 International",
+                          "https://creativecommons.org/licenses/by/4.0/legalcode"),
+            "CC-BY-SA-4.0": ("Creative Commons Attribution-ShareAlike 4.0 International",
+                             "https://creativecommons.org/licenses/by-sa/4.0/legalcode")}
 
 # %% ../nbs/21_emoji.ipynb #2b5339cd
 def attribution(table: pa.Table, sources: dict, size: int = 64) -> str: # Markdown
     "Write who drew what, under which licence, and what was changed."
     counts = pd.Series(table["source"].to_pylist()).value_counts()
-    rows = [f"| [{n}]({s.url}) | {s.author} | {s.licence} | `@iconify-json/{n}` {s.version} | {counts.get(n, 0):,} |" for n, s in sources.items()]
+    rows = [f"| [{n}]({s.url}) | {s.author} | {s.licence} | `@iconify-json/{n}` {s.version} | {counts.get(n, 0):,} |"
+            for n, s in sources.items()]
     texts = [f"- {k}: {name} ({link})" for k, (name, link) in LICENCES.items()]
     return "\n".join([
         "# Attribution of the bundled images", "",
-        "`emoji.parquet` is a collection. Every image keeps the licence of its own set; the columns `licence`, `author`, `url`, `source` and `icon` of its row say which. "
+        "`emoji.parquet` is a collection. Every image keeps the licence of its own set; the columns `licence`, "
+                      "`author`, `url`, `source` and `icon` of its row say which. "
         "The licence of the code does not extend to the images.", "",
         "| set | author | licence (SPDX) | npm package | images |", "|---|---|---|---|---:|", *rows, "",
-        *(["**fxemoji**: Copyright 2015 Mozilla Foundation. Its [licence](https://github.com/mozilla/fxemoji/blob/gh-pages/LICENSE.md) puts the code under Apache-2.0 and the visual design under CC-BY-4.0; "
-           "the npm package, and so the column `licence`, names Apache-2.0 only. Keep to both: credit Mozilla, link to the licence, and say what you changed.", ""] if "fxemoji" in sources else []),
-        f"**Changes made**: each SVG drawing was rendered at {size} x {size} pixels on a white square and stored as lossless WebP. Images under CC-BY-SA-4.0, so changed, stay under CC-BY-SA-4.0.", "",
-        f"Names, subgroups and groups: [emojibase-data]({EMOJIBASE.url}) {EMOJIBASE.version} ({EMOJIBASE.licence}, Copyright (c) {EMOJIBASE.author}). "
+        *(["**fxemoji**: Copyright 2015 Mozilla Foundation. Its "
+           "[licence](https://github.com/mozilla/fxemoji/blob/gh-pages/LICENSE.md) puts the code under Apache-2.0 "
+           "and the visual design under CC-BY-4.0; "
+           "the npm package, and so the column `licence`, names Apache-2.0 only. Keep to both: credit Mozilla, link "
+           "to the licence, and say what you changed.", ""] if "fxemoji" in sources else []),
+        f"**Changes made**: each SVG drawing was rendered at {size} x {size} pixels on a white square and stored as "
+                      f"lossless WebP. Images under CC-BY-SA-4.0, so changed, stay under CC-BY-SA-4.0.", "",
+        f"Names, subgroups and groups: [emojibase-data]({EMOJIBASE.url}) {EMOJIBASE.version} ({EMOJIBASE.licence}, "
+                      f"Copyright (c) {EMOJIBASE.author}). "
         "Packages of the drawings: the Iconify project (https://iconify.design).", "",
-        "## Licences", "", *texts, "", "### MIT License", "", "Copyright (c) Microsoft Corporation (sets `fluent-emoji`, `fluent-emoji-flat`)  ",
+        "## Licences", "", *texts, "", "### MIT License", "", "Copyright (c) Microsoft Corporation (sets "
+                      "`fluent-emoji`, `fluent-emoji-flat`)  ",
         "Copyright (c) Miles Johnson (emojibase-data)", "", MIT_TEXT, ""])
 
 # %% ../nbs/21_emoji.ipynb #0aa8bed6
@@ -364,7 +411,7 @@ def pixel_sha256(table: pa.Table) -> str:
     "SHA-256 of the decoded pixels in order: the same even where another library version compresses differently."
     h = hashlib.sha256()
     for row in table["image"]:
-        h.update(np.asarray(Image.open(io.BytesIO(row["bytes"].as_py())).convert("RGB")).tobytes())
+        h.update(np.asarray(decode(row["bytes"].as_py())).tobytes())
     return h.hexdigest()
 
 # %% ../nbs/21_emoji.ipynb #f31dc345
@@ -372,28 +419,42 @@ def data_card(table: pa.Table, sha: str, size: int, drawn: int) -> str: # Markdo
     "Describe the data: what, how many, how split, what it is not good for."
     f = table.drop_columns(["image"]).to_pandas()
     f["part"] = f["split"]
-    line = lambda name, g: f"| {name} | {len(g):,} | {g.concept.nunique():,} | {g.subgroup.nunique()} | {g.group.nunique()} | {len(g) / g.concept.nunique():.1f} |"
+    def line(name, g):
+        classes = [g[level].nunique() for level in LEVELS]
+        return f"| {name} | {len(g):,} | {classes[0]:,} | {classes[1]} | {classes[2]} | {len(g) / classes[0]:.1f} |"
     parts = [line(p, g) for p in ("fit", "val", "train", "test", "all") if len(g := f[f.part.isin(SPLITS[p])])]
-    worlds = [line(w, g) for w in ("labelled", "unlabelled known", "unlabelled unknown") if len(g := f[f.open_world == w])]
+    worlds = [line(w, g) for w in ("labelled", "unlabelled known", "unlabelled unknown")
+              if len(g := f[f.open_world == w])]
     head = ["| part | images | concepts | subgroups | groups | images a concept |", "|---|---:|---:|---:|---:|---:|"]
     per = f.groupby("concept").size()
     versions = ", ".join(f"{k} {version(k)}" for k in BUILT_WITH)
     return "\n".join([
         "# Data card: the bundled emoji images", "",
-        f"{len(f):,} drawings of {f.concept.nunique():,} emoji from {f.source.nunique()} sets, {size} x {size} pixels on white, lossless WebP in one parquet file. "
-        "Three levels of labels: concept (finest), subgroup, group, as Unicode sorts them. Each image has its own open licence, see `ATTRIBUTION.md`.", "",
+        f"{len(f):,} drawings of {f.concept.nunique():,} emoji from {f.source.nunique()} sets, {size} x {size} "
+                      f"pixels on white, lossless WebP in one parquet file. "
+        "Three levels of labels: concept (finest), subgroup, group, as Unicode sorts them. Each image has its own "
+                      "open licence, see `ATTRIBUTION.md`.", "",
         f"- SHA-256 of `emoji.parquet`: `{sha}`", f"- SHA-256 of the decoded pixels, in order: `{pixel_sha256(table)}`",
         f"- built with {versions} by `nbs/21_emoji.ipynb`; equal versions give equal bytes",
-        f"- images a concept: {per.min()} to {per.max()}, median {per.median():.0f}; {(per >= 4).sum():,} of {len(per):,} concepts have 4 or more", "",
+        f"- images a concept: {per.min()} to {per.max()}, median {per.median():.0f}; {(per >= 4).sum():,} of "
+                      f"{len(per):,} concepts have 4 or more", "",
         "## Splits", "", *head, *parts, "",
-        "Concepts are dealt to train and test within each subgroup, in the order of the SHA-256 of their names, so each subgroup is cut in half. Every sixth training concept is validation. "
-        "Train and test share no concept; they share the coarse levels, except for subgroups with a single concept.", "",
-        "Open world (parts of fit): every third concept is known, and three fifths of its images are labelled.", "", *head, *worlds, "",
+        "Concepts are dealt to train and test within each subgroup, in the order of the SHA-256 of their names, so "
+                      "each subgroup is cut in half. Every sixth training concept is validation. "
+        "Train and test share no concept; they share the coarse levels, except for subgroups with a single concept.",
+                      "",
+        "Open world (parts of fit): every third concept is known, and three fifths of its images are labelled.", "",
+                      *head, *worlds, "",
         "## What was left out", "",
-        f"- {drawn - len(f):,} of {drawn:,} matched drawings: repeats of a drawing under another concept, drawings of a concept that differ by less than 2 grey levels in the mean, and concepts with a single image left.",
+        f"- {drawn - len(f):,} of {drawn:,} matched drawings: repeats of a drawing under another concept, drawings "
+                      f"of a concept that differ by less than 2 grey levels in the mean, and concepts with a single "
+                      f"image left.",
         "- Skin-tone variants and regional indicator letters. Flags are in.", "",
         "## Know before use", "",
         "- Icons, not photographs: numbers on this set rank methods, they do not forecast accuracy on photographs.",
-        "- A few drawings are hard or impossible to tell apart by design: gender variants, clock faces, flags of near-equal design.",
-        "- `fluent-emoji` and `fluent-emoji-flat` are two renderings by one company, `noto-v1` and `emojione-v1` are earlier editions of `noto` and `emojione`: related, but drawn anew.",
-        "- Sets without code points were matched by name. The least similar of these were checked by eye and put right (`FIXES` in the notebook); a few odd ones may remain.", ""])
+        "- A few drawings are hard or impossible to tell apart by design: gender variants, clock faces, flags of "
+                      "near-equal design.",
+        "- `fluent-emoji` and `fluent-emoji-flat` are two renderings by one company, `noto-v1` and `emojione-v1` are "
+                      "earlier editions of `noto` and `emojione`: related, but drawn anew.",
+        "- Sets without code points were matched by name. The least similar of these were checked by eye and put "
+                      "right (`FIXES` in the notebook); a few odd ones may remain.", ""])

@@ -24,11 +24,17 @@ from .data import read_text
 
 # %% ../nbs/24_hierarchies.ipynb #7bc1e2c4
 _INAT = dict(
-    paper="Images: Van Horn et al., The iNaturalist Species Classification and Detection Dataset, CVPR 2018. Split: Brown et al., Smooth-AP, ECCV 2020. Levels: Ramzi et al., HAPPIER, ECCV 2022",
-    url="https://github.com/visipedia/inat_comp/tree/master/2018 and, for the two lists of the split, the link in the README of https://github.com/elias-ramzi/HAPPIER", size="120 GB",
-    terms="non-commercial research and education; the images may not be passed on (terms of the competition and of iNaturalist)", folders=("Inaturalist", "inaturalist", "iNaturalist"),
-    archives=tuple(dict(url=f"https://ml-inat-competition-datasets.s3.amazonaws.com/2018/{n}", name=n, md5=m) for n, m in (
-        ("train_val2018.tar.gz", "b1c6952ce38f31868cc50ea72d066cc3"), ("train2018.json.tar.gz", "bfa29d89d629cbf04d826a720c0a68b0"))))
+    paper="Images: Van Horn et al., The iNaturalist Species Classification and Detection Dataset, CVPR 2018. "
+          "Split: Brown et al., Smooth-AP, ECCV 2020. Levels: Ramzi et al., HAPPIER, ECCV 2022",
+    url="https://github.com/visipedia/inat_comp/tree/master/2018 and, for the two lists of the split, the link in the "
+        "README of https://github.com/elias-ramzi/HAPPIER",
+    size="120 GB",
+    terms="non-commercial research and education; the images may not be passed on (terms of the competition and of "
+          "iNaturalist)",
+    folders=("Inaturalist", "inaturalist", "iNaturalist"),
+    archives=tuple(dict(url=f"https://ml-inat-competition-datasets.s3.amazonaws.com/2018/{n}", name=n, md5=m)
+                   for n, m in (("train_val2018.tar.gz", "b1c6952ce38f31868cc50ea72d066cc3"),
+                                ("train2018.json.tar.gz", "bfa29d89d629cbf04d826a720c0a68b0"))))
 
 _INAT_TREE = """
 Inaturalist/
@@ -46,7 +52,8 @@ INAT_LEVELS = ("species", "genus", "family", "order", "class", "phylum", "kingdo
 
 add_source(Source("inat-base", "iNaturalist-2018, species and super-categories", layout=_INAT_TREE, needs=_INAT_NEEDS,
                   counts=dict(train=dict(images=325_846, classes=(5690, 13))), **_INAT))
-add_source(Source("inat-full", "iNaturalist-2018, seven levels", layout=_INAT_TREE + "  train2018.json                                      the taxonomy of each species\n",
+add_source(Source("inat-full", "iNaturalist-2018, seven levels", layout=_INAT_TREE
+                  + "  train2018.json                                      the taxonomy of each species\n",
                   needs=(*_INAT_NEEDS, "train2018.json | categories.json"),
                   counts=dict(train=dict(images=325_846, classes=(5690, 3438, 961, 249, 54, 23, 5))), **_INAT));
 
@@ -60,26 +67,35 @@ def read_inat_list(root, # the dataset's folder
     folders = [p.rsplit("/", 3)[-3:-1] for p in paths]
     for i, f in enumerate(folders):
         if len(f) != 2 or not f[1].isdecimal() or paths[i][0] == "/":
-            raise ValueError(f"{file}, image {i + 1}: {paths[i][:80]!r} is not train_val2018/<supercategory>/<species id>/<image>. Fetch the file again.")
+            raise ValueError(f"{file}, image {i + 1}: {paths[i][:80]!r} is not "
+                             f"train_val2018/<supercategory>/<species id>/<image>. Fetch the file again.")
     if not paths: raise ValueError(f"{file} lists no images.")
-    frame = pd.DataFrame(dict(path=paths, species=[int(s) for _, s in folders], supercategory=[c for c, _ in folders], split=part))
-    if len(twice := frame["path"][frame["path"].duplicated()]): raise ValueError(f"{file} lists {twice.iloc[0]!r} more than once ({len(twice):,} images twice). Fetch the file again.")
+    frame = pd.DataFrame(dict(path=paths, species=[int(s) for _, s in folders], supercategory=[c for c, _ in folders],
+                              split=part))
+    if len(twice := frame["path"][frame["path"].duplicated()]):
+        raise ValueError(f"{file} lists {twice.iloc[0]!r} more than once ({len(twice):,} images twice). Fetch the "
+                         f"file again.")
     return frame
 
 # %% ../nbs/24_hierarchies.ipynb #6371c3b8
-def _parts(split): return [p for p, inner in (("train", ("fit", "val")), ("test", ("test",))) if set(SPLITS[check_split(split)]) & set(inner)]
+def _parts(split):
+    return [p for p, inner in (("train", ("fit", "val")), ("test", ("test",)))
+            if set(SPLITS[check_split(split)]) & set(inner)]
 
 def _inat_frame(root, split):
     frame = pd.concat([read_inat_list(root, p) for p in _parts(split)], ignore_index=True)
     sides = frame.groupby("species")["split"].nunique()
-    if len(both := sides.index[sides > 1]): raise ValueError(f"species {both[0]} is in the training and in the test list ({len(both):,} are in both): these are not the files of the split.")
+    if len(both := sides.index[sides > 1]):
+        raise ValueError(f"species {both[0]} is in the training and in the test list ({len(both):,} are in both): "
+                         f"these are not the files of the split.")
     return frame
 
 def _compare(name, frame, levels, counts):
     "Compare the parts that were read with the published numbers."
     for part in (set(frame["split"]) & set(SOURCES[name].counts)) if counts else ():
         rows = frame[frame["split"] == part]
-        _compare_counts(dict(images=len(rows), classes=tuple(rows[l].nunique() for l in levels)), SOURCES[name].counts[part], f"{name}/{part}")
+        _compare_counts(dict(images=len(rows), classes=tuple(rows[l].nunique() for l in levels)),
+                        SOURCES[name].counts[part], f"{name}/{part}")
 
 # %% ../nbs/24_hierarchies.ipynb #7512c6e9
 @DATASETS.register("inat-base")
@@ -95,12 +111,13 @@ def load_inat_base(split="test", data_dir=None, # the folder with train_val2018 
 
 # %% ../nbs/24_hierarchies.ipynb #f5b0d35c
 def read_taxonomy(root) -> pd.DataFrame: # one row a species: genus, family, order, class, phylum, kingdom
-    "Read the taxonomy of iNaturalist-2018 from `train2018.json` (invented names), else from `categories.json` (true names)."
+    "Read the taxonomy of iNaturalist-2018: `train2018.json` (invented names), else `categories.json` (true names)."
     file = next(p for p in (Path(root) / "train2018.json", Path(root) / "categories.json") if p.exists())
     text = read_text(file)
     at = text.find('"categories"')
     try: found = json.JSONDecoder().raw_decode(text[at:].split(":", 1)[1].lstrip())[0] if at >= 0 else json.loads(text)
-    except (ValueError, IndexError) as e: raise ValueError(f"{file} is not whole JSON: {e}. Fetch the file again.") from e
+    except (ValueError, IndexError) as e:
+        raise ValueError(f"{file} is not whole JSON: {e}. Fetch the file again.") from e
     for i, c in enumerate(found):
         if gone := [k for k in ("id", *INAT_LEVELS[1:]) if k not in c]:
             raise ValueError(f"{file}: category {i} has no {gone[0]!r}; it has {', '.join(map(str, c))}.")
@@ -127,10 +144,12 @@ def load_inat_full(split="test", data_dir=None, # the folder with train_val2018,
     root = find_root(data_dir, SOURCES["inat-full"].needs, "inat-full")
     frame, table = _inat_frame(root, split).drop(columns="supercategory"), read_taxonomy(root)
     if len(gone := frame.index[~frame["species"].isin(table.index)]):
-        raise ValueError(f"species {frame['species'][gone[0]]} of {frame['path'][gone[0]]} has no taxonomy: {len(gone):,} of {len(frame):,} images. Is train2018.json the one of 2018?")
+        raise ValueError(f"species {frame['species'][gone[0]]} of {frame['path'][gone[0]]} has no taxonomy: "
+                         f"{len(gone):,} of {len(frame):,} images. Is train2018.json the one of 2018?")
     published = INAT_LEVELS if (root / "train2018.json").exists() else INAT_LEVELS[:1]
     _compare("inat-full", frame.join(table, on="species"), published, counts)
-    return from_official(frame.join(tell_apart(table, INAT_LEVELS[1:]), on="species"), root, INAT_LEVELS, "inat-full", split, counts=False, val=val)
+    return from_official(frame.join(tell_apart(table, INAT_LEVELS[1:]), on="species"), root, INAT_LEVELS, "inat-full",
+                         split, counts=False, val=val)
 
 # %% ../nbs/24_hierarchies.ipynb #dac2c3d6
 def _header(fields, columns, path):
@@ -142,7 +161,8 @@ def _header(fields, columns, path):
         names.append(known)
         if tail := f[len(known):].strip(): return names, [tail, *fields[i + 1:]]
     if sorted(names) != sorted(("fname", *columns)) or len(names) != len(fields):
-        raise ValueError(f"{path}, line 1: expected the columns fname, {', '.join(columns)}, found {', '.join(fields)[:120]!r}.")
+        raise ValueError(f"{path}, line 1: expected the columns fname, {', '.join(columns)}, found "
+                         f"{', '.join(fields)[:120]!r}.")
     return names, None
 
 # %% ../nbs/24_hierarchies.ipynb #7e619e5b
@@ -150,19 +170,23 @@ def read_dyml(path, # a DyML csv file
               columns, # the label columns, in any order
               first_row: bool = True, # False: drop a row that is stuck to the header, as the official loaders do
               ) -> pd.DataFrame: # fname (text) and the columns (integers)
-    "Read a DyML csv file, whether or not its header runs into the first row; `ValueError` names a line that does not fit."
+    "Read a DyML csv file, also if its header runs into the first row; `ValueError` names a line that does not fit."
     lines = read_text(path).rstrip().split("\n")
     names, stuck = _header([f.strip() for f in lines[0].split(",")], columns, path)
-    rows = [(1, stuck)] * (stuck is not None and first_row) + [(i, line.split(",")) for i, line in enumerate(lines[1:], 2)]
+    rows = [(1, stuck)] * (stuck is not None and first_row) + [(i, line.split(",")) for i,
+                                                               line in enumerate(lines[1:], 2)]
     if not rows: raise ValueError(f"{path} has no rows.")
     for i, r in rows:
-        if len(r) != len(names) or not all(v.strip() for v in r): raise ValueError(f"{path}, line {i}: expected {len(names)} values ({', '.join(names)}), found {','.join(r)[:80]!r}. Fetch the file again.")
+        if len(r) != len(names) or not all(v.strip() for v in r):
+            raise ValueError(f"{path}, line {i}: expected {len(names)} values ({', '.join(names)}), found "
+                             f"{','.join(r)[:80]!r}. Fetch the file again.")
     out = pd.DataFrame({n: [v.strip() for v in c] for n, c in zip(names, zip(*(r for _, r in rows)))})
     for c in columns:
         try: out[c] = out[c].astype(np.int64)
         except ValueError as e:
             k = next(k for k, v in enumerate(out[c]) if not v.lstrip("-").isdecimal())
-            raise ValueError(f"{path}, line {rows[k][0]}: {c} is {out[c][k]!r}, not a number. Fetch the file again.") from e
+            raise ValueError(f"{path}, line {rows[k][0]}: {c} is {out[c][k]!r}, not a number. "
+                             "Fetch the file again.") from e
     out.attrs["stuck"] = stuck is not None and first_row
     return out[["fname", *columns]]
 
@@ -184,13 +208,18 @@ DYML_LEVELS = ("fine", "middle", "coarse")
 
 # %% ../nbs/24_hierarchies.ipynb #63ad2087
 def _dyml_needs(kind):
-    test = ["mini-bmk_all_in_one/label.csv", "mini-bmk_all_in_one/imgs"] if kind == "product" else [f"bmk_{l}/{p}{e}" for l in DYML_LEVELS for p in ("query", "gallery") for e in ("", ".csv")]
+    test = ["mini-bmk_all_in_one/label.csv",
+            "mini-bmk_all_in_one/imgs"] if kind == "product" else [f"bmk_{l}/{p}{e}" for l in DYML_LEVELS
+                                                                   for p in ("query", "gallery") for e in ("", ".csv")]
     return ("train/label.csv", "train/imgs", *test)
 
 def _dyml_source(kind, classes):
-    return Source(f"dyml-{kind}", f"DyML-{kind.title()}", "Sun et al., Dynamic Metric Learning, CVPR 2021", "https://github.com/SupetZYK/DynamicMetricLearning (links to OneDrive and Baidu)", "unknown", "unknown",
+    return Source(f"dyml-{kind}", f"DyML-{kind.title()}", "Sun et al., Dynamic Metric Learning, CVPR 2021",
+                  "https://github.com/SupetZYK/DynamicMetricLearning (links to OneDrive and Baidu)", "unknown",
+                  "unknown",
                   _DYML_TREE.format(kind=kind) + (_DYML_ONE if kind == "product" else _DYML_THREE), _dyml_needs(kind),
-                  dict(train=dict(images=None, classes=classes)), folders=(f"dyml_{kind}", f"DyML-{kind}", f"DyML-{kind.title()}"))
+                  dict(train=dict(images=None, classes=classes)), folders=(f"dyml_{kind}", f"DyML-{kind}",
+                                                                           f"DyML-{kind.title()}"))
 
 add_source(_dyml_source("vehicle", (39_491, 93, 5)))
 add_source(_dyml_source("animal", (495, 28, 5)))
@@ -213,14 +242,21 @@ def _same_files(wanted, among): # two lists of paths
 # %% ../nbs/24_hierarchies.ipynb #9e3d4458
 def _dyml_queries(root, bench, gallery, query, match):
     "The gallery row of each query; a query that is not there, or has another label there, is an error."
-    if match not in ("content", "name"): raise ValueError(f"match must be 'content' or 'name', got {match!r}.{nearest(match, ('content', 'name'))}")
-    if match == "content": at = _same_files([f"{root}/bmk_{bench}/query/{f}" for f in query["fname"]], [f"{root}/{p}" for p in gallery["path"]])
+    if match not in ("content", "name"):
+        raise ValueError(f"match must be 'content' or 'name', got {match!r}.{nearest(match, ('content', 'name'))}")
+    if match == "content":
+        at = _same_files([f"{root}/bmk_{bench}/query/{f}" for f in query["fname"]],
+                         [f"{root}/{p}" for p in gallery["path"]])
     else: at = pd.Index(gallery["fname"]).get_indexer(query["fname"])
     if len(gone := np.flatnonzero(at < 0)):
-        raise ValueError(f"bmk_{bench}: {len(gone):,} of {len(query):,} queries are not in the gallery, such as query/{query['fname'][gone[0]]}; compared by {match}. "
-                         "The protocol needs each query in its gallery. " + ("If the images were encoded anew but keep their names, give match='name'." if match == "content" else ""))
+        raise ValueError(f"bmk_{bench}: {len(gone):,} of {len(query):,} queries are not in the gallery, such as "
+                         f"query/{query['fname'][gone[0]]}; compared by {match}. "
+                         "The protocol needs each query in its gallery. "
+                         + ("If the images were encoded anew but keep their names, give match='name'."
+                            if match == "content" else ""))
     if len(odd := np.flatnonzero(gallery["label"].to_numpy()[at] != query["label"].to_numpy())):
-        raise ValueError(f"bmk_{bench}: query/{query['fname'][odd[0]]} has label {query['label'][odd[0]]} as a query and {gallery['label'][at[odd[0]]]} in the gallery ({len(odd):,} differ).")
+        raise ValueError(f"bmk_{bench}: query/{query['fname'][odd[0]]} has label {query['label'][odd[0]]} as a query "
+                         f"and {gallery['label'][at[odd[0]]]} in the gallery ({len(odd):,} differ).")
     return at
 
 # %% ../nbs/24_hierarchies.ipynb #f816b02b
@@ -228,11 +264,13 @@ def _dyml_three(root, name, match, first_row):
     "The galleries of the three benchmarks, one after another."
     frames = []
     for bench in DYML_LEVELS:
-        query, gallery = (read_dyml(root / f"bmk_{bench}/{p}.csv", ["labels"]).rename(columns={"labels": "label"}) for p in ("query", "gallery"))
+        query, gallery = (read_dyml(root / f"bmk_{bench}/{p}.csv", ["labels"]).rename(columns={"labels": "label"})
+                          for p in ("query", "gallery"))
         for p, f in dict(query=query, gallery=gallery).items(): f["path"] = [f"bmk_{bench}/{p}/{n}" for n in f["fname"]]
         check_present(root, [*query["path"], *gallery["path"]], name)
         at = _dyml_queries(root, bench, gallery, query, match)
-        lost = [0 if first_row else int(f.attrs["stuck"]) for f in (query, gallery)]  # rows that the official loaders do not see
+        # rows that the official loaders do not see
+        lost = [0 if first_row else int(f.attrs["stuck"]) for f in (query, gallery)]
         rows = gallery.assign(benchmark=bench, query=np.isin(np.arange(len(gallery)), at[lost[0]:]))
         frames.append(rows.iloc[lost[1]:])
     frame = pd.concat(frames, ignore_index=True)
@@ -246,12 +284,16 @@ def _with_gaps(frame, root, levels, name, split, protocol, gaps=True):
     files = [f"{root}/{p}" for p in frame["path"]]
     key = fingerprint_of(name=name, split=split, rows=table_hash(frame), sizes=some_sizes(files))
     show = lambda v: str(int(v)) if isinstance(v, (float, np.floating)) else str(v)
-    return RetrievalDataset(FileStore(files), torch.as_tensor(np.stack(codes, 1).astype(np.int64)), [[show(v) for v in n] for n in names], tuple(levels),
-                            name, split, key, meta=frame.drop(columns=[*levels, "split"], errors="ignore"), protocol=protocol, gaps=gaps)
+    return RetrievalDataset(FileStore(files), torch.as_tensor(np.stack(codes, 1).astype(np.int64)),
+                            [[show(v) for v in n] for n in names], tuple(levels),
+                            name, split, key, meta=frame.drop(columns=[*levels, "split"], errors="ignore"),
+                            protocol=protocol, gaps=gaps)
 
 # %% ../nbs/24_hierarchies.ipynb #3a62fd3c
 def _no_all(name, split):
-    if check_split(split) == "all": raise ValueError(f"{name} has no split 'all': its training and test labels are numbered apart, so they cannot be one dataset. Load 'train' and 'test'.")
+    if check_split(split) == "all":
+        raise ValueError(f"{name} has no split 'all': its training and test labels are numbered apart, so they "
+                         f"cannot be one dataset. Load 'train' and 'test'.")
 
 def _dyml_table(root, folder, first_row, split):
     frame = read_dyml(root / folder / "label.csv", ["fine_id", "middle_id", "coarse_id"], first_row)
@@ -264,8 +306,10 @@ def _load_dyml(kind, split, data_dir, counts, val, match, first_row):
     name = f"dyml-{kind}"
     _no_all(name, split)
     root = find_root(data_dir, SOURCES[name].needs, name)
-    if split == "test" and kind != "product": return _with_gaps(_dyml_three(root, name, match, first_row), root, DYML_LEVELS, name, split, {"kind": "dyml"})
-    frame = _dyml_table(root, "mini-bmk_all_in_one" if split == "test" else "train", first_row, "test" if split == "test" else "train")
+    if split == "test" and kind != "product":
+        return _with_gaps(_dyml_three(root, name, match, first_row), root, DYML_LEVELS, name, split, {"kind": "dyml"})
+    frame = _dyml_table(root, "mini-bmk_all_in_one" if split == "test" else "train", first_row,
+                        "test" if split == "test" else "train")
     _compare(name, frame, DYML_LEVELS, counts)
     return from_official(frame, root, DYML_LEVELS, name, split, counts=False, val=val, protocol={"kind": "dyml"})
 
@@ -303,32 +347,44 @@ def load_dyml_product(split="test", data_dir=None, # the folder with train and m
 # %% ../nbs/24_hierarchies.ipynb #17c08508
 VEHICLE_SIZES = dict(small=800, medium=1600, large=2400)
 
-add_source(Source("vehicleid", "PKU VehicleID", "Liu et al., Deep Relative Distance Learning, CVPR 2016", "https://pkuml.org/resources/pku-vehicleid.html (on request by e-mail)", "unknown",
+add_source(Source("vehicleid", "PKU VehicleID", "Liu et al., Deep Relative Distance Learning, CVPR 2016",
+                  "https://pkuml.org/resources/pku-vehicleid.html (on request by e-mail)", "unknown",
     "research only, no commercial use", """
 VehicleID_V1.0/
   image/0000001.jpg ...
   train_test_split/train_list.txt             image vehicle
   train_test_split/test_list_800.txt, test_list_1600.txt, test_list_2400.txt
   attribute/model_attr.txt, color_attr.txt    vehicle model, vehicle colour (some vehicles only)
-""", ("image", "train_test_split/train_list.txt", *(f"train_test_split/test_list_{n}.txt" for n in VEHICLE_SIZES.values())),
-    dict(train=dict(images=113_346, classes=(13_164,)), **{f"test {s}": dict(images=i, classes=(c,)) for (s, c), i in zip(VEHICLE_SIZES.items(), (6493, 13_377, 19_777))}),
+""", ("image", "train_test_split/train_list.txt", *(f"train_test_split/test_list_{n}.txt"
+                                                    for n in VEHICLE_SIZES.values())),
+    dict(train=dict(images=113_346, classes=(13_164,)), **{f"test {s}": dict(images=i, classes=(c,)) for (s, c),
+                                                           i in zip(VEHICLE_SIZES.items(), (6493, 13_377, 19_777))}),
     folders=("VehicleID_V1.0", "VehicleID", "vehicle_id")));
 
 # %% ../nbs/24_hierarchies.ipynb #4affc09b
 def _coarser(root, frame, level):
     "The model or colour of each vehicle, as a column of names."
-    if level not in ("model", "color"): raise ValueError(f"coarse must be 'model' or 'color', got {level!r}.{nearest(level, ('model', 'color'))}")
+    if level not in ("model", "color"):
+        raise ValueError(f"coarse must be 'model' or 'color', got {level!r}.{nearest(level, ('model', 'color'))}")
     file = root / "attribute" / f"{level}_attr.txt"
-    if not file.exists(): raise FileNotFoundError(f"coarse={level!r} needs {file}, which is not there. Without it, VehicleID has one level: leave `coarse` out.")
+    if not file.exists():
+        raise FileNotFoundError(f"coarse={level!r} needs {file}, which is not there. Without it, VehicleID has one "
+                                f"level: leave `coarse` out.")
     table = read_rows(file, ["vehicle", level])
-    if len(twice := table["vehicle"][table["vehicle"].duplicated()]): raise ValueError(f"{file} lists vehicle {twice.iloc[0]} more than once.")
-    return frame["vehicle"].astype(str).map(table.set_index("vehicle")[level]).fillna("unknown " + level + " of vehicle " + frame["vehicle"].astype(str))
+    if len(twice := table["vehicle"][table["vehicle"].duplicated()]):
+        raise ValueError(f"{file} lists vehicle {twice.iloc[0]} more than once.")
+    return frame["vehicle"].astype(str).map(table.set_index("vehicle")[level]).fillna("unknown " + level
+                                                                                      + " of vehicle "
+                                                                                      + frame["vehicle"].astype(str))
 
 def _vehicles(root, file, split):
     table = read_rows(root / "train_test_split" / file, ["image", "vehicle"])
     for column in table:
-        if len(odd := table.index[~table[column].str.isdecimal()]): raise ValueError(f"{file}, row {odd[0] + 1}: {column} is {table[column][odd[0]]!r}, not a number. Fetch the file again.")
-    return pd.DataFrame(dict(path=[f"image/{int(i):07d}.jpg" for i in table["image"]], vehicle=table["vehicle"].astype(np.int64), split=split))
+        if len(odd := table.index[~table[column].str.isdecimal()]):
+            raise ValueError(f"{file}, row {odd[0] + 1}: {column} is {table[column][odd[0]]!r}, not a number. Fetch "
+                             f"the file again.")
+    return pd.DataFrame(dict(path=[f"image/{int(i):07d}.jpg" for i in table["image"]],
+                             vehicle=table["vehicle"].astype(np.int64), split=split))
 
 # %% ../nbs/24_hierarchies.ipynb #f3409f04
 @DATASETS.register("vehicleid")
@@ -339,17 +395,22 @@ def load_vehicleid(split="test", data_dir=None, # the folder with image and trai
                    coarse: str = None, # "model" or "color": a second level
                    ) -> RetrievalDataset:
     "Load PKU VehicleID: vehicles seen by traffic cameras; test rows are evaluated with random galleries."
-    if size not in VEHICLE_SIZES: raise ValueError(f"unknown size {size!r}.{nearest(size, VEHICLE_SIZES)} Known: {', '.join(VEHICLE_SIZES)}.")
+    if size not in VEHICLE_SIZES:
+        raise ValueError(f"unknown size {size!r}.{nearest(size, VEHICLE_SIZES)} Known: {', '.join(VEHICLE_SIZES)}.")
     root = find_root(data_dir, SOURCES["vehicleid"].needs, "vehicleid")
     files = dict(train="train_list.txt", test=f"test_list_{VEHICLE_SIZES[size]}.txt")
     frame = pd.concat([_vehicles(root, files[p], p) for p in _parts(split)], ignore_index=True)
     for part in _parts(split) if counts else ():
         rows, key = frame[frame["split"] == part], part if part == "train" else f"test {size}"
-        _compare_counts(dict(images=len(rows), classes=(rows["vehicle"].nunique(),)), SOURCES["vehicleid"].counts[key], f"vehicleid/{key}")
+        _compare_counts(dict(images=len(rows), classes=(rows["vehicle"].nunique(),)), SOURCES["vehicleid"].counts[key],
+                        f"vehicleid/{key}")
     both = set(frame["vehicle"][frame["split"] == "train"]) & set(frame["vehicle"][frame["split"] == "test"])
-    if both: raise ValueError(f"vehicle {min(both)} is in {files['train']} and in {files['test']} ({len(both)} are in both): these are not the lists of the split.")
+    if both:
+        raise ValueError(f"vehicle {min(both)} is in {files['train']} and in {files['test']} ({len(both)} are in "
+                         f"both): these are not the lists of the split.")
     if coarse: frame[coarse] = _coarser(root, frame, coarse)
-    return from_official(frame, root, ["vehicle", *([coarse] if coarse else [])], "vehicleid", split, counts=False, val=val, protocol={"kind": "random-gallery", "repeats": 10, "seed": 0})
+    return from_official(frame, root, ["vehicle", *([coarse] if coarse else [])], "vehicleid", split, counts=False,
+                         val=val, protocol={"kind": "random-gallery", "repeats": 10, "seed": 0})
 
 # %% ../nbs/24_hierarchies.ipynb #6a5d0495
 _S3 = "https://s3.amazonaws.com/google-landmark"
@@ -361,13 +422,21 @@ gldv2/
   train/0/1/2/0123456789abcdef.jpg          the first three letters of the id are folders
   index/..., test/...                       (also below images/)
 """
-_GLD_FILES = dict(metadata=("train.csv", "train_clean.csv", "train_label_to_hierarchical.csv", "index.csv", "index_image_to_landmark.csv", "index_label_to_hierarchical.csv", "test.csv"),
+_GLD_FILES = dict(metadata=("train.csv", "train_clean.csv", "train_label_to_hierarchical.csv", "index.csv",
+                            "index_image_to_landmark.csv", "index_label_to_hierarchical.csv", "test.csv"),
                   ground_truth=("retrieval_solution_v2.1.csv",))
 
-add_source(Source("gldv2", "Google Landmarks v2 with hierarchical labels", "Weyand et al., Google Landmarks Dataset v2, CVPR 2020; levels: Ramzi et al., Optimization of Rank Losses for Image Retrieval, 2023",
-    "https://github.com/cvdfoundation/google-landmark", "500 + 100 + 20 archives, about 600 GB", "annotations CC BY 4.0; images: train CC BY, index and test CC0 or public domain (see the page)", _GLD_TREE,
-    ("train_clean.csv", "train_label_to_hierarchical.csv", "train | images/train", "index.csv", "index_image_to_landmark.csv", "index_label_to_hierarchical.csv", "index | images/index", "retrieval_solution_v2.1.csv", "test | images/test"),
-    dict(train=dict(images=970_981, classes=(46_593, 78, None))), tuple(dict(url=f"{_S3}/{f}/{n}", name=n) for f, names in _GLD_FILES.items() for n in names),
+add_source(Source("gldv2", "Google Landmarks v2 with hierarchical labels",
+                  "Weyand et al., Google Landmarks Dataset v2, CVPR 2020; levels: Ramzi et al., Optimization of Rank "
+                  "Losses for Image Retrieval, 2023",
+    "https://github.com/cvdfoundation/google-landmark", "500 + 100 + 20 archives, about 600 GB",
+                  "annotations CC BY 4.0; images: train CC BY, index and test CC0 or public domain (see the page)",
+                  _GLD_TREE,
+    ("train_clean.csv", "train_label_to_hierarchical.csv", "train | images/train", "index.csv",
+     "index_image_to_landmark.csv", "index_label_to_hierarchical.csv", "index | images/index",
+     "retrieval_solution_v2.1.csv", "test | images/test"),
+    dict(train=dict(images=970_981, classes=(46_593, 78, None))), tuple(dict(url=f"{_S3}/{f}/{n}", name=n) for f,
+                                                                        names in _GLD_FILES.items() for n in names),
     ("gldv2", "google-landmark", "landmarks")));
 
 # %% ../nbs/24_hierarchies.ipynb #a324f3b2
@@ -378,7 +447,9 @@ def _gld_paths(root, part, ids):
     "Paths of images from their ids."
     base = part if (root / part).exists() else f"images/{part}"
     for i, s in enumerate(ids):
-        if len(s) != 16 or not s.isalnum(): raise ValueError(f"{part}: image id {s!r} (number {i + 1}) does not have 16 letters and digits. Fetch the csv files again.")
+        if len(s) != 16 or not s.isalnum():
+            raise ValueError(f"{part}: image id {s!r} (number {i + 1}) does not have 16 letters and digits. Fetch "
+                             f"the csv files again.")
     return [f"{base}/{s[0]}/{s[1]}/{s[2]}/{s}.jpg" for s in ids]
 
 def _size(file, found, counts):
@@ -391,7 +462,8 @@ def _gld_levels(root, part, levels):
     for l in levels:
         if l not in known: raise ValueError(f"gldv2 has no level {l!r}.{nearest(l, known)} Known: {', '.join(known)}.")
     table = read_commas(root / f"{part}_label_to_hierarchical.csv", ["landmark_id", *levels])
-    if len(twice := table["landmark_id"][table["landmark_id"].duplicated()]): raise ValueError(f"{part}_label_to_hierarchical.csv lists landmark {twice.iloc[0]} more than once.")
+    if len(twice := table["landmark_id"][table["landmark_id"].duplicated()]):
+        raise ValueError(f"{part}_label_to_hierarchical.csv lists landmark {twice.iloc[0]} more than once.")
     empty = table[list(levels)].apply(lambda c: c.str.lower().isin(["", "nan", "none"]))
     return tell_apart(table[~empty.any(axis=1)], levels).set_index("landmark_id")
 
@@ -405,30 +477,45 @@ def _gld_train(root, levels, clean, counts):
     _size("train_clean.csv" if clean else "train.csv", len(frame), counts)
     if levels: frame = frame.join(_gld_levels(root, "train", levels), on="landmark_id", how="inner")
     frame = frame.reset_index(drop=True).rename(columns={"landmark_id": "landmark"})
-    if not len(frame): raise ValueError("gldv2: no training landmark has a label in train_label_to_hierarchical.csv. Do the files belong together?")
+    if not len(frame):
+        raise ValueError("gldv2: no training landmark has a label in train_label_to_hierarchical.csv. Do the files "
+                         "belong together?")
     return frame.assign(path=_gld_paths(root, "train", frame["id"]), split="train")
 
 # %% ../nbs/24_hierarchies.ipynb #030a614b
 def _gld_index(root, levels, counts, labelled):
     "The gallery: id, landmark, levels (missing where a landmark has no label, or left out if `labelled`)."
-    index, marks = read_commas(root / "index.csv", ["id"]), read_commas(root / "index_image_to_landmark.csv", ["id", "landmark_id"])
+    index, marks = read_commas(root / "index.csv", ["id"]), read_commas(root / "index_image_to_landmark.csv",
+                                                                        ["id", "landmark_id"])
     _size("index.csv", len(index), counts)
     index = index.join(marks.set_index("id"), on="id").rename(columns={"landmark_id": "landmark"})
-    if levels: index = index.join(_gld_levels(root, "index", levels), on="landmark", how="inner" if labelled else "left")
+    if levels:
+        index = index.join(_gld_levels(root, "index", levels), on="landmark", how="inner" if labelled else "left")
     return index.reset_index(drop=True).assign(part="gallery", matches="", usage="")
 
 def _gld_queries(root, index, ignored, whole):
-    "The queries: id, landmark, levels of the first relevant image; `matches`. `whole`: all relevant images must be in the index."
-    table = read_commas(root / "retrieval_solution_v2.1.csv", ["id", "images", "Usage"]).rename(columns={"Usage": "usage"})
-    if len(odd := table.index[~table["usage"].isin(["Public", "Private", "Ignored"])]): raise ValueError(f"retrieval_solution_v2.1.csv: Usage is {table['usage'][odd[0]]!r} for {table['id'][odd[0]]}; it must be Public, Private or Ignored.")
+    "The queries: id, landmark, levels of the first relevant image, `matches`; `whole`: all these must be in the index."
+    table = read_commas(root / "retrieval_solution_v2.1.csv",
+                        ["id", "images", "Usage"]).rename(columns={"Usage": "usage"})
+    if len(odd := table.index[~table["usage"].isin(["Public", "Private", "Ignored"])]):
+        raise ValueError(f"retrieval_solution_v2.1.csv: Usage is {table['usage'][odd[0]]!r} for "
+                         f"{table['id'][odd[0]]}; it must be Public, Private or Ignored.")
     asked, here = ~table["images"].isin(["None", ""]) & table["usage"].ne("Ignored"), set(index["id"])
-    gone = [(q, i) for q, images in zip(table["id"][asked], table["images"][asked]) for i in images.split() if i not in here] if whole else ()
-    if gone: raise ValueError(f"retrieval_solution_v2.1.csv: image {gone[0][1]}, relevant for {gone[0][0]}, is not in index.csv ({len(gone):,} in all). Do the files belong together? counts=False is for a part of the index.")
-    table["matches"] = [" ".join(i for i in images.split() if i in here) if a else "" for images, a in zip(table["images"], asked)]
+    gone = [(q, i) for q, images in zip(table["id"][asked], table["images"][asked]) for i in images.split()
+            if i not in here] if whole else ()
+    if gone:
+        raise ValueError(f"retrieval_solution_v2.1.csv: image {gone[0][1]}, relevant for {gone[0][0]}, is not in "
+                         f"index.csv ({len(gone):,} in all). Do the files belong together? counts=False is for a "
+                         f"part of the index.")
+    table["matches"] = [" ".join(i for i in images.split() if i in here) if a else "" for images,
+                        a in zip(table["images"], asked)]
     keep = table["matches"].ne("") | (~asked if ignored else False)
-    if not keep.any(): raise ValueError("gldv2: no query of retrieval_solution_v2.1.csv has a relevant image in index.csv. Do the files belong together?")
+    if not keep.any():
+        raise ValueError("gldv2: no query of retrieval_solution_v2.1.csv has a relevant image in index.csv. Do the "
+                         "files belong together?")
     table = table[keep].drop(columns="images").assign(part="query", first=lambda t: t["matches"].str.split(" ").str[0])
-    return table.join(index.drop(columns=["part", "matches", "usage"]).set_index("id"), on="first").drop(columns="first")
+    return table.join(index.drop(columns=["part", "matches", "usage"]).set_index("id"),
+                      on="first").drop(columns="first")
 
 # %% ../nbs/24_hierarchies.ipynb #f77ec437
 @DATASETS.register("gldv2")
@@ -444,7 +531,8 @@ def load_gldv2(split="test", data_dir=None, # the folder with the csv files, tra
     levels, all_levels = list(levels), ["landmark", *levels]
     _no_all("gldv2", split)
     part = _parts(split)[0]
-    needs = [n for n in SOURCES["gldv2"].needs if n.startswith("train") == (part == "train") and (levels or "hierarchical" not in n)]
+    needs = [n for n in SOURCES["gldv2"].needs if n.startswith("train") == (part == "train")
+             and (levels or "hierarchical" not in n)]
     root = find_root(data_dir, [n if clean else n.replace("train_clean", "train") for n in needs], "gldv2")
     if part == "train":
         frame = _gld_train(root, levels, clean, counts)
