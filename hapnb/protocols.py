@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .core import check_labels
 from .helpers import check_number, nearest, Registry
-from .metrics import evaluate, _check_ks, _check_levels, _check_pair, _embeddings, _KS, _retrieval
+from .metrics import check_ks, check_levels, check_pair, check_rows, evaluate, make_retrieval, parse_metric
+from .metrics import query_values, _KS
 from .retrieval import parse_memory
 
 # %% ../nbs/28_protocols.ipynb #0187536e
@@ -110,7 +111,7 @@ def _level_means(out, levels):
 def _dyml(emb, labels, meta, args):
     "Three benchmarks, one a level, each with its own queries inside its gallery; or all levels on one gallery."
     own = {k: v for k, v in args.items() if k not in ("levels", "ks", "metrics", "exclude_self")}
-    ks, metrics, levels = args.get("ks", ()), args.get("metrics"), _check_levels(args.get("levels"), labels.shape[1])
+    ks, metrics, levels = args.get("ks", ()), args.get("metrics"), check_levels(args.get("levels"), labels.shape[1])
     ks = sorted({*_DYML_KS, *(ks if np.iterable(ks) else (ks,))})
     metrics = ("AP", "ASI", "R@k") if metrics is None else (metrics,) if isinstance(metrics, str) else tuple(metrics)
     if meta is not None and "benchmark" in meta: out = _three(emb, labels, meta, levels, ks, metrics, own)
@@ -213,11 +214,10 @@ def _ap_at_k(first, relevant, N, k):
 # %% ../nbs/28_protocols.ipynb #a6fcd529
 def _all_ap_at_k(g, q, relevant, k, device, max_memory):
     "AP@k of each query."
-    r = _retrieval(g, torch.full((len(g),), -1), q, torch.full((len(q),), -1), True, None, device)  # no classes: rows keep their order
-    work, out = torch.device("cpu") if r.device.type == "mps" else r.device, []
-    for a, scores in r._blocks(r._rows(max_memory)):
-        out.append(_ap_at_k(_first(scores[:, :r.N].to(work), min(k, r.N)), relevant[a:a + len(scores)], r.N, k))
-    return np.concatenate(out)
+    # no classes, so that rows keep their order
+    r = make_retrieval(g, torch.full((len(g),), -1), q, torch.full((len(q),), -1), device=device)
+    ap = lambda b: _ap_at_k(_first(b.found, min(k, r.N)), relevant[b.first:b.first + len(b)], r.N, k)
+    return np.concatenate([ap(b) for b in r.blocks(r.rows(max_memory, lists=False))])
 
 # %% ../nbs/28_protocols.ipynb #bf494532
 @PROTOCOLS.register("landmarks")
@@ -248,10 +248,10 @@ def _checked(embeddings, labels, kind, meta):
         y = torch.as_tensor(labels)
         if three and y.ndim != 2: raise ValueError(f"dyml: the three benchmarks need labels [N, 3], got shape {tuple(y.shape)}.")
         if y.ndim == 1: y = y[:, None]
-        emb, y = _embeddings(embeddings, "embeddings"), torch.cat([check_labels(c) for c in y.split(1, 1)], 1)
+        emb, y = check_rows(embeddings, "embeddings"), torch.cat([check_labels(c) for c in y.split(1, 1)], 1)
         if len(emb) != len(y): raise ValueError(f"{len(emb)} embeddings but {len(y)} labels.")
         return emb, y
-    return _check_pair(embeddings, labels, "embeddings")
+    return check_pair(embeddings, labels, "embeddings")
 
 # %% ../nbs/28_protocols.ipynb #05d5b66b
 def evaluate_protocol(embeddings: Tensor, # [N, D], one row a row of the test set
@@ -294,7 +294,7 @@ def _dyml_part(part, name, device):
     for k in known[:4]:
         if k not in part: raise ValueError(f"benchmark {name} has no {k!r}.")
     me = part["self_index"] if part.get("self_index") is not None else _find_own(part, name)
-    r = _retrieval(*(part[k] for k in known[:4]), True, me, device)
+    r = make_retrieval(*(part[k] for k in known[:4]), self_index=me, device=device)
     if r.L != 1: raise ValueError(f"benchmark {name} must have one label column, got {r.L}.")
     return r
 
@@ -308,18 +308,21 @@ def dyml(embeddings: Tensor = None, # one set [N, D], each image a query ...
          ) -> dict: # "mAP", "ASI", "R@{k}": means over levels; "AP_level{l}", "ASI_level{l}", "R@{k}_level{l}", "skipped_level{l}"
     "Compute the averages of the DyML protocol: unweighted means over the levels of AP, ASI and R@k."
     if (benchmarks is None) == (embeddings is None): raise ValueError("give either embeddings and labels, or benchmarks.")
-    if benchmarks is None: parts = [_retrieval(embeddings, labels, None, None, True, None, device)]
+    if benchmarks is None: parts = [make_retrieval(embeddings, labels, device=device)]
     else:
         named = benchmarks.items() if isinstance(benchmarks, dict) else enumerate(benchmarks)
         parts = [_dyml_part(b, name, device) for name, b in named]
         if not parts: raise ValueError("benchmarks is empty.")
-    ks = ks if ks in ((1, 10, 20), [1, 10, 20]) else _check_ks(ks, min(int(r.n[:, 0].min()) for r in parts))
+    ks = ks if ks in ((1, 10, 20), [1, 10, 20]) else check_ks(ks, min(int(r.n[:, 0].min()) for r in parts))
     families, out, levels = ("AP", "ASI", *(f"R@{k}" for k in ks)), {}, 0
     for r in parts:
-        values = r._run([f"{m}_level{c}" for c in range(r.L) for m in families], "pop", max_memory)
+        asked = [parse_metric(f"{m}_level{c}") for c in range(r.L) for m in families]
+        values = query_values(r, asked, "pop", max_memory)
         for c in range(r.L):
-            left = ~r._skipped(c)
-            for m in families: out[f"{m}_level{levels}"] = float(values[f"{m}_level{c}"][left].mean()) if bool(left.any()) else 0.
+            left = ~r.without_positive(c)
+            for m in families:
+                found = values[parse_metric(f"{m}_level{c}")][left]
+                out[f"{m}_level{levels}"] = float(found.mean()) if bool(left.any()) else 0.
             out[f"skipped_level{levels}"] = int((~left).sum())
             levels += 1
     mean = lambda m: float(np.mean([out[f"{m}_level{l}"] for l in range(levels)]))
