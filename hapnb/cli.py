@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .study import (
     PROFILES, StudyFailed, WrongUse, figures_dir, find_studies, from_root, pick_studies, run_study, study_state)
-from .grids import RunError, _check_store
+from .grids import check_store, RunError
 from .helpers import _version, hardware, repo_root
 from .tables import write_claims
 from .helpers import LOSSES, SAMPLERS, nearest, pick_device, write_atomic
@@ -91,7 +91,7 @@ def _check_place(a, dataset=None):
     try: pick_device(a.device)
     except ValueError as e: raise WrongUse(str(e)) from None
     if a.data_dir and dataset != "huggingface" and not Path(a.data_dir).expanduser().exists(): raise WrongUse(f"--data-dir {a.data_dir}: no such file or folder (looked at {Path(a.data_dir).expanduser().absolute()}).")
-    _check_store(from_root(a.store))
+    check_store(from_root(a.store))
 
 def _check_data(dataset, data_dir, args=None):
     "Look for images that are not bundled; `WrongUse` says what is missing."
@@ -455,7 +455,7 @@ def _check_out(path, endings):
     path = Path(path).expanduser()
     if path.suffix not in endings: raise WrongUse(f"--out {path}: give a name that ends in {' or '.join(endings)}.")
     if path.is_dir(): raise WrongUse(f"--out {path} is a folder; give the name of a file.")
-    _check_store(path.parent)
+    check_store(path.parent)
     return path
 
 def _run_of(a):
@@ -567,7 +567,7 @@ def _model_of(a, table):
         return model
     train = _labelled(a, table)
     folder = Path(a.save_model).expanduser() if a.save_model else None
-    if folder: _check_store(folder)
+    if folder: check_store(folder)
     try: model = train_hilander(train.embeddings, train.labels[:, 0], HiLanderConfig(seed=a.seed, **({"epochs": a.epochs} if a.epochs else {})), device=a.device)
     except ValueError as e: raise WrongUse(f"--train {a.train}: {e}") from None
     if folder:
