@@ -159,7 +159,7 @@ def random_gallery(classes: Tensor, # integers [N], -1 = unknown
 
 # %% ../nbs/28_protocols.ipynb #d634d331
 @PROTOCOLS.register("random-gallery")
-def _random_gallery(emb, labels, meta, args, repeats=10, seed=0):
+def _random_gallery(emb, labels, meta, args, repeats: int = 10, seed: int = 0):
     "One random image of each class is the gallery, all others are queries; means and standard deviations over draws."
     check_number("repeats", repeats, least=1, whole=True), check_number("seed", seed, least=0, whole=True)
     if args.get("per_query"): raise ValueError("random-gallery has other queries in each draw, so it has no values of single queries: leave per_query out.")
@@ -221,7 +221,7 @@ def _all_ap_at_k(g, q, relevant, k, device, max_memory):
 
 # %% ../nbs/28_protocols.ipynb #bf494532
 @PROTOCOLS.register("landmarks")
-def _landmarks(emb, labels, meta, args, k=100):
+def _landmarks(emb, labels, meta, args, k: int = 100):
     "Listed relevant images, and AP of the first k."
     k = int(check_number("k", k, least=1, whole=True))
     gallery, query = _parts(meta, "landmarks", len(emb))
@@ -229,6 +229,7 @@ def _landmarks(emb, labels, meta, args, k=100):
     usage = _choose(meta, "usage", "landmarks", len(emb), ("Public", "Private", "Ignored"), query)[query.numpy()] if "usage" in meta else np.full(len(query), "")
     counts = np.array([len(m) > 0 for m in relevant]) & (usage != "Ignored")
     if not counts.any(): raise ValueError(f"landmarks: no query of {len(query)} has a relevant image, so nothing can be measured. Is this the retrieval solution?")
+    if args.get("dry"): return {}
     g, q = _take(emb, gallery), _take(emb, query[torch.from_numpy(counts)])
     ap = _all_ap_at_k(g, q, [m for m, c in zip(relevant, counts) if c], k, args.get("device"), _memory(args, emb, g, q)["max_memory"])
     out = {f"mAP@{k}": float(ap.mean())}
