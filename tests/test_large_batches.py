@@ -9,7 +9,7 @@ import torch
 from conftest import GOLDEN, golden_inputs
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import TOY, Net, cache, contents, data, make_trainer, slowly, together, toy_run
+from runs_kit import cache, contents, data, make_trainer, Net, slowly, together, TOY, toy_run
 from torch import nn
 
 import hapnb.losses
