@@ -80,7 +80,7 @@ class Metric:
         short = self.kind if self.k is None else f"{self.kind}@{self.k}"
         return short if self.level is None else f"{short}_level{self.level}"
 
-# %% ../nbs/15_metrics.ipynb #1fa46af3
+# %% ../nbs/15_metrics.ipynb #90d91c54
 _FAMILIES = ("R@k", "P@1", "AP", "mAP@R", "ASI", "H-AP", "NDCG")
 _NAME = re.compile(r"(?:([RP])@(\d+|k)|(AP|mAP@R|ASI|H-AP|NDCG))(?:_level(\d+))?")
 
@@ -95,7 +95,7 @@ def parse_metric(name: str, # a full name or a family
     kind, k, other, level = found.groups()
     return Metric(kind or other, int(k) if k not in (None, "k") else None, None if level is None else int(level))
 
-# %% ../nbs/15_metrics.ipynb #4f32d14c
+# %% ../nbs/15_metrics.ipynb #5d6d7be6
 def all_metrics(levels, # columns of the labels
                 ks, # of R@k
                 ) -> list: # of Metric
@@ -133,7 +133,7 @@ def _recall(first, k):
     "R@k from the rank of the best positive; rank 0 = there is none."
     return ((first > 0) & (first <= k)).double()
 
-# %% ../nbs/15_metrics.ipynb #57f9c522
+# %% ../nbs/15_metrics.ipynb #b13ab765
 def _all_levels(p, n, counts, ap_sums, metrics, tables):
     "Each of `metrics`, all over the hierarchy, from all positives: {Metric: float64 [T]}."
     out, L = {}, n.shape[1] - 1
@@ -196,7 +196,7 @@ def query_values(sets: Retrieval,
         for m, v in _measure(block, metrics, tables).items(): values[m][block.of(sets.q_order)] = v.cpu()
     return values
 
-# %% ../nbs/15_metrics.ipynb #7a7c744e
+# %% ../nbs/15_metrics.ipynb #8e82efb0
 class Scores(dict):
     "What `evaluate` returns: a dict that a notebook shows as a table, one row per level."
     def _repr_markdown_(self):
@@ -227,12 +227,16 @@ def evaluate(embeddings: Tensor, # gallery [N, D], floats; rows are normalised h
              max_memory="2GB", # bytes or text; bounds everything beyond the inputs
              per_query: bool = False, # add "per_query": {name: float64 array [Q], NaN where left out}
              self_index=None, # [Q]: gallery row of each query, -1 = none; for query sets that are part of the gallery
+             dry: bool = False, # check the arguments, measure nothing, give {}
              ) -> dict: # {name: float}; "skipped_level{l}" counts queries without a positive
     "Compute retrieval metrics at each level and over the hierarchy; exact, ties broken by gallery index."
     sets = make_retrieval(embeddings, labels, query_embeddings, query_labels, exclude_self, self_index, device)
     levels, most = check_levels(levels, sets.L), int(sets.n[:, 0].min())
     chosen = choose_metrics(metrics, levels, ks := check_ks(ks, most))
     check_ks([m.k for m in chosen if m.kind == "R" and m.k not in ks], most)
+    # weights that do not fit the levels are found here
+    if Metric("H-AP") in chosen: as_relevance(relevance).table(torch.ones(1, sets.L + 1))
+    if dry: return {}
     values = query_values(sets, chosen, relevance, max_memory)
     without = [sets.without_positive(l) for l in range(sets.L)]
     for m, v in values.items(): v[without[sets.L - 1 if m.level is None else m.level]] = torch.nan
@@ -305,7 +309,7 @@ def _own_rows(self_index, Q, N):
     if not whole or me.shape != (Q,) or int(me.min()) < -1 or int(me.max()) >= N: raise wrong
     return me.long()
 
-# %% ../nbs/15_metrics.ipynb #0d11e1d1
+# %% ../nbs/15_metrics.ipynb #71a1e2c5
 _SELF = ("query_embeddings {}: a query would find itself, because exclude_self cannot know its row in the gallery. "
          "Give self_index (the gallery row of each query, -1 = none), or exclude_self=False{}.")
 
