@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['Contingency', 'Scores', 'CLUSTERERS', 'contingency', 'pairwise_scores', 'bcubed_scores', 'clustering_scores',
-           'find_clusterer', 'cluster', 'nmi', 'kmeans', 'agglomerative', 'hdbscan', 'Choice', 'choose']
+           'find_clusterer', 'check_clusterer', 'cluster', 'kmeans', 'nmi', 'agglomerative', 'hdbscan', 'Choice',
+           'choose']
 
 # %% ../nbs/46_clustering.ipynb #f706e52a
 import importlib, inspect
+from typing import Annotated, Literal
 from collections import namedtuple
 from dataclasses import dataclass, field
 
@@ -15,10 +17,12 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from .core import check_embeddings
 from .helpers import Registry, check_number, nearest
+from .schemas import Count, schema_of
 from .metrics import _check_levels, _check_pair, _faiss, _neighbours
 
 # %% ../nbs/46_clustering.ipynb #6a6be3e8
@@ -140,13 +144,14 @@ def _by_appearance(c):
     rank = np.argsort(np.argsort(first, kind="stable"), kind="stable") - int((known < 0).any())
     return rank[inverse.reshape(-1)]
 
-def _check_own(f, method, args):
-    "Refuse an argument that a clusterer does not have."
-    own = [k for k in inspect.signature(f).parameters][3:]
-    for k in args:
-        if k in own: continue
-        takes = ", ".join(own) or "none"
-        raise ValueError(f"clusterer {method!r} has no argument {k!r}.{nearest(k, own)} It takes: {takes}.")
+def check_clusterer(method: str, # name of a clusterer
+                    args: dict, # its own arguments
+                    where: str = None, # what to call them in a message
+                    ) -> dict: # the same, as plain values
+    "Check the arguments of a clusterer before anything is computed: names, types, choices and ranges of its signature."
+    f = find_clusterer(method)
+    own = schema_of(f, tuple(inspect.signature(f).parameters)[:3])
+    return own.check(args, where or f"clusterer {method!r}").given()
 
 # %% ../nbs/46_clustering.ipynb #8ac5b664
 def cluster(x: Tensor, # embeddings [N, D], floats; normalised here
@@ -156,8 +161,7 @@ def cluster(x: Tensor, # embeddings [N, D], floats; normalised here
             **args, # the method's own arguments
             ) -> Tensor: # LongTensor [N] on x's device, numbered by first appearance; -1 = noise
     "Cluster embeddings by the method of a name; `ValueError` for bad rows, names, arguments or numbers of clusters."
-    f, x = find_clusterer(method), check_embeddings(x, unit=True)
-    _check_own(f, method, args)
+    args, f, x = check_clusterer(method, args), find_clusterer(method), check_embeddings(x, unit=True)
     if not len(x): raise ValueError("there are no embeddings to cluster.")
     if clusters is not None and check_number("clusters", clusters, least=1, whole=True) > len(x):
         raise ValueError(f"{clusters} clusters were asked for, but there are {len(x)} embeddings; "
@@ -188,11 +192,33 @@ def _kmeans(x, k, seed, iterations, backend, start=None):
     if backend == "sklearn":
         from sklearn.cluster import KMeans
         return KMeans(k, n_init=1, max_iter=iterations, random_state=seed).fit_predict(x)
-    if backend != "faiss": raise ValueError(f"unknown backend {backend!r}.{nearest(backend, ['faiss', 'sklearn'])} Known: faiss, sklearn.")
+    if backend != "faiss":
+        raise ValueError(f"unknown backend {backend!r}.{nearest(backend, ['faiss', 'sklearn'])} Known: faiss, sklearn.")
     # without these limits faiss would warn about small clusters and drop points of large ones
-    km = _faiss().Kmeans(x.shape[1], k, niter=iterations, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(x) + 1)
+    limits = dict(min_points_per_centroid=1, max_points_per_centroid=len(x) + 1)
+    km = _faiss().Kmeans(x.shape[1], k, niter=iterations, seed=seed, **limits)
     km.train(x, init_centroids=start)
     return km.index.search(x, 1)[1][:, 0]
+
+# %% ../nbs/46_clustering.ipynb #3588533e
+@CLUSTERERS.register("kmeans")
+def kmeans(x: Tensor, # unit vectors [N, D]
+           clusters: int = None, # how many; or give `points_per_cluster`
+           seed: int = 0, # of the first centres
+           points_per_cluster: Annotated[float, Field(ge=1)] = None, # instead of `clusters`: N over it
+           iterations: Count = 50,
+           init: Literal["k-means++", "random"] = "k-means++", # first centres; "random": as in the NMI of the papers
+           backend: Literal["faiss", "sklearn"] = "faiss", # "sklearn" is slow with many clusters
+           ) -> np.ndarray: # integers [N]
+    "Cluster around means; empty clusters are not counted."
+    if (clusters is None) == (points_per_cluster is None):
+        raise ValueError("kmeans must be told the number of clusters: give either clusters or points_per_cluster "
+                         "(`choose` learns it from labelled data).")
+    if clusters is None: clusters = min(max(round(len(x) / points_per_cluster), 1), len(x))
+    x = x.cpu().contiguous().numpy()
+    if init == "random" or backend != "faiss": return _kmeans(x, int(clusters), seed, iterations, backend)
+    start = x[_spread_rows(x, int(clusters), seed)]
+    return _kmeans(x, len(start), seed, iterations, backend, start)
 
 # %% ../nbs/46_clustering.ipynb #1a1d0bf4
 def nmi(embeddings: Tensor, # [N, D], floats; normalised here
@@ -213,31 +239,6 @@ def nmi(embeddings: Tensor, # [N, D], floats; normalised here
     k = len(np.unique(y)) if clusters is None else clusters
     if not 1 <= k <= len(y): raise ValueError(f"{k} clusters for {len(y)} images; choose 1 to {len(y)}.")
     return float(normalized_mutual_info_score(y, _kmeans(x, k, seed, iterations, backend)))
-
-# %% ../nbs/46_clustering.ipynb #3588533e
-@CLUSTERERS.register("kmeans")
-def kmeans(x: Tensor, # unit vectors [N, D]
-           clusters: int = None, # how many; or give `points_per_cluster`
-           seed: int = 0, # of the first centres
-           points_per_cluster: float = None, # instead of `clusters`: their number is N over this
-           iterations: int = 50,
-           init: str = "k-means++", # first centres; or "random": as in the NMI of the papers, for very large pools
-           backend: str = "faiss", # or "sklearn" (slow with many clusters)
-           ) -> np.ndarray: # integers [N]
-    "Cluster around means; empty clusters are not counted."
-    if (clusters is None) == (points_per_cluster is None):
-        raise ValueError("kmeans must be told the number of clusters: give either clusters or points_per_cluster "
-                         "(`choose` learns it from labelled data).")
-    if clusters is None:
-        each = check_number("points_per_cluster", points_per_cluster, least=1)
-        clusters = min(max(round(len(x) / each), 1), len(x))
-    if init not in ("k-means++", "random"):
-        known = ["k-means++", "random"]
-        raise ValueError(f"unknown init {init!r}.{nearest(init, known)} Known: {', '.join(known)}.")
-    x = x.cpu().contiguous().numpy()
-    if init == "random" or backend != "faiss": return _kmeans(x, int(clusters), seed, iterations, backend)
-    start = x[_spread_rows(x, int(clusters), seed)]
-    return _kmeans(x, len(start), seed, iterations, backend, start)
 
 # %% ../nbs/46_clustering.ipynb #4a601d64
 # points whose distances of all pairs are kept: 0.6 GB
@@ -261,8 +262,7 @@ def _tree(x, neighbours):
         from scipy.cluster.hierarchy import linkage
         z = linkage(_distances(x), "average")
         return z[:, :2].astype(np.int64), z[:, 2]
-    k = 50 if neighbours is None else neighbours
-    return _sparse_tree(x, int(check_number("neighbours", k, least=1, whole=True)))
+    return _sparse_tree(x, 50 if neighbours is None else neighbours)
 
 # %% ../nbs/46_clustering.ipynb #eb0f0a61
 def _cut(pairs, heights, clusters=None, threshold=None):
@@ -283,12 +283,12 @@ def _cut(pairs, heights, clusters=None, threshold=None):
 def agglomerative(x: Tensor, # unit vectors [N, D]
                   clusters: int = None, # how many; or give `threshold`
                   seed: int = 0, # not used: nothing is random
-                  threshold: float = None, # join up to this average distance (1 - cosine, 0 to 2); default: 0.5
-                  neighbours: int = None, # look at this many only; default: at all pairs, at 50 beyond 12,000 points
+                  threshold: Annotated[float, Field(ge=0)] = None, # average distance (1 - cosine, 0 to 2); default: 0.5
+                  neighbours: Count = None, # look at this many only; default: at all pairs, at 50 beyond 12,000 points
                   ) -> np.ndarray: # integers [N]
     "Join the nearest clusters by average linkage up to a number or a distance; `ValueError` if both are given."
     if clusters is not None and threshold is not None: raise ValueError("give either clusters or threshold, not both.")
-    if clusters is None: threshold = check_number("threshold", .5 if threshold is None else threshold, least=0)
+    if clusters is None and threshold is None: threshold = .5
     return _cut(*_tree(x, neighbours), clusters, threshold)
 
 # %% ../nbs/46_clustering.ipynb #411bb8fa
@@ -334,25 +334,21 @@ def _bridged(x, g):
 def hdbscan(x: Tensor, # unit vectors [N, D]
             clusters: int = None, # cannot be told
             seed: int = 0, # not used: nothing is random
-            min_cluster_size: int = 5, # smaller groups are noise
-            min_samples: int = None, # points, itself included, of a dense neighbourhood; default: min_cluster_size
-            neighbours: int = 50, # look at this many nearest only; None: at all
-            selection: str = "eom", # "eom": clusters that live longest; "leaf": the smallest ones
+            min_cluster_size: Annotated[int, Field(ge=2)] = 5, # smaller groups are noise
+            min_samples: Count = None, # points, itself included, of a dense neighbourhood; default: min_cluster_size
+            neighbours: Count | None = 50, # look at this many nearest only; None: at all
+            selection: Literal["eom", "leaf"] = "eom", # "eom": clusters that live longest; "leaf": the smallest ones
             ) -> np.ndarray: # integers [N], -1 = noise
     "Cluster by density (scikit-learn's HDBSCAN); fewer points than `min_cluster_size` are all noise."
     from sklearn.cluster import HDBSCAN
     if clusters is not None:
         raise ValueError("hdbscan finds the number of clusters by itself: leave clusters=None, set min_cluster_size.")
-    if selection not in ("eom", "leaf"):
-        raise ValueError(f"unknown selection {selection!r}.{nearest(selection, ['eom', 'leaf'])} Known: eom, leaf.")
-    size = int(check_number("min_cluster_size", min_cluster_size, least=2, whole=True))
-    dense = size if min_samples is None else int(check_number("min_samples", min_samples, least=1, whole=True))
+    size, dense = min_cluster_size, min_samples or min_cluster_size
     if len(x) < max(size, dense): return np.full(len(x), -1)
     x = x.cpu().contiguous().numpy()
     own = dict(min_cluster_size=size, min_samples=dense, cluster_selection_method=selection, copy=True)
     if neighbours is None: return HDBSCAN(**own).fit_predict(x)
-    k = min(max(int(check_number("neighbours", neighbours, least=1, whole=True)), dense), len(x) - 1)
-    graph = _graph(x, k)
+    graph = _graph(x, min(max(neighbours, dense), len(x) - 1))
     graph.data = np.sqrt(2 * graph.data)
     own["min_samples"] = max(dense - 1, 1)
     return HDBSCAN(metric="precomputed", **own).fit_predict(graph)
@@ -405,6 +401,7 @@ def choose(x: Tensor, # embeddings [N, D] of labelled data
         raise ValueError(f"two points or more with known labels are needed to choose {name}, got {(y >= 0).sum()}.")
     tried = list(_values(method, len(x), y) if values is None else values)
     if not tried: raise ValueError("values is empty: give at least one value to try.")
+    for v in tried: check_clusterer(method, {**args, name: v})
     found = _clusterings(x, method, name, tried, seed, args)
     table = pd.DataFrame([{name: v} | clustering_scores(y, c) for v, c in zip(tried, found)])
     best = np.flatnonzero(table[score] >= table[score].max() - 1e-12)
@@ -413,9 +410,8 @@ def choose(x: Tensor, # embeddings [N, D] of labelled data
 def _clusterings(x, method, name, tried, seed, args):
     "A clustering for each value; the tree of agglomerative clustering is built once."
     if method != "agglomerative": return [cluster(x, method, None, seed, **args, **{name: v}) for v in tried]
-    _check_own(agglomerative, method, args)
     tree = _tree(F.normalize(x.detach().float(), dim=1), args.get("neighbours"))
-    return [_cut(*tree, threshold=check_number("threshold", v, least=0)) for v in tried]
+    return [_cut(*tree, threshold=v) for v in tried]
 
 # %% ../nbs/46_clustering.ipynb #c05be1eb
 def _nearest_clusters(s, size):

@@ -9,8 +9,8 @@ __all__ = ['LOSSES', 'DATASETS', 'SAMPLERS', 'TRUNKS', 'MANIFEST', 'UserError', 
            'locked', 'Damaged', 'hash_of', 'files_in', 'write_manifest', 'read_manifest', 'check_files', 'made_once']
 
 # %% ../nbs/90_helpers.ipynb #cc103ccb
-import contextlib, difflib, functools, hashlib, importlib, json, math, os, platform, random, shutil, subprocess
-import tempfile, warnings
+import contextlib, difflib, functools, hashlib, importlib, json, math, multiprocessing, os, platform, random
+import shutil, subprocess, tempfile, threading, warnings
 from pathlib import Path
 
 import torch

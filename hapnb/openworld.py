@@ -32,8 +32,8 @@ from .helpers import derive_seed
 from .train import _launched, _world
 from .recipes import RECIPES, SOURCES, Recipe
 from .features import extract_features
-from .clustering import CLUSTERERS, bcubed_scores, choose, cluster, clustering_scores, find_clusterer, pairwise_scores, _CONSTANTS, _check_own, _settled_by
-from .hilander import HiLander, HiLanderConfig, cluster_hilander, load_hilander, train_hilander, _check_decode
+from .clustering import CLUSTERERS, bcubed_scores, choose, cluster, clustering_scores, find_clusterer, pairwise_scores, check_clusterer, _CONSTANTS, _settled_by
+from .hilander import HiLander, HiLanderConfig, cluster_hilander, load_hilander, train_hilander, check_decode
 
 # %% ../nbs/50_openworld.ipynb #822424e9
 _all_ = ["HiLander", "HiLanderConfig", "train_hilander", "cluster_hilander", "load_hilander", "cluster", "clustering_scores", "pairwise_scores", "bcubed_scores"]
@@ -252,10 +252,7 @@ def _check(self: OpenWorldConfig):
     if self.run_config().levels not in (None, (0,)): raise ValueError("base: later rounds know one level of classes, so leave levels=None (round 0 sees all levels) or give (0,).")
     self.run_config(1)
     self.hilander_config(0)
-    known = [p for p in inspect.signature(cluster_hilander).parameters if p not in ("model", "x", "device", "progress")]
-    for k in self.decode:
-        if k not in known: raise ValueError(f"decode has no entry {k!r}.{nearest(k, known)} Known: {', '.join(known)}.")
-    _check_decode(**self.decode)  # now, not after the first training
+    check_decode(self.decode, "decode")  # now, not after the first training
     if self.clusterer != "hilander": _check_cluster_args(self.clusterer, thaw(self.cluster_args))
     self.selection()
     _check_open_split(self.split)
@@ -267,7 +264,7 @@ def _at_most(args, n):
 
 def _check_cluster_args(name, args):
     "Names and values of a clusterer's arguments."
-    _check_own(find_clusterer(name), name, {k: v for k, v in args.items() if k != "clusters"})
+    check_clusterer(name, {k: v for k, v in args.items() if k != "clusters"}, "cluster_args")
     if "clusters" in args: check_number("cluster_args['clusters']", args["clusters"], least=1, whole=True)
     if name not in _CONSTANTS or not args: return  # one of your own is not tried: nobody knows what it wants
     constant = {} if _settled_by(name, args) else {_CONSTANTS[name]: 2}

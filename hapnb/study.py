@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .grids import Grid, grid, run_grid, _change, _worker_context
+from .grids import Grid, grid, run_grid, _change
+from .workers import _worker_context
 from .helpers import atomic_path, commit, nearest, pick_device, repo_root, write_atomic, _forced_at, _version
 from .measure import machine
 from .tables import Claim, made_by, make_table, save_claims, save_figure, save_table, Table, write_claims

@@ -17,7 +17,8 @@ import torch
 from fastcore.basics import patch
 
 from .helpers import atomic_path, nearest, pick_device, write_atomic, _forced_at
-from .grids import _is_local, _Pool, _prepare, _Progress, _registered, _slots, _forget, _check_store
+from .grids import check_store, forget, is_local, modules_of, prepare_features
+from .workers import Progress, slots, Workers
 from .config import SCHEMA, RunConfig, _weights_id, freeze_value, load_splits, thaw
 from .runs import _check_registered, _columns, build_trainer, run
 from .helpers import derive_seed
@@ -160,7 +161,7 @@ def _check_base(base, space, metric, device):
     train = load_splits(base)[0]
     for cfg in _corners(base, space): _check_registered(cfg, train)
     first = {path: a.value(a.labels[0] if a.is_choice else a.low) for path, a in space.items()}
-    if failed := _prepare({"base": base}, device, True): raise RuntimeError(failed["base"][1])
+    if failed := prepare_features({"base": base}, device, True): raise RuntimeError(failed["base"][1])
     build_trainer(apply_params(base, first), train, make_accelerator("cpu"))  # names of parameter groups, sampler and batch size; thrown away
 
 # %% ../nbs/38_tune.ipynb #7a9ae056
@@ -393,7 +394,7 @@ def do(self: _Worker, trial):
 def _run(self: _Worker, trial):
     metric, cfg = self.asked["metric"], apply_params(self.base, {k: a.value(trial.params[k]) for k, a in self.space.items()})
     trial.set_user_attr("key", cfg.key())
-    _forget(self.store, [cfg.key()])
+    forget(self.store, [cfg.key()])
     def on_epoch(row):
         if row.get(metric) is None: return
         trial.report(row[metric], row["epoch"] + 1)
@@ -410,27 +411,14 @@ def _tell_value(self: _Worker, trial, result):
     trial.set_user_attr("error", f"the run has no value for {metric}")
     self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
 
-# %% ../nbs/38_tune.ipynb #11861270
-@dataclass(frozen=True)
-class _Share:
-    "An order to a worker process."
-    folder: str
-    trials: int
-    base: RunConfig
-    def __getattr__(self, name): # the pool asks which loss, dataset, sampler and trunk a process must know
-        if name.startswith("_") or name == "base": raise AttributeError(name)
-        return getattr(self.base, name)
-
 # %% ../nbs/38_tune.ipynb #3522144c
-def _work_off(share, store, device, progress):
+def _work_off(folder, trials, base, store, device):
     "Claim and do trials until all are done."
-    n = 0
-    with _quiet(), _Worker(share.folder, share.trials, share.base, store, device, progress) as worker:
+    with _quiet(), _Worker(folder, trials, base, store, device, False) as worker:
         while (trial := worker.claim()) is not None:
-            if trial is False: time.sleep(.3); continue
-            worker.do(trial)
-            n += 1
-    return types.SimpleNamespace(metrics={"trials": n})
+            # False: other workers have the trials that are left, and one of them may die
+            if trial is False: time.sleep(.3)
+            else: worker.do(trial)
 
 # %% ../nbs/38_tune.ipynb #7f031f4a
 @contextlib.contextmanager
@@ -451,7 +439,7 @@ def _told(folder, trials, progress):
             seen.add(i)
             if say: report.names[i] = _one_line(i, attempts); report.finished(i, None)
     look(say=False)
-    report = _Progress({}, trials - len(seen), progress)
+    report = Progress({}, trials - len(seen), progress)
     def watch():
         while not stop.wait(1.): look()
     thread = threading.Thread(target=watch, daemon=True)
@@ -469,15 +457,15 @@ def _one_line(i, attempts):
 # %% ../nbs/38_tune.ipynb #201832aa
 def _work_on(folder, trials, base, space, store, jobs, device, progress):
     "Do the trials that are not done, here or in worker processes."
-    share, corners = _Share(str(folder), trials, base), [base, *_corners(base, space)]
-    jobs = min(jobs or _slots(device), trials)
+    corners = [base, *_corners(base, space)]
+    jobs = min(jobs or slots(device), trials)
+    order = str(folder), trials, base, store, "cuda" if device.type == "cuda" else str(device)
     with _told(folder, trials, progress):
-        if jobs == 1 or any(_is_local(c, _work_off) for c in corners):
-            with _one_thread(): _work_off(share, store, str(device), False)
+        if jobs == 1 or any(is_local(c) for c in corners):
+            with _one_thread(): _work_off(*order[:-1], str(device))
             return
-        pool = _Pool({f"worker {i}": share for i in range(jobs)}, store, jobs, device, _work_off)
-        pool.modules = sorted({o.__module__ for c in corners for o in _registered(c, _work_off)} - {"__main__"})
-        errors = [e for key, _, e in pool if key is not None and e]
+        workers = Workers(_work_off, {f"worker {i}": order for i in range(jobs)}, jobs, device, modules_of(corners))
+        errors = [o.error for o in workers if o and o.error]
     if errors: raise RuntimeError(f"the search stopped: {errors[0]}. What is done is kept in {folder}; call again to go on.")
 
 # %% ../nbs/38_tune.ipynb #cf443493
@@ -527,7 +515,7 @@ def _open(folder, asked, store, trials):
     if path.exists() and path.stat().st_mtime < _forced_at(): shutil.rmtree(folder)
     if not path.exists():
         if (folder / "journal.jsonl").exists(): raise ValueError(f"{folder} holds a journal without its search.json; delete the folder and search again.")
-        _check_store(store)
+        check_store(store)
         write_atomic(path, json.dumps(asked, indent=1) + "\n")
     found = _Folder(folder)
     _check_same(folder, found.asked, asked)

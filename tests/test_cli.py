@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from hapnb import cli, study
+from hapnb import cli, commands, doctor, study
 from hapnb.cli import main
 from toy_study import STUDY, write_study
 
@@ -122,7 +122,7 @@ def test_outside_a_clone(tmp_path, monkeypatch, call):
 
 def test_force_reaches_the_notebook(clone, monkeypatch, call):
     seen = []
-    monkeypatch.setattr(cli, "run_study", lambda *a, **k: seen.append(os.environ.get("HAPNB_FORCE")) or a[0])
+    monkeypatch.setattr(commands, "run_study", lambda *a, **k: seen.append(os.environ.get("HAPNB_FORCE")) or a[0])
     monkeypatch.setenv("HAPNB_FORCE", "")
     call("reproduce", "works", "--force", "--device", "cpu")
     assert float(seen[0]) > 1e9
@@ -146,7 +146,7 @@ def test_a_study_on_demand_is_listed_and_runs_only_when_named(clone, call):
     assert status == 0 and "[1/1] 20_breaks" in out
 
 
-@pytest.mark.parametrize("command", ["", *cli._COMMANDS])
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
 def test_help(call, command):
     status, out, _ = call(*command.split(), "--help")
     assert status == 0 and "usage: hapnb" in out and ("example" in out or not command)
@@ -198,12 +198,12 @@ def test_doctor(call, monkeypatch):
     status, out, _ = call("doctor")
     assert status == 0 and "checksum right" in out and "torch 2." in out and "GB free" in out
     assert "ok  faiss-" in out and "searches on" in out
-    monkeypatch.setattr(cli, "_version", lambda name: "not installed")
+    monkeypatch.setattr(doctor, "_version", lambda name: "not installed")
     assert "ok  faiss 1." in call("doctor")[1]
     monkeypatch.setitem(sys.modules, "faiss", None)
     status, out, _ = call("doctor")
     assert status == 1 and "!!  timm  (pip install timm)" in out and "!!  faiss  (pip install faiss-" in out
-    monkeypatch.setattr(cli, "_version", lambda name: "1.15.1")
+    monkeypatch.setattr(doctor, "_version", lambda name: "1.15.1")
     assert "!!  faiss-gpu 1.15.1  (installed but does not load" in call("doctor")[1]
 
 
@@ -327,11 +327,11 @@ def test_reproduce_help_states_the_time(call): assert "about half an hour on two
 
 def test_bugs_and_interruptions(clone, call, monkeypatch):
     def stop(*a, **k): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, "run_study", stop)
+    monkeypatch.setattr(commands, "run_study", stop)
     status, _, err = call("reproduce", "works", "--device", "cpu")
     assert status == 130 and "Finished runs are kept" in err
     def bug(*a, **k): raise KeyError("x")
-    monkeypatch.setattr(cli, "run_study", bug)
+    monkeypatch.setattr(commands, "run_study", bug)
     status, _, err = call("reproduce", "works", "--device", "cpu")
     assert status == 1 and "bug in hapnb" in err
 
@@ -498,16 +498,16 @@ def test_openworld_wrong_use(clone, call, argv, text):
 
 def test_errors_that_are_nobodys_bug(clone, call, monkeypatch):
     "A full GPU, a loader process that died, a package that is not there: what to do, and no stack."
-    import hapnb.train
+    import hapnb.runs
     class OutOfMemoryError(RuntimeError): "As torch's."
     stack = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\nOSError: cannot read image 3 of sop/fit, a/b: c.JPG: broken."
     for error, says in ((OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), ("--micro-batch 32", "CUDA out of memory. Tried")), (OSError(stack), ("hapnb: cannot read image 3 of sop/fit, a/b: c.JPG: broken.\n",)),
                         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible"), ("--workers 2, or 0", "killed by signal")), (ImportError("pip install x"), ("hapnb: pip install x",))):
         def fail(*a, **k): raise error
-        monkeypatch.setattr(hapnb.train, "run", fail)
+        monkeypatch.setattr(hapnb.runs, "run", fail)
         status, _, err = call("train", "--dataset", "toy")
         assert status == 1 and all(t in err for t in says) and "Traceback" not in err and "bug" not in err, err
-    monkeypatch.setattr(hapnb.train, "run", lambda *a, **k: [][0])
+    monkeypatch.setattr(hapnb.runs, "run", lambda *a, **k: [][0])
     assert "This is a bug" in call("train", "--dataset", "toy")[2]
 
 
@@ -525,13 +525,13 @@ def test_without_an_optional_package(call, monkeypatch):
 
 def test_workers_and_a_folder_from_here(call, tmp_path, monkeypatch):
     "The run keeps where its data is, whatever folder is the current one later; --workers reaches it."
-    import hapnb.train
+    import hapnb.runs
     layouts_fine.make_sop(tmp_path, 4)
     monkeypatch.chdir(tmp_path)
     argv = ["train", "--dataset", "sop", "--data-dir", "Stanford_Online_Products", "--dataset-args", '{"counts": false}', "--trunk", "toy", "--image-size", 32, "--batch-size", 8, "--epochs", 1,
             "--freeze", "none", "--device", "cpu", "--store", tmp_path / "runs", "--ks", "1"]
-    seen, real = [], hapnb.train.run
-    monkeypatch.setattr(hapnb.train, "run", lambda *a, **k: seen.append(k["workers"]) or real(*a, **k))
+    seen, real = [], hapnb.runs.run
+    monkeypatch.setattr(hapnb.runs, "run", lambda *a, **k: seen.append(k["workers"]) or real(*a, **k))
     status, out, err = call(*argv, "--workers", 0)
     assert status == 0 and seen == [0], err
     [run] = [p.parent for p in (tmp_path / "runs").glob("*/metrics.json")]

@@ -186,11 +186,11 @@ def test_awkward_pools(method):
 @pytest.mark.parametrize("method, args, text", [("kmean", {}, "Did you mean 'kmeans'"),
                                                 ("kmeans", dict(clusters=500), "choose 1 to 240"),
                                                 ("kmeans", dict(clusters=0), "1 or more"),
-    ("kmeans", dict(clusters=5, seeds=1), "no argument 'seeds'"), ("hdbscan", dict(clusters=5), "by itself"),
-    ("agglomerative", dict(tau=.5), "no argument 'tau'"),
-    ("kmeans", {}, "number of clusters"), ("hdbscan", dict(min_cluster_size=1), "2 or more"),
-    ("kmeans", dict(clusters=5, backend="fais"), "Did you mean 'faiss'"),
-    ("kmeans", dict(clusters=5, init="rnd"), "unknown init")])
+    ("kmeans", dict(clusters=5, seeds=1), "no setting 'seeds'"), ("hdbscan", dict(clusters=5), "by itself"),
+    ("agglomerative", dict(tau=.5), "no setting 'tau'"),
+    ("kmeans", {}, "number of clusters"), ("hdbscan", dict(min_cluster_size=1), "greater than or equal to 2"),
+    ("kmeans", dict(clusters=5, backend="fais"), "must be 'faiss' or 'sklearn'"),
+    ("kmeans", dict(clusters=5, init="rnd"), "must be 'k-means++' or 'random'")])
 def test_wrong_requests(method, args, text):
     with pytest.raises(ValueError) as e: cluster(clouds()[0], method, **args)
     assert text in str(e.value)

@@ -543,7 +543,7 @@ def test_small_sets_and_wrong_arguments(model):
         cluster_hilander(model, torch.zeros(0, 16), device="cpu")
     with pytest.raises(ValueError, match=r"NaN or infinite values in row\(s\) 2 of 3"):
         cluster_hilander(model, torch.cat([torch.ones(2, 16), torch.full((1, 16), math.nan)]), device="cpu")
-    with pytest.raises(ValueError, match="Did you mean 'prob'"):
+    with pytest.raises(ValueError, match="must be 'prob' or 'sim'"):
         cluster_hilander(model, torch.ones(3, 16), distance="probs", device="cpu")
     for wrong in (dict(tau=-1), dict(tau=1.5), dict(k=0), dict(max_levels=0), dict(batch_size=0), dict(tau=math.nan),
                   dict(early_stop="no")):

@@ -240,19 +240,19 @@ def test_bad_selections(select, message):
                                                            (dict(base={**TOY, "levels": (0, 1)}), "levels=None"),
                                                            (dict(hilander={"hiden": 3}), "Did you mean 'hidden'"),
                                                            (dict(hilander={"attention": "no"}),
-                                                            "attention must be True or False"),
+                                                            "'attention' must be a valid boolean"),
     (dict(split={"label": "x"}), "Did you mean 'labelled'"), (dict(split={"unlabelled": "x"}),
                                                               "needs a list of labelled"),
                                                               (dict(split={"labelled": "x", "known": .5}),
                                                                "one or the other"),
                                                                (dict(decode={"kk": 3}), "Did you mean 'k'"),
-    (dict(decode={"tau": 7}), "tau must be 0 to 1"), (dict(decode={"distance": "probs"}), "Did you mean 'prob'"),
+    (dict(decode={"tau": 7}), "'tau' must be less than or equal to 1"), (dict(decode={"distance": "probs"}), "must be 'prob' or 'sim'"),
     (dict(clusterer="hdbscan", cluster_args={"min_size": 3}), "Did you mean 'min_cluster_size'"),
     (dict(clusterer="hdbscan", cluster_args={"clusters": 3}), "cluster_args: hdbscan finds the number"),
-    (dict(clusterer="hdbscan", cluster_args={"min_cluster_size": 1}), "cluster_args: min_cluster_size must be"),
+    (dict(clusterer="hdbscan", cluster_args={"min_cluster_size": 1}), "cluster_args: 'min_cluster_size' must be"),
     (dict(clusterer="kmeans", cluster_args={"clusters": 0}), "1 or more"),
     (dict(clusterer="kmeans", cluster_args={"clusters": 9, "points_per_cluster": 2}), "cluster_args: .*either"),
-    (dict(clusterer="kmeans", cluster_args={"init": "rnd"}), "cluster_args: unknown init"),
+    (dict(clusterer="kmeans", cluster_args={"init": "rnd"}), "cluster_args: 'init' must be"),
     (dict(base=3), "must be a dict")])
 def test_bad_configs(changes, message):
     with pytest.raises(ValueError, match=message): CFG.replace(**changes)

@@ -86,9 +86,9 @@ def test_map_leaves_unknown_classes_out(space):
 
 
 def test_figures_and_tables_have_one_interval():
-    from hapnb import study
+    from hapnb import statistics
     values = [.31, .335, .32, .36]
-    for level in (.9, .95): assert plots.interval(values, level) == study.interval(values, level)[:2]
+    for level in (.9, .95): assert plots.interval(values, level) == statistics.interval(values, level)[:2]
     with pytest.raises(ValueError, match="between 0 and 1"): plots.interval(values, 95)
 
 

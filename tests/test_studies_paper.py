@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 from test_recipes_run import MAKE, OneStep, grown
 
-import hapnb.data, hapnb.study as study, hapnb.train as T
+import hapnb.data
+from hapnb import config, grids, runs, study
+from hapnb.batches import ImageBatches
 from hapnb.recipes import recipe
+from hapnb.train import make_accelerator
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 32  # side of the crops
@@ -59,7 +62,7 @@ class Enough(Exception): "Raised when the grid has been made and tried."
 def two_steps(cfg):
     "Train, and assert that the history has two rows with finite losses and non-zero gradients."
     if not cfg.epochs: return
-    trainer, batches = T.build_trainer(cfg, T.load_splits(cfg)[0], T.make_accelerator("cpu"))
+    trainer, batches = runs.build_trainer(cfg, config.load_splits(cfg)[0], make_accelerator("cpu"))
     trainer.fit(OneStep(batches))
     assert len(trainer.history) == 2 and all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in trainer.history)
 
@@ -71,12 +74,12 @@ def execute(tmp_path, trees, monkeypatch):
     def without_counts(name, split="test", **args):
         return load(name, split, **(args if name == "emoji" else {"counts": False} | args))
     monkeypatch.setattr(hapnb.data, "load", without_counts)
-    T._load_once.cache_clear()
+    config._load_once.cache_clear()
 
     def go(name, profile, dataset, run, **parameters):
-        grids = []
+        asked = []
         def noted(self, configs, **args):
-            grids.append(configs)
+            asked.append(configs)
             return run(self, configs, **args)
         monkeypatch.setattr(study.Study, "run", noted)
         notebook = json.loads((ROOT / f"nbs/studies/{name}.ipynb").read_text(encoding="utf-8"))
@@ -91,9 +94,9 @@ def execute(tmp_path, trees, monkeypatch):
                 except Enough: break
                 if "parameters" in c["metadata"].get("tags", []): space |= given
             matplotlib.pyplot.close("all")
-        return grids
+        return asked
     yield go
-    T._load_once.cache_clear()
+    config._load_once.cache_clear()
 
 
 def the_recipe(name, dataset, trunk="resnet50"):
@@ -127,14 +130,14 @@ def test_every_run_of_the_grid_trains(execute, name, dataset, trunk):
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_whole_notebook_runs_with_the_profile_paper(execute, name, tmp_path, monkeypatch):
     "All cells, with results of two steps for each run."
-    epoch = T.ImageBatches.epoch
-    monkeypatch.setattr(T.ImageBatches, "epoch", lambda self, e, start=0: itertools.islice(epoch(self, e, start), 1))
-    def here(*args, **kwargs): return T.run(*args, **kwargs, workers=0)
-    def one_by_one(todo, names, store, *_): return {k: study._work(c, store, "cpu", here) for k, c in todo.items()}
-    monkeypatch.setattr(study, "_do", one_by_one)
+    epoch = ImageBatches.epoch
+    monkeypatch.setattr(ImageBatches, "epoch", lambda self, e, start=0: itertools.islice(epoch(self, e, start), 1))
+    def here(*args, **kwargs): return runs.run(*args, **kwargs, workers=0)
+    def one_by_one(todo, names, store, *_): return {k: grids._work(c, store, "cpu", here) for k, c in todo.items()}
+    monkeypatch.setattr(grids, "_do", one_by_one)
     def run(self, configs, **args):
-        small = study.Grid([shortened(c) for c in configs], configs.labels)
-        rows = study.run_grid(small, **{"store": self.store, "device": "cpu", **args})
+        small = grids.Grid([shortened(c) for c in configs], configs.labels)
+        rows = grids.run_grid(small, **{"store": self.store, "device": "cpu", **args})
         failed = rows["error"][rows["error"] != ""]
         assert not len(failed), failed.iloc[0]
         sizes = [c.batch_size for c in configs]
@@ -152,10 +155,10 @@ def test_the_whole_notebook_runs_with_the_profile_paper(execute, name, tmp_path,
 @pytest.mark.parametrize("name", ["10_benchmark", "43_roadmap_ablation"])
 def test_without_a_gpu_the_study_stops_and_says_why(execute, name, monkeypatch):
     "All runs stop at once, and so does the study, with the message of a run."
-    def one_by_one(todo, names, store, *_): return {k: study._work(c, store, "cpu", None) for k, c in todo.items()}
-    monkeypatch.setattr(study, "_do", one_by_one)
-    def run(self, configs, **args): return study.run_grid(configs, **{"store": self.store, "device": "cpu", **args})
-    with pytest.raises(study.RunError, match="^all [0-9]+ runs failed(.|\n)*precision='fp16' needs a GPU"):
+    def one_by_one(todo, names, store, *_): return {k: grids._work(c, store, "cpu", None) for k, c in todo.items()}
+    monkeypatch.setattr(grids, "_do", one_by_one)
+    def run(self, configs, **args): return grids.run_grid(configs, **{"store": self.store, "device": "cpu", **args})
+    with pytest.raises(grids.RunError, match="^all [0-9]+ runs failed(.|\n)*precision='fp16' needs a GPU"):
         execute(name, "paper", "sop", run, seeds=1)
 
 

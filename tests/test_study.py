@@ -13,14 +13,14 @@ import torch
 from hypothesis import given, strategies as st
 from scipy import stats
 
-from hapnb import study
-from hapnb.helpers import write_atomic
+from hapnb import grids, measure, study, tables, workers as pool
+from hapnb.helpers import write_atomic, write_manifest
 from hapnb.tables import Claim, claim_better, make_table, made_by, save_claims, save_figure, save_table, write_claims
 from hapnb.grids import Grid, RunError, grid, read_run, run_grid
 from hapnb.study import (
     StudyFailed, WrongUse, begin, check_parameters, find_studies, pick_studies, profile_settings, run_study)
 from hapnb.statistics import holm, interval, paired_test, summarise
-from toy_study import PARAMETERS, Toy, toy_look, toy_run, write_study
+from toy_study import PARAMETERS, Toy, toy_gpu, toy_look, toy_run, write_study
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"A": {"loss": "a"}, "B": {"loss": "b", "args": {"x": 1}}}
@@ -142,7 +142,7 @@ def test_pool_runs_once_one_thread_each_and_reads_back(tmp_path, monkeypatch):
     assert rows["method"].tolist() == list("AABB") * 2 and set(rows["threads"]) == {1} and os.getpid() not in set(rows["pid"])
     assert set(tries(tmp_path).values()) == {1}
     assert list(rows.columns[:3]) == ["method", "loss", "args"] and rows["error"].eq("").all()
-    monkeypatch.setattr(study, "ProcessPoolExecutor", None)  # a second call must start nothing
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", None)  # a second call must start nothing
     again = run_grid(g + g, store=tmp_path, jobs=2, device="cpu", runner=toy_run)
     pd.testing.assert_frame_equal(rows, again)
 
@@ -153,14 +153,14 @@ def test_workers_see_the_environment_and_the_modules_of_their_parent(tmp_path, m
         monkeypatch.setenv("HAPNB_SEEN", word)
         rows = run_grid(grid(Toy(args={"x": n}), seeds=2), store=tmp_path, jobs=2, device="cpu", runner=toy_look, progress=False)
         assert rows["seen"].eq(len(word)).all() and rows["threads"].eq(1).all() and rows["code"].eq(zlib.crc32(hapnb.__file__.encode())).all()
-        forked = study._worker_context(torch.device("cpu")).get_start_method() == "forkserver"
+        forked = pool._worker_context(torch.device("cpu")).get_start_method() == "forkserver"
         assert rows["prepared"].eq(int(forked)).all() and (not forked or rows["server_threads"].eq(1).all()), "a worker began from nothing, or a process with threads was forked"
 
 
 @pytest.mark.skipif(sys.platform != "linux" or sys.version_info < (3, 11), reason="workers start from nothing")
 def test_workers_are_not_forked_from_an_old_server(tmp_path, monkeypatch):
-    def method(device="cpu"): return study._worker_context(torch.device(device)).get_start_method()
-    monkeypatch.setattr(study, "_SERVER", {})
+    def method(device="cpu"): return pool._worker_context(torch.device(device)).get_start_method()
+    monkeypatch.setattr(pool, "_SERVER", {})
     assert (method(), method("cuda"), method()) == ("forkserver", "spawn", "forkserver")
     monkeypatch.setenv("HAPNB_SEEN", "read when it is needed")
     assert method() == "forkserver"
@@ -168,7 +168,7 @@ def test_workers_are_not_forked_from_an_old_server(tmp_path, monkeypatch):
         m.setenv("HF_HOME", str(tmp_path))
         assert method() == "spawn", "a library reads the variable while it is imported"
     assert method() == "forkserver"
-    file = Path(study.__file__)
+    file = Path(pool.__file__)
     seen = file.stat()
     os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns + 1000))
     try:
@@ -181,13 +181,13 @@ def test_workers_are_not_forked_from_an_old_server(tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux" or sys.version_info < (3, 11), reason="workers start from nothing")
 @pytest.mark.parametrize("error", [EOFError, ConnectionRefusedError])
 def test_a_server_that_died_costs_time_only(tmp_path, monkeypatch, error):
-    submit, methods = study.ProcessPoolExecutor.submit, []
+    submit, methods = pool.ProcessPoolExecutor.submit, []
     def first_fails(self, *args):
         methods.append(self._mp_context.get_start_method())
         if len(methods) == 1: raise error
         return submit(self, *args)
-    monkeypatch.setattr(study, "_SERVER", {})
-    monkeypatch.setattr(study.ProcessPoolExecutor, "submit", first_fails)
+    monkeypatch.setattr(pool, "_SERVER", {})
+    monkeypatch.setattr(pool.ProcessPoolExecutor, "submit", first_fails)
     rows = run_grid(grid(Toy(), seeds=2), store=tmp_path, jobs=1, device="cpu", runner=toy_run, progress=False)
     assert rows["H-AP"].tolist() == [0.3, 0.31] and methods == ["forkserver", "spawn", "spawn"] and set(tries(tmp_path).values()) == {1}
 
@@ -198,7 +198,7 @@ def test_failures_and_dead_workers_are_rows(tmp_path, monkeypatch):
     failed = rows[rows["H-AP"].isna()]
     assert failed[["loss", "seed"]].values.tolist() == [["bad", 1], ["dies", 1]]
     assert "ValueError: loss is NaN at epoch 3" in failed.error.iloc[0] and "died twice" in failed.error.iloc[1]
-    monkeypatch.setattr(study, "_is_local", lambda cfg, runner: True)  # here: a fresh process costs seconds
+    monkeypatch.setattr(grids, "is_local", lambda cfg, runner: True)  # here: a fresh process costs seconds
     with pytest.raises(RunError, match="1 of 6 runs failed(.|\n)*loss bad, seed 1: ValueError") as e:
         run_grid(g.where(loss="a") + g.where(loss="bad"), store=tmp_path, device="cpu", runner=toy_run, progress=False)
     assert len(e.value.rows) == 6
@@ -206,6 +206,23 @@ def test_failures_and_dead_workers_are_rows(tmp_path, monkeypatch):
         with pytest.raises(RunError, match="^all 1 runs failed(.|\n)*loss is NaN") as e:
             run_grid([c for c in g.where(loss="bad") if c.seed == 1], store=tmp_path, device="cpu", runner=toy_run, progress=False, on_error=on_error)
     assert not workers(), "a worker is left"
+
+
+def test_gpus_are_shared_by_any_number_of_workers_and_restarts(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    tasks = {k: (k,) for k in range(9)} | {"dies": ("dies",)}
+    found = {}
+    # more workers than GPUs, and workers that die twice: each generation begins at the first GPU again
+    for o in pool.Workers(toy_gpu, tasks, 3, torch.device("cuda")):
+        if o: found[o.key] = o
+    assert "died twice" in found.pop("dies").error
+    assert {o.value for o in found.values()} <= {"5", "7"} and all(o.error is None for o in found.values()) and len(found) == 9
+
+
+def test_one_named_gpu_is_the_only_one_that_workers_see(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    found = [o.value for o in pool.Workers(toy_gpu, {0: (0,), 1: (1,)}, 2, torch.device("cuda:1")) if o]
+    assert found == ["7", "7"]
 
 
 def test_killed_and_started_again(tmp_path, monkeypatch):
@@ -223,15 +240,15 @@ def test_killed_and_started_again(tmp_path, monkeypatch):
     gone, alive = psutil.wait_procs(family, timeout=15)
     assert not [w for w in alive if started(w)], "workers outlive the study that was killed"
     assert not (trap / "read").exists(), "the server of workers imported another package"
-    monkeypatch.setattr(study, "_is_local", lambda cfg, runner: True)
+    monkeypatch.setattr(grids, "is_local", lambda cfg, runner: True)
     rows = run_grid(grid(Toy(), seeds=4), store=tmp_path, device="cpu", runner=toy_run, progress=False)
     assert rows["H-AP"].tolist() == [0.3 + 0.01 * s for s in range(4)]
 
 
 def test_force_forgets_older_results(tmp_path, monkeypatch):
     g = grid(Toy(), seeds=1)
-    monkeypatch.setattr(study, "_is_local", lambda cfg, runner: True)
-    run = lambda: run_grid(g, store=tmp_path, device="cpu", runner=toy_run, progress=False) is not None and (tmp_path / g[0].key() / "metrics.json").stat().st_mtime_ns
+    monkeypatch.setattr(grids, "is_local", lambda cfg, runner: True)
+    run = lambda: run_grid(g, store=tmp_path, device="cpu", runner=toy_run, progress=False) is not None and (tmp_path / g[0].key() / "manifest.json").stat().st_mtime_ns
     first = run()
     monkeypatch.setenv("HAPNB_FORCE", str(time.time() + 0.01))
     time.sleep(0.05)
@@ -241,8 +258,16 @@ def test_force_forgets_older_results(tmp_path, monkeypatch):
 
 def test_damaged_result_and_unwritable_store(tmp_path):
     (tmp_path / "k").mkdir()
-    (tmp_path / "k/metrics.json").write_text('{"H-AP": 0.')
-    with pytest.warns(UserWarning, match="damaged"): assert read_run(tmp_path, "k") is None
+    write_atomic(tmp_path / "k/metrics.json", '{"H-AP": 0.3}')
+    assert read_run(tmp_path, "k") is None, "a folder without manifest is not finished"
+    write_manifest(tmp_path / "k")
+    assert read_run(tmp_path, "k") == {"H-AP": 0.3}
+    for damaged in ('{"H-AP": 0.4}', '{"H-AP": 0.', "", "[1]"):
+        write_atomic(tmp_path / "k/metrics.json", damaged)
+        with pytest.warns(RuntimeWarning, match="metrics.json is damaged"): assert read_run(tmp_path, "k") is None
+    for damaged in ("{}", "", "[" * 100_000, '{"files": {"metrics.json": 1}}'):
+        write_atomic(tmp_path / "k/manifest.json", damaged)
+        with pytest.warns(RuntimeWarning, match="manifest.json"): assert read_run(tmp_path, "k") is None
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"): run_grid([Toy()], store=tmp_path / "file", device="cpu", runner=toy_run)
     with pytest.raises(ValueError, match="empty"): run_grid([])
@@ -451,30 +476,30 @@ def fake_clock(monkeypatch, costs):
     def work(name):
         calls.append(name)
         clock[0] += costs[name]
-    monkeypatch.setattr(study.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
     return {n: (lambda n=n: work(n)) for n in costs}, calls
 
 
 def test_time_pairs_runs_rounds_in_random_but_repeatable_order(monkeypatch):
     functions, calls = fake_clock(monkeypatch, dict(a=.5, b=.25, c=2.))
-    t = study.time_pairs(functions, repeats=6, warmup=2, seed=1)
+    t = measure.time_pairs(functions, repeats=6, warmup=2, seed=1)
     assert calls[:6] == list("abcabc") and len(t) == 18, "warm-up calls are made and not counted"
     orders = ["".join(p.sort_values("place")["name"]) for _, p in t.groupby("round")]
     assert calls[6:] == list("".join(orders)) and {"".join(sorted(o)) for o in orders} == {"abc"} and len(set(orders)) > 1
     assert t.set_index("name")["seconds"].groupby(level=0).unique().map(list).to_dict() == dict(a=[.5], b=[.25], c=[2.])
-    again = study.time_pairs(fake_clock(monkeypatch, dict(a=.5, b=.25, c=2.))[0], repeats=6, warmup=2, seed=1)
+    again = measure.time_pairs(fake_clock(monkeypatch, dict(a=.5, b=.25, c=2.))[0], repeats=6, warmup=2, seed=1)
     pd.testing.assert_frame_equal(t, again)
-    with pytest.raises(ValueError, match="nothing to time"): study.time_pairs({})
-    with pytest.raises(ValueError, match="nothing to time"): study.time_pairs(functions, repeats=0)
+    with pytest.raises(ValueError, match="nothing to time"): measure.time_pairs({})
+    with pytest.raises(ValueError, match="nothing to time"): measure.time_pairs(functions, repeats=0)
 
 
 def test_time_pairs_drops_who_has_used_the_budget_and_restores_the_collector(monkeypatch):
     import gc
     functions, _ = fake_clock(monkeypatch, dict(quick=.1, slow=4.))
-    assert study.time_pairs(functions, repeats=8, budget=9., least=2)["name"].value_counts().to_dict() == dict(quick=8, slow=3)
-    assert study.time_pairs(functions, repeats=8, budget=1., least=5)["name"].value_counts().to_dict() == dict(quick=8, slow=5)
+    assert measure.time_pairs(functions, repeats=8, budget=9., least=2)["name"].value_counts().to_dict() == dict(quick=8, slow=3)
+    assert measure.time_pairs(functions, repeats=8, budget=1., least=5)["name"].value_counts().to_dict() == dict(quick=8, slow=5)
     def fails(): raise RuntimeError("out of memory")
-    with pytest.raises(RuntimeError, match="out of memory"): study.time_pairs(dict(fails=fails), warmup=0)
+    with pytest.raises(RuntimeError, match="out of memory"): measure.time_pairs(dict(fails=fails), warmup=0)
     assert gc.isenabled()
 
 
@@ -542,7 +567,7 @@ def test_a_study_of_time_starts_no_server_and_says_what_else_ran(tmp_path, monke
         assert len(started) == (not alone)
     for busy, end in ((10.4, "used 10 % of the processor."), (50., "used 50 % of the processor: too much for timings that mean something.")):
         monkeypatch.setattr(psutil, "cpu_percent", lambda seconds: busy)
-        assert study.others_load().endswith(end)
+        assert measure.others_load().endswith(end)
 
 
 def test_studies_on_demand_run_only_when_named(tmp_path):
@@ -617,7 +642,7 @@ def test_equivalence_of_one_seed_and_wrong_names():
 
 
 def test_published_rows_are_facts_with_sources():
-    p = study.published()
+    p = tables.published()
     assert len(p) == 344 and list(p.columns) == ["paper", "dataset", "backbone", "method", "metric", "value", "source"]
     assert p.notna().all().all() and p["value"].between(0, 100).all() and p["source"].str.len().min() > 10
     assert not p.duplicated(["paper", "dataset", "backbone", "method", "metric"]).any()
@@ -633,14 +658,14 @@ def test_published_rows_are_facts_with_sources():
     (dict(dataset="SOP", method="HAPPIER_F"), 81.8),
     (dict(dataset="CARS196", backbone="ResNet-50", method="Proxy-Anchor 512-d", metric="R@1"), 87.7),
     (dict(dataset="IMDB (unseen dist.)", metric="NMI"), .953)])
-def test_published_values(wanted, value): assert study.published(**wanted)["value"].tolist() == [value]
+def test_published_values(wanted, value): assert tables.published(**wanted)["value"].tolist() == [value]
 
 
 def test_published_filters():
-    p = study.published(dataset=["SOP", "CARS196"], metric="R@1")
+    p = tables.published(dataset=["SOP", "CARS196"], metric="R@1")
     assert set(p["dataset"]) == {"SOP", "CARS196"} and set(p["metric"]) == {"R@1"} and list(p.index) == list(range(len(p)))
-    assert study.published(dataset="SOP", method="HIST tau 8 lambda_s 1.5").empty
-    with pytest.raises(ValueError, match="Did you mean 'ResNet-50'"): study.published(backbone="ResNet50")
-    p = study.published()
+    assert tables.published(dataset="SOP", method="HIST tau 8 lambda_s 1.5").empty
+    with pytest.raises(ValueError, match="Did you mean 'ResNet-50'"): tables.published(backbone="ResNet50")
+    p = tables.published()
     p["value"] = 0.  # nobody can spoil the table of the others
-    assert study.published()["value"].gt(0).all()
+    assert tables.published()["value"].gt(0).all()

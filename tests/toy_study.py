@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import nbformat
 
-from hapnb.helpers import write_atomic
+from hapnb.helpers import write_atomic, write_manifest
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,14 @@ def toy_run(cfg, store, device, progress):
     time.sleep(cfg.wait)
     metrics = {"H-AP": 0.3 + 0.01 * cfg.seed + 0.1 * (cfg.loss == "b"), "threads": torch.get_num_threads(), "pid": os.getpid()}
     write_atomic(folder / "metrics.json", json.dumps(metrics))
+    write_manifest(folder, ["metrics.json"])
     return SimpleNamespace(metrics=metrics)
+
+
+def toy_gpu(task):
+    "Tell which GPUs this process sees; one task kills its process."
+    if task == "dies": os.kill(os.getpid(), signal.SIGKILL)
+    return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 def toy_look(cfg, store, device, progress):
