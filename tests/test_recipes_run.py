@@ -12,7 +12,7 @@ from layouts_hier import glued, jpeg, put
 
 import hapnb.train as T
 from hapnb.recipes import RECIPES, recipe
-from hapnb.runs import build_trainer
+from hapnb.runs import _Judge, build_trainer
 from hapnb.config import load_splits, thaw
 from hapnb.train import make_accelerator
 
@@ -112,7 +112,7 @@ def test_two_steps(name, trees):
     history = pd.DataFrame(trainer.history)
     assert len(history) == 2 and (history.grad_norm > 0).all() and history.loss.map(abs).max() < 1e3
     assert ("memory" in history) == bool(cfg.memory)
-    judge = T._Judge(cfg, test, accelerator, 0)
+    judge = _Judge(cfg, test, accelerator, 0)
     z = judge.embed(trainer.net)
     assert z.shape == (len(test), trainer.net.head.out_features)
     metrics = judge.metrics(z)
@@ -126,11 +126,11 @@ def test_landmarks_train_with_levels_and_are_tested_on_the_whole_index(trees):
     "mAP@100 is the official one: no image of the index is left out, although some have no hierarchical label."
     cfg = shortened("suprank/gldv2", trees)
     train, test = load_splits(cfg)
-    judge = T._Judge(cfg, test, make_accelerator("cpu"), 0)
+    judge = _Judge(cfg, test, make_accelerator("cpu"), 0)
     z = torch.randn(len(test), 4, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     plain = load_splits(cfg.replace(dataset_args={**cfg.dataset_args, "levels": ()}))[1]
     assert train.labels.shape[1] == test.labels.shape[1] == 3 and (test.meta.part == "gallery").sum() == 18 and (test.labels == -1).any() and (train.labels >= 0).all()
-    assert judge.metrics(z)["mAP@100"] == T._Judge(cfg, plain, make_accelerator("cpu"), 0).metrics(z)["mAP@100"]
+    assert judge.metrics(z)["mAP@100"] == _Judge(cfg, plain, make_accelerator("cpu"), 0).metrics(z)["mAP@100"]
 
 
 @pytest.mark.parametrize("name", ["happier/dyml-vehicle-f", "happier/sop-csl", "roadmap/inat-resnet50-xbm", "roadmap/inshop-resnet50-smoothap"])
