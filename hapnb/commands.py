@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['studies', 'reproduce', 'print_metrics', 'train', 'evaluate']
 
-# %% ../nbs/65_commands.ipynb #03a71414
+# %% ../nbs/65_commands.ipynb #1698ca16
 import argparse, dataclasses, json, os, sys, time, typing
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .study import (
     PROFILES, StudyFailed, figures_dir, find_studies, from_root, pick_studies, run_study, study_state)
 from .tables import write_claims
 
-# %% ../nbs/65_commands.ipynb #655f51f0
+# %% ../nbs/65_commands.ipynb #322b514a
 @command(add_store, "example:\n  hapnb studies")
 def studies(a) -> int:
     "List the studies, what they cost and what has been made."
@@ -33,7 +33,7 @@ def studies(a) -> int:
     if not found: print("no studies in nbs/studies/")
     return 0
 
-# %% ../nbs/65_commands.ipynb #899e85c4
+# %% ../nbs/65_commands.ipynb #46119360
 def _reproduce_options(sub):
     "Add the options of `reproduce`."
     profiles = "; ".join(f"{n}: {p['note']}" for n, p in PROFILES.items()).replace("%", "%%")
@@ -57,7 +57,7 @@ def _reproduce_options(sub):
 
 _ENGINES = ("local", "ray")
 
-# %% ../nbs/65_commands.ipynb #896debe2
+# %% ../nbs/65_commands.ipynb #8ec4b7bb
 def _check_reproduce(a) -> list: # the studies
     "Check what was asked of `reproduce`."
     for what, value, known in (("profile", a.profile, PROFILES), ("engine", a.engine, _ENGINES)):
@@ -73,7 +73,7 @@ def _check_reproduce(a) -> list: # the studies
     check_data(a.dataset, a.data_dir)
     return found
 
-# %% ../nbs/65_commands.ipynb #79e4caae
+# %% ../nbs/65_commands.ipynb #aa45f8e2
 def _state(notebook, parameters, out):
     "What a study depends on and has written; None where the data cannot be read: the study itself will say why."
     try: return study_state(notebook, parameters, out)
@@ -91,7 +91,7 @@ def _say(began):
     "A printer of lines with the time since `began`."
     return lambda line: print(f"  [{_clock(time.monotonic() - began):>6}] {line}", flush=True)
 
-# %% ../nbs/65_commands.ipynb #8e5d64a9
+# %% ../nbs/65_commands.ipynb #98473d8a
 def _made(study, a, store, out): # (executed notebook, whether it was there already)
     "Run a study unless nothing has changed since it ended well."
     parameters = dict(profile=a.profile, dataset=a.dataset, data_dir=str(place(a.data_dir, a.dataset) or ""),
@@ -122,7 +122,7 @@ def _reproduce_one(study, number, total, a, store, out) -> bool:
     if main.exists(): print("\n" + main.read_text(encoding="utf-8"), flush=True)
     return True
 
-# %% ../nbs/65_commands.ipynb #057917ce
+# %% ../nbs/65_commands.ipynb #6e224659
 @command(_reproduce_options, """examples:
   hapnb reproduce                             all studies, bundled images, about half an hour on two cores
   hapnb reproduce benchmark --profile smoke   does it work at all?
@@ -143,7 +143,7 @@ def reproduce(a) -> int:
     print(f"\n{sum(worked)} of {len(found)} studies done." + (f" Failed: {', '.join(failed)}." if failed else ""))
     return 1 if failed else 0
 
-# %% ../nbs/65_commands.ipynb #54f56954
+# %% ../nbs/65_commands.ipynb #3734179a
 def _default(f):
     "The default of a field of a dataclass."
     return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
@@ -172,7 +172,7 @@ def _train_options(sub):
     add_device(sub)
     add_store(sub)
 
-# %% ../nbs/65_commands.ipynb #cfdc17d0
+# %% ../nbs/65_commands.ipynb #579200ed
 def _resolved(a): # (RunConfig, {field: where its value comes from}, Recipe or None)
     "Put the options of `train` together."
     from hapnb.config import RunConfig
@@ -189,7 +189,7 @@ def _resolved(a): # (RunConfig, {field: where its value comes from}, Recipe or N
         return "default" if getattr(cfg, k) == getattr(plain, k) else "follows"
     return cfg, {k: origin(k) for k in cfg.to_dict()}, start
 
-# %% ../nbs/65_commands.ipynb #98d3f145
+# %% ../nbs/65_commands.ipynb #d2c58890
 def _dry_run(a, cfg, origin, start) -> int:
     "Print what a run would do and cost."
     from hapnb.plan import plan
@@ -207,7 +207,7 @@ def _list_recipes(prefix) -> int:
         print(f"{n:<34} {c.dataset}, {c.trunk}, {c.loss}, {c.epochs} epochs; {r.paper}")
     return 0
 
-# %% ../nbs/65_commands.ipynb #f92d3b40
+# %% ../nbs/65_commands.ipynb #3525038c
 def _row_of(key): # (name of the row, level or "all")
     "The place of a metric in the table; `_std` is over the draws of random galleries."
     name, _, level = key.removesuffix("_std").partition("_level")
@@ -228,7 +228,7 @@ def print_metrics(metrics: dict): # as `hapnb.metrics.evaluate` gives them
         shown = iter(cells)
         print(f"{name:<16}" + "".join(f"{next(shown) if c in row else '':>12}" for c in columns))
 
-# %% ../nbs/65_commands.ipynb #845d6661
+# %% ../nbs/65_commands.ipynb #b191d4ca
 @command(_train_options, """examples:
   hapnb train --loss HAPPIERLoss --epochs 15
   hapnb train --loss SupAPLoss --loss-args '{"tau": 0.02}' --batch-size 128 --seed 3
@@ -240,9 +240,10 @@ def print_metrics(metrics: dict): # as `hapnb.metrics.evaluate` gives them
 def train(a) -> int:
     "Train and evaluate one run; it is kept in the store."
     from hapnb import runs
+    from hapnb.config import check_names as check_config
     if a.list: return _list_recipes(a.recipe)
     cfg, origin, start = _resolved(a)
-    check_names(loss=cfg.loss, sampler=cfg.sampler, dataset=cfg.dataset)
+    check_config(cfg)
     pick_device(a.device)
     if a.dry_run: return _dry_run(a, cfg, origin, start)
     check_store(from_root(a.store))
@@ -252,7 +253,7 @@ def train(a) -> int:
     print(f"run: {near(result.path)}")
     return 0
 
-# %% ../nbs/65_commands.ipynb #682d6287
+# %% ../nbs/65_commands.ipynb #4e4a4b0b
 def _ks(text):
     "Read the ks of R@k."
     if all(k.isascii() and k.isdigit() and 0 < len(k) < 10 and int(k) for k in text.split(",")):
@@ -279,7 +280,7 @@ def _evaluate_options(sub):
     add_device(sub)
     add_store(sub)
 
-# %% ../nbs/65_commands.ipynb #014d009d
+# %% ../nbs/65_commands.ipynb #4547b1b9
 def _file_metrics(a) -> dict:
     "Metrics of a file of embeddings, leave-one-out."
     from hapnb.core import as_relevance
@@ -316,7 +317,7 @@ def _run_metrics(a) -> dict:
         return evaluate_protocol(run.embeddings(), run.labels(), meta, protocol, ks=ks, relevance=relevance,
                                  device=pick_device(a.device))
 
-# %% ../nbs/65_commands.ipynb #56288e34
+# %% ../nbs/65_commands.ipynb #9f7b030a
 @command(_evaluate_options, """examples:
   hapnb evaluate --run 3f2a
   hapnb evaluate embeddings.npz                 arrays embeddings [N, D] and labels [N, L], column 0 finest

@@ -109,12 +109,15 @@ def evaluate(embeddings: Tensor, # gallery [N, D], floats; rows are normalised h
              max_memory="2GB", # bytes or text; bounds everything beyond the inputs
              per_query: bool = False, # add "per_query": {name: float64 array [Q], NaN where left out}
              self_index=None, # [Q]: gallery row of each query, -1 = none; for query sets that are part of the gallery
+             dry: bool = False, # check the arguments, measure nothing, give {}
              ) -> dict: # {name: float}; "skipped_level{l}" counts queries without a positive
     "Compute retrieval metrics at each level and over the hierarchy; exact, ties broken by gallery index."
     r = _retrieval(embeddings, labels, query_embeddings, query_labels, exclude_self, self_index, device)
     levels = _check_levels(levels, r.L)
     names = _select(metrics, levels, ks := _check_ks(ks, int(r.n[:, 0].min())))
     _check_ks([int(m[1]) for n in names if (m := re.match(r"R@(\d+)", n)) and int(m[1]) not in ks], int(r.n[:, 0].min()))
+    if "H-AP" in names: as_relevance(relevance).table(torch.ones(r.L + 1))
+    if dry: return {}
     values, skipped = r._run(names, relevance, max_memory), {l: r._skipped(l) for l in range(r.L)}
     for name, v in values.items():
         v[skipped[int(name.split("_level")[1]) if "_level" in name else r.L - 1]] = torch.nan
