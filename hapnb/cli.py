@@ -54,7 +54,7 @@ def parser(name: str = None) -> argparse.ArgumentParser: # the command whose opt
             sub.set_defaults(function=run, options=list(sub._option_string_actions))
     return top
 
-# %% ../nbs/67_cli.ipynb #5c9146fb
+# %% ../nbs/67_cli.ipynb #19fdb255
 def _nearest(word, known):
     from hapnb.helpers import nearest
     return nearest(word, known)
@@ -103,7 +103,7 @@ def _short_of_memory(e, text):
         return (f"a process that loads images died: {first}\nMost often memory is short, or shared memory (/dev/shm, "
                 "small in a container). Try --workers 2, or 0.")
 
-# %% ../nbs/67_cli.ipynb #85a84aee
+# %% ../nbs/67_cli.ipynb #f776556f
 _ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 def explain(e: BaseException) -> tuple: # (exit status, text)
@@ -115,16 +115,16 @@ def explain(e: BaseException) -> tuple: # (exit status, text)
     if isinstance(e, BrokenPipeError) and not module.startswith("multiprocessing"): return 141, ""
     memory = _short_of_memory(e, text)
     if memory: return 1, memory
-    if type(e).__name__ == "Damaged": return 1, text
     home = type(e).__module__
     ours = isinstance(e, WrongCommand) or "hapnb" in (module.split(".")[0], home.split(".")[0])
+    if type(e).__name__ == "Damaged": return 1, text
     if isinstance(e, _ABSENT) or isinstance(e, ValueError) and ours: return 2, _last(text)
     if isinstance(e, OSError) or home.startswith("hapnb."): return 1, _last(text)
     if isinstance(e, ImportError) and "pip install" in text: return 1, text
     if isinstance(e, ValueError): return 1, f"{text} ({module}, line {line}; HAPNB_TRACEBACK=1 shows the whole stack)"
     return 1, "".join(traceback.format_exception(e)) + "This is a bug in hapnb, or in what it stands on."
 
-# %% ../nbs/67_cli.ipynb #ef26bb0f
+# %% ../nbs/67_cli.ipynb #b15dd530
 def _flushed() -> bool:
     "Write out what is buffered; False where that is not possible, and then the rest is dropped."
     lost = []

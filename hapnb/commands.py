@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['studies', 'reproduce', 'print_metrics', 'train', 'evaluate']
 
-# %% ../nbs/65_commands.ipynb #1698ca16
+# %% ../nbs/65_commands.ipynb #34760879
 import argparse, dataclasses, json, os, sys, time, typing
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .study import (
     PROFILES, StudyFailed, figures_dir, find_studies, from_root, pick_studies, run_study, study_state)
 from .tables import write_claims
 
-# %% ../nbs/65_commands.ipynb #322b514a
+# %% ../nbs/65_commands.ipynb #245a20d6
 @command(add_store, "example:\n  hapnb studies")
 def studies(a) -> int:
     "List the studies, what they cost and what has been made."
@@ -33,7 +33,7 @@ def studies(a) -> int:
     if not found: print("no studies in nbs/studies/")
     return 0
 
-# %% ../nbs/65_commands.ipynb #46119360
+# %% ../nbs/65_commands.ipynb #44a99821
 def _reproduce_options(sub):
     "Add the options of `reproduce`."
     profiles = "; ".join(f"{n}: {p['note']}" for n, p in PROFILES.items()).replace("%", "%%")
@@ -57,7 +57,7 @@ def _reproduce_options(sub):
 
 _ENGINES = ("local", "ray")
 
-# %% ../nbs/65_commands.ipynb #8ec4b7bb
+# %% ../nbs/65_commands.ipynb #bcfd0de5
 def _check_reproduce(a) -> list: # the studies
     "Check what was asked of `reproduce`."
     for what, value, known in (("profile", a.profile, PROFILES), ("engine", a.engine, _ENGINES)):
@@ -73,7 +73,7 @@ def _check_reproduce(a) -> list: # the studies
     check_data(a.dataset, a.data_dir)
     return found
 
-# %% ../nbs/65_commands.ipynb #aa45f8e2
+# %% ../nbs/65_commands.ipynb #c607fe5e
 def _state(notebook, parameters, out):
     "What a study depends on and has written; None where the data cannot be read: the study itself will say why."
     try: return study_state(notebook, parameters, out)
@@ -91,7 +91,7 @@ def _say(began):
     "A printer of lines with the time since `began`."
     return lambda line: print(f"  [{_clock(time.monotonic() - began):>6}] {line}", flush=True)
 
-# %% ../nbs/65_commands.ipynb #98473d8a
+# %% ../nbs/65_commands.ipynb #2372de63
 def _made(study, a, store, out): # (executed notebook, whether it was there already)
     "Run a study unless nothing has changed since it ended well."
     parameters = dict(profile=a.profile, dataset=a.dataset, data_dir=str(place(a.data_dir, a.dataset) or ""),
@@ -122,7 +122,7 @@ def _reproduce_one(study, number, total, a, store, out) -> bool:
     if main.exists(): print("\n" + main.read_text(encoding="utf-8"), flush=True)
     return True
 
-# %% ../nbs/65_commands.ipynb #6e224659
+# %% ../nbs/65_commands.ipynb #0bd888fc
 @command(_reproduce_options, """examples:
   hapnb reproduce                             all studies, bundled images, about half an hour on two cores
   hapnb reproduce benchmark --profile smoke   does it work at all?
@@ -143,7 +143,7 @@ def reproduce(a) -> int:
     print(f"\n{sum(worked)} of {len(found)} studies done." + (f" Failed: {', '.join(failed)}." if failed else ""))
     return 1 if failed else 0
 
-# %% ../nbs/65_commands.ipynb #3734179a
+# %% ../nbs/65_commands.ipynb #b2843987
 def _default(f):
     "The default of a field of a dataclass."
     return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
@@ -172,7 +172,7 @@ def _train_options(sub):
     add_device(sub)
     add_store(sub)
 
-# %% ../nbs/65_commands.ipynb #579200ed
+# %% ../nbs/65_commands.ipynb #13f18ea1
 def _resolved(a): # (RunConfig, {field: where its value comes from}, Recipe or None)
     "Put the options of `train` together."
     from hapnb.config import RunConfig
@@ -189,7 +189,7 @@ def _resolved(a): # (RunConfig, {field: where its value comes from}, Recipe or N
         return "default" if getattr(cfg, k) == getattr(plain, k) else "follows"
     return cfg, {k: origin(k) for k in cfg.to_dict()}, start
 
-# %% ../nbs/65_commands.ipynb #d2c58890
+# %% ../nbs/65_commands.ipynb #da06fea2
 def _dry_run(a, cfg, origin, start) -> int:
     "Print what a run would do and cost."
     from hapnb.plan import plan
@@ -207,7 +207,7 @@ def _list_recipes(prefix) -> int:
         print(f"{n:<34} {c.dataset}, {c.trunk}, {c.loss}, {c.epochs} epochs; {r.paper}")
     return 0
 
-# %% ../nbs/65_commands.ipynb #3525038c
+# %% ../nbs/65_commands.ipynb #c8b7206f
 def _row_of(key): # (name of the row, level or "all")
     "The place of a metric in the table; `_std` is over the draws of random galleries."
     name, _, level = key.removesuffix("_std").partition("_level")
@@ -228,7 +228,7 @@ def print_metrics(metrics: dict): # as `hapnb.metrics.evaluate` gives them
         shown = iter(cells)
         print(f"{name:<16}" + "".join(f"{next(shown) if c in row else '':>12}" for c in columns))
 
-# %% ../nbs/65_commands.ipynb #b191d4ca
+# %% ../nbs/65_commands.ipynb #d78b7ca7
 @command(_train_options, """examples:
   hapnb train --loss HAPPIERLoss --epochs 15
   hapnb train --loss SupAPLoss --loss-args '{"tau": 0.02}' --batch-size 128 --seed 3
@@ -253,7 +253,7 @@ def train(a) -> int:
     print(f"run: {near(result.path)}")
     return 0
 
-# %% ../nbs/65_commands.ipynb #4e4a4b0b
+# %% ../nbs/65_commands.ipynb #75eb82f7
 def _ks(text):
     "Read the ks of R@k."
     if all(k.isascii() and k.isdigit() and 0 < len(k) < 10 and int(k) for k in text.split(",")):
@@ -280,7 +280,7 @@ def _evaluate_options(sub):
     add_device(sub)
     add_store(sub)
 
-# %% ../nbs/65_commands.ipynb #4547b1b9
+# %% ../nbs/65_commands.ipynb #ccd59cf2
 def _file_metrics(a) -> dict:
     "Metrics of a file of embeddings, leave-one-out."
     from hapnb.core import as_relevance
@@ -317,7 +317,7 @@ def _run_metrics(a) -> dict:
         return evaluate_protocol(run.embeddings(), run.labels(), meta, protocol, ks=ks, relevance=relevance,
                                  device=pick_device(a.device))
 
-# %% ../nbs/65_commands.ipynb #9f7b030a
+# %% ../nbs/65_commands.ipynb #10e05ffc
 @command(_evaluate_options, """examples:
   hapnb evaluate --run 3f2a
   hapnb evaluate embeddings.npz                 arrays embeddings [N, D] and labels [N, L], column 0 finest

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['features', 'cluster', 'setting', 'openworld']
 
-# %% ../nbs/66_discover.ipynb #c7162017
+# %% ../nbs/66_discover.ipynb #d4ea2396
 import argparse, json
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .options import (
     near, number, open_run, place, whole)
 from .study import from_root
 
-# %% ../nbs/66_discover.ipynb #3ff8244d
+# %% ../nbs/66_discover.ipynb #1b7ed043
 def _features_options(sub):
     "Add the options of `features`."
     sub.add_argument("--run", default=None, metavar="KEY",
@@ -35,7 +35,7 @@ def _features_options(sub):
     add_device(sub)
     add_store(sub)
 
-# %% ../nbs/66_discover.ipynb #6a3a19be
+# %% ../nbs/66_discover.ipynb #b5d1045d
 def _check_features(a) -> dict: # settings of a trunk that were given
     "Check what was asked of `features`."
     if (a.run is None) == (a.trunk is None): raise UserError("give either --run KEY or --trunk NAME.")
@@ -56,7 +56,7 @@ def _images_of(a, run): # a `RetrievalDataset`
     with about(f"--dataset {name}"):
         return load(name, a.split, data_dir=where, **(dict(own.dataset_args) if same else {}))
 
-# %% ../nbs/66_discover.ipynb #a49a4770
+# %% ../nbs/66_discover.ipynb #aa8d4c90
 @command(_features_options, """examples:
   hapnb features --run 3f2a --out test.parquet               the images that the run was evaluated on
   hapnb features --run 3f2a --split train --out train.parquet
@@ -75,7 +75,7 @@ def features(a) -> int:
     print(f"{table}\n{near(out)}: {out.stat().st_size / 1e6:.1f} MB")
     return 0
 
-# %% ../nbs/66_discover.ipynb #60bda1c2
+# %% ../nbs/66_discover.ipynb #b2176834
 def _cluster_options(sub):
     "Add the options of `cluster`."
     sub.add_argument("file", help="embeddings: .parquet, as `hapnb features` writes them")
@@ -102,7 +102,7 @@ def _cluster_options(sub):
                      help="file for path, cluster and perhaps density: .parquet or .csv (default: only print)")
     add_device(sub)
 
-# %% ../nbs/66_discover.ipynb #ca8f8c8d
+# %% ../nbs/66_discover.ipynb #56b6a12b
 def _method_of(a) -> str:
     "Decide which method was asked for, and check it against the other options."
     if a.train is not None and a.model is not None: raise UserError("give either --train or --model.")
@@ -139,7 +139,7 @@ def _check_baseline(a, method):
         raise UserError(f"--train chooses {_CONSTANTS[method]} of {method}, and {settled[0]} is given: leave one of "
                         "the two out.")
 
-# %% ../nbs/66_discover.ipynb #cc9d1884
+# %% ../nbs/66_discover.ipynb #2994cc6a
 def _labelled(a, table): # a `FeatureTable`
     "Read the table of --train; it needs labels, and embeddings of the same network."
     from hapnb.features import check_same_space, read_features
@@ -165,7 +165,7 @@ def _kept_model(a, table): # a `HiLander`
         check_same_space(like, table, (f"the training set of {a.model}", a.file))
     return model
 
-# %% ../nbs/66_discover.ipynb #49b14dad
+# %% ../nbs/66_discover.ipynb #db7a8abc
 def _trained_model(a, table): # a `HiLander`
     "Train a model on --train, and keep it where --save-model says."
     from hapnb.hilander import HiLanderConfig, train_hilander
@@ -184,7 +184,7 @@ def _trained_model(a, table): # a `HiLander`
         print(f"model: {near(folder)}")
     return model
 
-# %% ../nbs/66_discover.ipynb #a85984f4
+# %% ../nbs/66_discover.ipynb #8d01808a
 def _found(a, method, table): # (clusters [N], density [N] or None, the arguments used)
     "Cluster a table as the options say."
     from hapnb.clustering import choose, cluster as by_name
@@ -204,7 +204,7 @@ def _found(a, method, table): # (clusters [N], density [N] or None, the argument
         print(f"chosen on {a.train}: {json.dumps(args)} (pairwise F {best.best:.3f} there)")
     with about(a.file): return by_name(table.embeddings, method, a.clusters, a.seed, **args), None, args
 
-# %% ../nbs/66_discover.ipynb #0dbd4efb
+# %% ../nbs/66_discover.ipynb #1a4cc9dd
 _TRY = {"hilander": "try a smaller --tau, or train longer", "agglomerative": "try a larger threshold"}
 
 def _print_clusters(c, method):
@@ -234,7 +234,7 @@ def _print_scores(table, c):
         print(f"{name:<12}" + "".join(f"{100 * s[f'{name}_{k}']:>10.2f}" for k in "PRF"))
     print(f"{'NMI':<12}{'':>20}{100 * s['NMI']:>10.2f}")
 
-# %% ../nbs/66_discover.ipynb #a6b7d435
+# %% ../nbs/66_discover.ipynb #649e4c9f
 def _write_clusters(path, a, method, args, table, c, density):
     "Write path, cluster and density."
     import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
@@ -246,7 +246,7 @@ def _write_clusters(path, a, method, args, table, c, density):
     data = data.replace_schema_metadata({**data.schema.metadata, b"hapnb.clusters": json.dumps(note).encode()})
     with atomic_path(path) as part: pq.write_table(data, part)
 
-# %% ../nbs/66_discover.ipynb #7f292903
+# %% ../nbs/66_discover.ipynb #b0ca6b1c
 @command(_cluster_options, """examples:
   hapnb cluster f.parquet --out c.parquet                       hdbscan: needs no labels and no number
   hapnb cluster f.parquet --method kmeans --clusters 500
@@ -269,7 +269,7 @@ def cluster(a) -> int:
         print(f"clusters: {near(out)}")
     return 0
 
-# %% ../nbs/66_discover.ipynb #c379ad94
+# %% ../nbs/66_discover.ipynb #ddc2049e
 def setting(text: str) -> tuple: # (["decode", "tau"], 0.8)
     "Read `decode.tau=0.8`: names with dots between them, and a value as JSON or as a word."
     key, eq, value = text.partition("=")
@@ -289,7 +289,7 @@ def _put(values, names, value):
         if not isinstance(values, dict): raise UserError(f"--set {'.'.join(names)}: {k} is not a dictionary.")
     values[last] = value
 
-# %% ../nbs/66_discover.ipynb #71de135c
+# %% ../nbs/66_discover.ipynb #97bedca7
 def _openworld_options(sub):
     "Add the options of `openworld`."
     sub.add_argument("--recipe", default="", metavar="NAME",
@@ -307,7 +307,7 @@ def _openworld_options(sub):
     add_device(sub)
     add_store(sub)
 
-# %% ../nbs/66_discover.ipynb #0df542b2
+# %% ../nbs/66_discover.ipynb #befe6d75
 def _start_values(name) -> dict:
     "The settings to start from: the defaults, or those of a recipe."
     from hapnb.openworld import OpenWorldConfig
@@ -334,7 +334,7 @@ def _open_config(a): # an `OpenWorldConfig`
     for names, value in a.set: _put(values, names, value)
     return OpenWorldConfig.from_dict(values)
 
-# %% ../nbs/66_discover.ipynb #652d36da
+# %% ../nbs/66_discover.ipynb #c7acecb9
 _SHOWN = {"R@1_level0": "R@1", "H-AP": "H-AP", "selected": "selected", "selected_precision": "precision",
           "pairwise_F_in": "F known", "pairwise_F_out": "F new"}
 
@@ -354,7 +354,7 @@ def _print_rounds(result):
         at = result.path / f"round_{r}" / "selection.parquet"
         if at.exists(): print(f"selection of round {r}: {near(at)}")
 
-# %% ../nbs/66_discover.ipynb #148540b3
+# %% ../nbs/66_discover.ipynb #e00241b4
 @command(_openworld_options, """examples:
   hapnb openworld                                     bundled images, five rounds
   hapnb openworld --dry-run --set clusterer=kmeans

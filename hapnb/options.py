@@ -6,16 +6,16 @@
 __all__ = ['whole', 'number', 'json_value', 'json_object', 'field_reader', 'command', 'folder', 'add_device', 'add_store',
            'add_data', 'about', 'check_names', 'place', 'check_data', 'check_out', 'near', 'find_run', 'open_run']
 
-# %% ../nbs/63_options.ipynb #cb54ac2f
+# %% ../nbs/63_options.ipynb #b6966ae3
 import argparse, contextlib, importlib, json, re, sys, typing
 from pathlib import Path
 
 from .grids import check_store
-from .helpers import LOSSES, SAMPLERS, UserError, nearest, write_atomic
+from .helpers import LOSSES, SAMPLERS, Damaged, UserError, nearest, write_atomic
 from .schemas import plain
 from .study import from_root
 
-# %% ../nbs/63_options.ipynb #7b7518e2
+# %% ../nbs/63_options.ipynb #9f0763c8
 def _quote(text, most=60):
     "A value as a message shows it, shortened."
     return repr(text if len(text) <= most else text[:most - 3] + "...")
@@ -35,7 +35,7 @@ def whole(least: int = 1, # smallest value
         raise argparse.ArgumentTypeError(f"{_quote(text)} is not a whole number {_range(least, most)}")
     return read
 
-# %% ../nbs/63_options.ipynb #4e5e97af
+# %% ../nbs/63_options.ipynb #0c726225
 def number(least: float, most: float): # a function text -> float
     "Make a reader of finite numbers."
     def read(text):
@@ -46,7 +46,7 @@ def number(least: float, most: float): # a function text -> float
         raise argparse.ArgumentTypeError(f"{_quote(text)} is not a number {_range(least, most)}")
     return read
 
-# %% ../nbs/63_options.ipynb #b5957b4b
+# %% ../nbs/63_options.ipynb #19faf0dd
 def _once(pairs):
     "A JSON object whose names are all different."
     values = dict(pairs)
@@ -71,7 +71,7 @@ def json_object(text: str) -> dict:
     if isinstance(value, dict): return value
     raise argparse.ArgumentTypeError(f"{_quote(text)} is not a JSON object, such as '{{\"name\": 3}}'")
 
-# %% ../nbs/63_options.ipynb #f4f34a5d
+# %% ../nbs/63_options.ipynb #e11b373b
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number"}
 
 def _listed(text):
@@ -106,7 +106,7 @@ def field_reader(annotation, # type of a field, such as `int | None`
         return text if kind is str else _scalar(text, kind)
     return read
 
-# %% ../nbs/63_options.ipynb #8a85fb92
+# %% ../nbs/63_options.ipynb #a19d6b5f
 def command(options, # function that adds the command's options to a parser
             examples: str, # closes its help
             ):
@@ -121,7 +121,7 @@ def folder(text: str) -> str:
     if text.strip(): return text
     raise argparse.ArgumentTypeError("give the name of a folder")
 
-# %% ../nbs/63_options.ipynb #7be29bb3
+# %% ../nbs/63_options.ipynb #021c0909
 def add_device(sub): # an `argparse.ArgumentParser`
     "Add `--device`."
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -137,15 +137,17 @@ def add_data(sub, default="emoji", usual="emoji"):
                      help=f"emoji (bundled), folder, table, or a registered name (default: {usual})")
     sub.add_argument("--data-dir", default="", metavar="DIR", help="where the data is, for sets that are not bundled")
 
-# %% ../nbs/63_options.ipynb #9596046b
+# %% ../nbs/63_options.ipynb #5c883b98
 @contextlib.contextmanager
 def about(what: str): # such as "--dataset sop"
     "Say what an error is about: `UserError` with `what` in front."
     try: yield
+    # the message of a damaged file says all, and it is no mistake of the user
+    except Damaged: raise
     except (ValueError, OSError, ImportError) as e:
         raise UserError(str(e) if str(e).startswith(what) else f"{what}: {e}") from e
 
-# %% ../nbs/63_options.ipynb #a2a75ecd
+# %% ../nbs/63_options.ipynb #00e57df7
 def check_names(dataset: str = None, loss: str = None, sampler: str = None):
     "Check names against the registries; the error has the nearest name."
     from hapnb.data import find_loader
@@ -157,7 +159,7 @@ def check_names(dataset: str = None, loss: str = None, sampler: str = None):
         importlib.import_module("hapnb.samplers")
         SAMPLERS.get(sampler)
 
-# %% ../nbs/63_options.ipynb #44ed10f3
+# %% ../nbs/63_options.ipynb #a91c6e7e
 def place(data_dir: str, dataset: str = None): # a path, a name on the Hub, or None
     "Say where the data is, whatever folder becomes the current one."
     if not data_dir: return None
@@ -174,7 +176,7 @@ def check_data(dataset: str, data_dir: str, args: dict = None):
     where = place(data_dir, dataset)
     with about(f"--dataset {dataset}"): load(dataset, data_dir=where, **(args or {}))
 
-# %% ../nbs/63_options.ipynb #aa309bb9
+# %% ../nbs/63_options.ipynb #39d20c81
 def check_out(path: str, endings: list) -> Path:
     "Find out now whether a file can be written."
     path = Path(path).expanduser()
@@ -189,7 +191,7 @@ def near(path) -> Path:
     # it lies somewhere else
     except ValueError: return Path(path)
 
-# %% ../nbs/63_options.ipynb #52e6ab1c
+# %% ../nbs/63_options.ipynb #6aac8d1a
 def find_run(key: str, # a key, the beginning of one, or a folder
              store: Path, # the run store
              ) -> Path:
@@ -205,7 +207,7 @@ def find_run(key: str, # a key, the beginning of one, or a folder
     rest = f": {', '.join(hits[:5])}." if hits else f"; there are {len(keys)}.{nearest(key, keys)}"
     raise UserError(f"--run: {len(hits)} finished runs in {store} begin with {key!r}{rest}")
 
-# %% ../nbs/63_options.ipynb #50363dc2
+# %% ../nbs/63_options.ipynb #86318fbf
 def open_run(key: str, store: str): # a `hapnb.runs.Result`
     "Open a finished run; of an open-world run, its last training."
     from hapnb.runs import Result
