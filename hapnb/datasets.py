@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'RetrievalDataset', 'renumber', 'fingerprint_of', 'name_has
            'assign_splits', 'from_frame', 'deal_open_world', 'check_gaps', 'table_hash', 'some_sizes']
 
 # %% ../nbs/18_datasets.ipynb #12ea2d4c
-import hashlib, json, math, os
+import copy, hashlib, json, math, os
 from fractions import Fraction
 
 import torch
@@ -52,7 +52,7 @@ class RetrievalDataset(Dataset):
     def __len__(self): return len(self.index)
 
     def __getitem__(self, i):
-        im = self.image(i, self.at_least)
+        im = self.image(i)
         return (im if self.transform is None else self.transform(im)), self.labels[i], int(i)
 
     def __repr__(self):
@@ -101,6 +101,26 @@ def subset(self: RetrievalDataset,
     out.at_least = self.at_least
     whole, of = self.cut or (self, np.arange(len(self)))
     if share or self.cut: out.cut = whole, of[rows]
+    return out
+
+# %% ../nbs/18_datasets.ipynb #55994760
+@patch
+def with_store(self: RetrievalDataset,
+               store, # another place for the same images
+               index, # positions in it, one per row
+               fingerprint: str) -> RetrievalDataset:
+    "Give the same rows and labels, read from another store."
+    out = copy.copy(self)
+    out.store, out.index, out.fingerprint, out.cut, out.at_least, out._pixels = store, index, fingerprint, None, None, None
+    return out
+
+@patch
+def shrunk(self: RetrievalDataset,
+           at_least: int) -> RetrievalDataset: # pixels that the shorter side must have
+    "Give the same rows and labels, with JPEGs decoded no larger than needed."
+    mark = hashlib.sha256(f"{self.fingerprint} at least {at_least}".encode()).hexdigest()
+    out = self.with_store(self.store, self.index, mark)
+    out.at_least = at_least
     return out
 
 # %% ../nbs/18_datasets.ipynb #935b3e0a
@@ -241,13 +261,13 @@ _LOOK = 1000  # files that an error message looks at
 
 @patch
 def image(self: RetrievalDataset, i: int,
-          at_least: int = None, # decode a JPEG at a smaller scale whose shorter side is no less than this
+          at_least: int = None, # decode a JPEG at a smaller scale whose shorter side is no less; default: the dataset's
           ) -> Image.Image:
     "Image `i` as PIL RGB; `OSError` names the file and counts the bad ones when it cannot be read."
     j = int(self.index[i])
     try:
         data = self.store.read(j)
-        return data if isinstance(data, Image.Image) else decode(data, at_least)
+        return data if isinstance(data, Image.Image) else decode(data, at_least or self.at_least)
     except UNREADABLE as e:
         some = np.union1d(np.linspace(0, len(self) - 1, min(len(self), _LOOK)).astype(np.int64), i % len(self))
         bad = len(self.bad_images(decoding=False, rows=some))

@@ -191,7 +191,7 @@ def check_store(store):
 def prepare_features(todo: dict, # key -> configuration
                      device, progress) -> dict: # key -> (None, error) of those that cannot be prepared
     "Have the features of frozen backbones computed once, before workers start."
-    from hapnb.runs import prepare
+    from hapnb.build import prepare
     failed = {}
     for key, cfg in todo.items():
         try: prepare(cfg, device=str(device), progress=progress)

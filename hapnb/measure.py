@@ -13,9 +13,9 @@ import torch
 import numpy as np
 import pandas as pd
 
-from .config import load_splits, RunConfig
+from .config import RunConfig
 from .helpers import hardware, nearest, write_atomic, _environment, _version
-from .runs import build_trainer
+from .build import build_trainer, read_data
 from .train import make_accelerator
 
 # %% ../nbs/34_measure.ipynb #d84fc293
@@ -25,7 +25,7 @@ def _cut_step(trainer, batches, clock):
     while True:
         with clock("pick rows"):
             if (got := next(batch, None)) is None: return
-        x, labels = got
+        x, labels, _ = got
         with clock("head, forward"): emb = trainer.model(x)
         leaf = emb.detach().requires_grad_()
         with clock("loss, forward"): value = trainer.loss(leaf, labels)
@@ -57,14 +57,14 @@ def profile_run(cfg: RunConfig, # with freeze="trunk"
     "Measure where the time of a training step goes; `ValueError` with a `micro_batch`, a memory or a miner."
     if cfg.micro_batch: raise ValueError("profile_run cuts a step of one pass into pieces; use cfg.replace(micro_batch=None).")
     if cfg.memory or cfg.miner: raise ValueError("profile_run cuts a step with one loss into pieces; use cfg.replace(memory={}, miner=None, miner_args={}).")
-    trainer, batches = build_trainer(cfg, (data or load_splits(cfg))[0], make_accelerator(device, cfg.precision))
+    trainer, batches = build_trainer(cfg, read_data(cfg, data), make_accelerator(device, cfg.precision))
     clock = _Stopwatch(trainer.device)
     trainer.epochs = 10**9
     for part in (0, 1):  # the first pass warms up and is thrown away
         clock.times, n = {}, 0
         while n < (steps if part else 10):
             trainer.begin_epoch()
-            for x, labels in batches.epoch(trainer.epoch):
+            for x, labels, _ in batches.epoch(trainer.epoch):
                 with clock("step"): trainer.step(x, labels)
                 n += 1
             trainer.sums, trainer.epoch = {}, trainer.epoch + 1

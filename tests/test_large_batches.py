@@ -11,18 +11,19 @@ import torch
 from conftest import GOLDEN, golden_inputs
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import TOY, Net, cache, contents, data, make_trainer, slowly, together, toy_run
+from runs_kit import cache, contents, data, make_trainer, Net, slowly, together, TOY, toy_run
 from torch import nn
 
 import hapnb.losses
 import hapnb.train as T
 from hapnb.helpers import LOSSES
-from hapnb.large_batches import CrossBatchMemory, memory_part, takes_references, gradcache_backward
-from hapnb.losses import make_loss
-from hapnb.runs import Result
+from hapnb.large_batches import CrossBatchMemory, gradcache_backward, memory_part, takes_references
+from hapnb import runs
 from hapnb.batches import FeatureBatches
-from hapnb.config import _ADDED, RunConfig
+from hapnb.losses import make_loss
 from hapnb.measure import profile_run
+from hapnb.config import RunConfig
+from hapnb.runs import Result
 from hapnb.train import Trainer
 
 OURS = [n for n in LOSSES.names() if LOSSES.get(n).__module__.startswith("hapnb.")]
@@ -346,10 +347,10 @@ def test_memory_goes_on_from_a_checkpoint(tmp_path):
     whole, first = CrossBatchMemory(6), nn.ModuleDict({"memory": CrossBatchMemory(6)})
     for i in range(0, 20, 5): whole.add(rows[i:i + 5], labels[i:i + 5])
     for i in (0, 5): first["memory"].add(rows[i:i + 5], labels[i:i + 5])
-    T.save_state(tmp_path / "state.pt", first.state_dict())
+    runs.save_state(tmp_path / "state.pt", first.state_dict())
     again = nn.ModuleDict({"memory": CrossBatchMemory(6)})
     again["memory"].add(torch.randn(2, 4), labels[:2])  # what was there is replaced
-    again.load_state_dict(T.load_state(tmp_path / "state.pt"))
+    again.load_state_dict(runs.load_state(tmp_path / "state.pt"))
     for i in (10, 15): again["memory"].add(rows[i:i + 5], labels[i:i + 5])
     for a, b in zip(whole.get(), again["memory"].get()): assert torch.equal(a, b)
     # a copy, not the same storage
@@ -657,16 +658,6 @@ def test_a_loader_of_pairs_is_named():
 
 # ---- RunConfig, Trainer, run
 
-def test_the_key_of_old_configs_is_what_it_was():
-    "A field that is added later must not rename the runs that were made without it."
-    parts = (SimpleNamespace(fingerprint="train"), SimpleNamespace(fingerprint="test"))
-    assert TOY.key(parts) == "83852b2bbc8a9a4a"
-    assert RunConfig().key(parts) == "996a4bb52bdb22a9"
-    assert TOY.replace(micro_batch=8).key(parts) not in (TOY.key(parts), TOY.replace(micro_batch=9).key(parts))
-    old = {k: v for k, v in TOY.to_dict().items() if k not in _ADDED}
-    assert RunConfig.from_dict(old) == TOY and {k: getattr(RunConfig(), k) for k in _ADDED} == _ADDED
-
-
 @pytest.mark.parametrize("bad, message",
                          [(0, "must be 1 or more"), (-3, "must be 1 or more"), (2.5, "must be int or None"),
                           (True, "must be int or None"), ("8", "must be int or None")])
@@ -761,7 +752,8 @@ def _train(loss, out, micro_batch):
     t = make_trainer(loss, accelerator=acc, epochs=2, lr=0.01, optimizer="sgd", clip_norm=0.3,
                      micro_batch=micro_batch).fit(FeatureBatches(*data(22), Halves()))
     history = [{k: v for k, v in r.items() if k != "seconds"} for r in t.history]
-    if acc.is_main_process: T.save_state(out, dict(net=t.net.state_dict(), loss=t.loss.state_dict(), history=history))
+    if acc.is_main_process:
+        runs.save_state(out, dict(net=t.net.state_dict(), loss=t.loss.state_dict(), history=history))
     acc.wait_for_everyone()
 
 
@@ -769,7 +761,7 @@ def _train(loss, out, micro_batch):
 def test_two_processes_in_two_passes(tmp_path, loss):
     _train(loss, tmp_path / "one.pt", None)
     together(_train, loss, tmp_path / "two.pt", 5)
-    a, b = T.load_state(tmp_path / "one.pt"), T.load_state(tmp_path / "two.pt")
+    a, b = runs.load_state(tmp_path / "one.pt"), runs.load_state(tmp_path / "two.pt")
     for part in ("net", "loss"):
         for k in a[part]: torch.testing.assert_close(a[part][k], b[part][k], rtol=1e-5, atol=1e-6)
     for r, s in zip(a["history"], b["history"]): assert r == pytest.approx(s, rel=1e-4, abs=1e-6)
