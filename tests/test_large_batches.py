@@ -3,7 +3,6 @@
 And the cross-batch memory."""
 import copy, json, random
 from collections import deque
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
