@@ -183,13 +183,13 @@ def pick_device(device: str = "auto", # "auto": CUDA, else MPS, else CPU; or a n
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if str(device) == "auto": return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     try: d = torch.device(device)
-    except RuntimeError as e: raise UserError(f"unknown device {device!r}; try 'auto', 'cpu', 'cuda' or 'mps'.") from e
-    # tensors on "meta" have no values
-    if d.type == "meta": raise UserError("unknown device 'meta'; try 'auto', 'cpu', 'cuda' or 'mps'.")
+    except RuntimeError as e: raise ValueError(f"unknown device {device!r}; try 'auto', 'cpu', 'cuda' or 'mps'.") from e
+    if d.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise UserError(f"nothing can be trained on device {device!r}; use 'auto', 'cpu', 'cuda' or 'mps'.")
     missing = d.type == "cuda" and (d.index or 0) >= max(torch.cuda.device_count(), cuda)
     if missing or (d.type == "mps" and not mps):
-        raise UserError(f"device {device!r} was asked for, but torch {torch.__version__} finds none here; "
-                        "use 'auto' or 'cpu'.")
+        raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} finds none here; "
+                         "use 'auto' or 'cpu'.")
     return d
 
 # %% ../nbs/90_helpers.ipynb #da479ef7

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .core import check_labels
 from .helpers import Registry, UserError, nearest
-from .metrics import _KS, _check_levels, _check_pair, _embeddings, _retrieval, evaluate
+from .metrics import _KS, check_levels, check_pair, check_rows, evaluate, make_retrieval
 from .retrieval import parse_memory
 from .schemas import Count, schema_of
 
@@ -59,13 +59,13 @@ def evaluate_protocol(embeddings: Tensor, # [N, D], one row per row of the test 
 def _checked(embeddings, labels, kind, meta):
     "Checked embeddings and labels of all rows, so that messages count rows as the caller does."
     three = kind == "dyml" and meta is not None and "benchmark" in meta
-    if not three and kind != "landmarks": return _check_pair(embeddings, labels, "embeddings")
+    if not three and kind != "landmarks": return check_pair(embeddings, labels)
     # a level that was not labelled is -1: such labels are no hierarchy
     y = torch.as_tensor(labels)
     if three and y.ndim != 2:
         raise ValueError(f"dyml: the three benchmarks need labels [N, 3], got shape {tuple(y.shape)}.")
     if y.ndim == 1: y = y[:, None]
-    emb, y = _embeddings(embeddings, "embeddings"), torch.cat([check_labels(c) for c in y.split(1, 1)], 1)
+    emb, y = check_rows(embeddings), torch.cat([check_labels(c) for c in y.split(1, 1)], 1)
     if len(emb) != len(y): raise ValueError(f"{len(emb)} embeddings but {len(y)} labels.")
     return emb, y
 
@@ -164,7 +164,7 @@ def _level_means(out, levels):
 def _dyml(emb, labels, meta, args):
     "Three benchmarks, one per level, each with its own queries inside its gallery; or all levels on one gallery."
     own = {k: v for k, v in args.items() if k not in ("levels", "ks", "metrics", "exclude_self")}
-    ks, metrics, levels = args.get("ks", ()), args.get("metrics"), _check_levels(args.get("levels"), labels.shape[1])
+    ks, metrics, levels = args.get("ks", ()), args.get("metrics"), check_levels(args.get("levels"), labels.shape[1])
     ks = sorted({*_DYML_KS, *(ks if np.iterable(ks) else (ks,))})
     metrics = ("AP", "ASI", "R@k") if metrics is None else (metrics,) if isinstance(metrics, str) else tuple(metrics)
     if meta is not None and "benchmark" in meta:
@@ -340,12 +340,9 @@ def _ap_at_k(first, relevant, N, k):
 def _all_ap_at_k(g, q, relevant, k, device, max_memory):
     "AP@k of each query."
     # without classes the rows keep their order
-    r = _retrieval(g, torch.full((len(g),), -1), q, torch.full((len(q),), -1), True, None, device)
-    work, out = torch.device("cpu") if r.device.type == "mps" else r.device, []
-    for a, scores in r._blocks(r._rows(max_memory)):
-        first = _first(scores[:, :r.N].to(work), min(k, r.N))
-        out.append(_ap_at_k(first, relevant[a:a + len(scores)], r.N, k))
-    return np.concatenate(out)
+    r = make_retrieval(g, torch.full((len(g),), -1), q, torch.full((len(q),), -1), device=device)
+    ap = lambda b: _ap_at_k(_first(b.found, min(k, r.N)), relevant[b.first:b.first + len(b)], r.N, k)
+    return np.concatenate([ap(block) for block in r.blocks(r.rows(max_memory, lists=False))])
 
 # %% ../nbs/28_protocols.ipynb #bf494532
 @PROTOCOLS.register("landmarks")

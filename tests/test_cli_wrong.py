@@ -48,7 +48,7 @@ WRONG = [
     ("reproduce --dataset folder --data-dir nbs", "--dataset folder: "),
     ("reproduce --data-dir /nowhere", "no such file or folder"),
     ("reproduce --device gpu", "unknown device"),
-    ("reproduce --device meta", "unknown device"),
+    ("reproduce --device meta", "device 'meta'"),
     ("reproduce --engine ray", "not available yet"),
     ("reproduce --engine locl", "Did you mean 'local'"),
     ("reproduce --seeds 0", "'0' is not a whole number from 1"),
@@ -216,7 +216,7 @@ WRONG = [
     (f"{EVALUATE} --relevance '{{'", "is not JSON"),
     (f"{EVALUATE} --relevance '{{\"kind\": \"pop\", \"alpha\": \"x\"}}'", "alpha"),
     (f"{EVALUATE} --relevance {{deep}}", "nested too deeply"),
-    ("evaluate {good} --device meta", "unknown device"),
+    ("evaluate {good} --device meta", "device 'meta'"),
     ("evaluate --run {key} --store {store} --device gpu", "unknown device"),
     ("evaluate --run {key} --store {store} --relevance '{\"kind\": \"map\", \"weights\": [1]}'", "weights"),
 
@@ -234,7 +234,7 @@ WRONG = [
     (f"{TOY} --image-size 0", "'0' is not a whole number from 1"),
     (f"{TOY} --image-size 1000000", "from 1 to 8,192"),
     (f"{TOY} --pooling mean", "pooling"),
-    (f"{TOY} --device meta", "unknown device"),
+    (f"{TOY} --device meta", "device 'meta'"),
     (f"{TOY} --dataset folder --data-dir nowhere", "no such file or folder"),
 
     # ---- cluster
