@@ -27,7 +27,7 @@ setup(
     keywords=cfg["keywords"],
     license="Apache-2.0",
     packages=find_packages(include=["hapnb", "hapnb.*"]),
-    package_data={"hapnb": ["assets/*"]},
+    package_data={"hapnb": ["assets/*", "assets/recipes/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=listed("requirements"),
     extras_require={extra: listed(f"{extra}_requirements") for extra in ("dev", "pml", "huggingface")},

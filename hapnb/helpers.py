@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'DATASETS', 'SAMPLERS', 'TRUNKS', 'MANIFEST', 'UserError', 'nearest', 'check_number', 'check_flag',
-           'check_fields', 'Registry', 'late_names', 'readable', 'transforming', 'set_seed', 'pick_device',
-           'atomic_path', 'write_atomic', 'derive_seed', 'cache_folder', 'file_hash', 'repo_root', 'commit', 'hardware',
-           'locked', 'Damaged', 'hash_of', 'files_in', 'write_manifest', 'read_manifest', 'check_files', 'made_once']
+           'check_fields', 'check_choice', 'Registry', 'late_names', 'readable', 'transforming', 'set_seed',
+           'pick_device', 'atomic_path', 'write_atomic', 'derive_seed', 'cache_folder', 'file_hash', 'repo_root',
+           'commit', 'hardware', 'locked', 'Damaged', 'hash_of', 'files_in', 'write_manifest', 'read_manifest',
+           'check_files', 'made_once']
 
 # %% ../nbs/90_helpers.ipynb #cc103ccb
 import contextlib, difflib, functools, hashlib, importlib, json, math, multiprocessing, os, platform, random
@@ -63,6 +64,15 @@ def check_fields(what: str, # what has the fields, such as "RunConfig"
     known = list(known)
     for n in names:
         if n not in known: raise ValueError(f"{what} has no field {n!r}.{nearest(n, known)} Known: {', '.join(known)}.")
+
+# %% ../nbs/90_helpers.ipynb #2ff98dc2
+def check_choice(what: str, # what it is, such as "verdict"
+                 value, # what the user gave
+                 known): # what exists
+    "Check that a value is one of those that exist; `UserError` with the nearest one."
+    if any(value is k or value == k for k in known): return value
+    names = [str(k) for k in known]
+    raise UserError(f"unknown {what} {value!r}.{nearest(str(value), names)} Known: {', '.join(names) or 'none'}.")
 
 # %% ../nbs/90_helpers.ipynb #5f32000a
 class Registry:

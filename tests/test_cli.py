@@ -279,11 +279,11 @@ def test_all_recipes_are_listed(call):
 def test_a_dry_run_with_and_without_images(call, tmp_path):
     argv = ["train", "--recipe", "hist/cub-resnet50", "--dry-run", "--trunk", "toy", "--image-size", 32, "--embed-dim", 16, "--device", "cpu"]
     status, out, _ = call(*argv)
-    assert status == 0 and all(t in out for t in ("published counts are used", "5,864 images of 100 classes", "183 steps an epoch, 7,503 in all", "optimiser: ", "time of the run on cpu", "left out: "))
+    assert status == 0 and all(t in out for t in ("published counts are used", "5,864 images of 100 classes", "183 steps per epoch, 7,503 in all", "optimiser: ", "time of the run on cpu", "left out: "))
     layouts_fine.make_cub(tmp_path, 8)
     status, out, _ = call(*argv, "--data-dir", tmp_path, "--dataset-args", '{"counts": false}')
     n = 8 * len(TRAIN)
-    assert status == 0 and f"data cub (counted): {n} images of {len(TRAIN)} classes" in out and f"{n // 32} steps an epoch, {41 * (n // 32)} in all" in out and "each in one process" in out
+    assert status == 0 and f"data cub (counted): {n} images of {len(TRAIN)} classes" in out and f"{n // 32} steps per epoch, {41 * (n // 32)} in all" in out and "each in one process" in out
     status, out, _ = call(*argv, "--data-dir", tmp_path)
     assert status == 0 and "cannot be loaded" in out and "5,864" in out
 

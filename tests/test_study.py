@@ -93,7 +93,7 @@ def test_paired_test_uses_common_seeds_and_says_what_is_wrong():
     assert paired_test(rows, "score", "method", "a").n[0] == 2
     assert paired_test(rows[rows.seed == 0], "score", "method", "a").verdict[0] == "one seed: not tested"
     with pytest.raises(ValueError, match="Did you mean 'score'"): paired_test(rows, "scor", "method", "a")
-    with pytest.raises(ValueError, match="no baseline"): paired_test(rows, "score", "method", "z")
+    with pytest.raises(ValueError, match="unknown baseline"): paired_test(rows, "score", "method", "z")
     with pytest.raises(ValueError, match="something else varies"): paired_test(pd.concat([rows, rows]), "score", "method", "a")
     with pytest.raises(ValueError, match="share no seed"): paired_test(rows[(rows.method == "a") == (rows.seed == 0)], "score", "method", "a")
 
@@ -106,7 +106,7 @@ def test_a_setting_whose_runs_all_failed_is_not_tested_and_the_others_are_kept()
     judge = lambda *pair: claim_better("P", "x", "score", rows, "score", "method", *pair)
     for pair in (("a", "b"), ("b", "a")): assert (judge(*pair).verdict, judge(*pair).value) == ("not tested here", "method b: 3 of 3 runs failed")
     assert judge("c", "a").value.endswith("(2 seeds); method c: 1 of 3 runs failed")
-    with pytest.raises(ValueError, match="no setting 'z'"): judge("z", "a")
+    with pytest.raises(ValueError, match="unknown setting of column 'method': 'z'"): judge("z", "a")
 
 
 def test_equal_scores_are_not_a_difference():
@@ -637,7 +637,7 @@ def test_equivalence_of_one_seed_and_wrong_names():
     assert alike(rows, others=[3]).verdict == "supported" and alike(rows).verdict == "not supported"
     for bad in (dict(others=[11]), dict(others=[]), dict(margin=0)):
         with pytest.raises(ValueError): alike(rows, **bad)
-    with pytest.raises(ValueError, match="no setting 4 in column 'layers'"): study.equivalence(rows, "score", "layers", 4)
+    with pytest.raises(ValueError, match="unknown setting of column 'layers': 4"): study.equivalence(rows, "score", "layers", 4)
     with pytest.raises(ValueError, match="something else varies"): alike(pd.concat([rows, rows]))
 
 
