@@ -13,10 +13,7 @@ import torch
 import numpy as np
 import pandas as pd
 
-from .build import build_trainer, read_data
-from .config import RunConfig
 from .helpers import hardware, nearest, UserError, write_atomic, _environment, _version
-from .train import make_accelerator
 
 # %% ../nbs/34_measure.ipynb #b5ba5f7d
 def time_pairs(functions: dict, # name -> function without arguments
@@ -42,7 +39,7 @@ def time_pairs(functions: dict, # name -> function without arguments
                 rows.append(dict(name=here[i], round=r, place=place, seconds=seconds))
     return pd.DataFrame(rows)
 
-# %% ../nbs/34_measure.ipynb #51137196
+# %% ../nbs/34_measure.ipynb #869b6c2c
 def _seconds(f, device):
     "Measure how long one call takes, with the work that it leaves to a GPU."
     sync = torch.cuda.synchronize if str(device).startswith("cuda") else lambda: None
@@ -75,7 +72,7 @@ def compare_times(times: pd.DataFrame, # of `time_pairs`
            for k, w in parts.items()]
     return pd.concat(out, axis=1).assign(n=wide.count())
 
-# %% ../nbs/34_measure.ipynb #809ef797
+# %% ../nbs/34_measure.ipynb #8162d779
 def machine(device: str = "cpu") -> str:
     "Name what a timing depends on: processor, threads, PyTorch, system."
     torch_version = _version("torch").split("+")[0]
@@ -156,13 +153,16 @@ class _Stopwatch:
         if self.device.type in ("cuda", "mps"): getattr(torch, self.device.type).synchronize()
 
 # %% ../nbs/34_measure.ipynb #fae78768
-def profile_run(cfg: RunConfig, # with freeze="trunk"
+def profile_run(cfg, # a `RunConfig` with freeze="trunk"
                 steps: int = 200, # at least so many of each kind
                 device = "auto",
                 path = None, # a .csv file to write the table to
                 data: tuple = None, # (training part, evaluation part) instead of the named dataset
                 ) -> pd.DataFrame: # part, ms (median per step), share of the step
     "Measure where the time of a training step goes; `UserError` with a `micro_batch`, a memory or a miner."
+    # late: the network libraries take seconds to load, and the front door of studies imports this module
+    from hapnb.build import build_trainer, read_data
+    from hapnb.train import make_accelerator
     if cfg.micro_batch:
         raise UserError("profile_run cuts a step of one pass into pieces; use cfg.replace(micro_batch=None).")
     if cfg.memory or cfg.miner:
@@ -179,7 +179,7 @@ def profile_run(cfg: RunConfig, # with freeze="trunk"
     if path is not None: write_atomic(path, table.to_csv(index=False))
     return table
 
-# %% ../nbs/34_measure.ipynb #67a74e7b
+# %% ../nbs/34_measure.ipynb #9653c7d3
 def _time_steps(trainer, batches, clock, least):
     "Time at least so many whole steps, then as many in pieces; give the seconds of the whole ones."
     whole = []
