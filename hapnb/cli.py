@@ -422,7 +422,7 @@ def _judged_by(run): # (meta, protocol) for `evaluate_protocol`
 # %% ../nbs/63_cli.ipynb #3a0b6683
 def _find_run(store, key):
     "The folder of a finished run, found by the beginning of its key."
-    keys = sorted(p.parent.name for p in store.glob("*/metrics.json"))
+    keys = sorted(p.parent.name for p in store.glob("*/manifest.json"))
     hits = [k for k in keys if k.startswith(Path(key).name)]
     if len(hits) != 1: raise WrongUse(f"{len(hits)} finished runs in {store} begin with {key!r}" + (f": {', '.join(hits[:5])}." if hits else f"; there are {len(keys)}." + nearest(key, keys)))
     return store / hits[0]

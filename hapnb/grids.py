@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from hapnb.helpers import check_files, Damaged, DATASETS, LOSSES, MANIFEST, nearest, pick_device, SAMPLERS, TRUNKS, write_atomic, \
-    _forced_at
+from .helpers import (
+    check_files, Damaged, DATASETS, LOSSES, MANIFEST, nearest, pick_device, SAMPLERS, TRUNKS, write_atomic, _forced_at)
 from .workers import Progress, slots, Workers
 
 # %% ../nbs/37b_grids.ipynb #a9c3f45a
@@ -87,7 +87,8 @@ def read_run(store, # the run store
         return None
     return _numbers(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
 
-def _numbers(metrics): return {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+def _numbers(metrics):
+    return {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 # %% ../nbs/37b_grids.ipynb #8cc87bca
 def _work(cfg, store, device, runner):
@@ -131,7 +132,7 @@ def run_grid(configs, # a `Grid`, or a list of `RunConfig`
              jobs: int = None, # runs at a time; default: one per core, or one per GPU
              device: str = "auto", # "auto", "cpu", "cuda", "cuda:1", "mps"
              progress: bool = True, # report runs as they finish
-             on_error: str = "raise", # "raise" a `RunError` at the end, or "keep" failed runs as rows with NaN (unless all failed)
+             on_error: str = "raise", # "raise" a `RunError` at the end, or "keep" failed runs as rows with NaN
              runner=None, # function (cfg, store, device, progress) -> object with .metrics; default `hapnb.train.run`
              ) -> pd.DataFrame: # one row per run: labels, fields that vary, metrics, seed, key, error
     "Do every run that is not finished, read the others back, and give one row per run."
@@ -156,7 +157,9 @@ def _do(todo, names, store, jobs, device, progress, runner):
     found = {} if runner is not None else prepare_features(todo, device, progress)
     todo = {k: c for k, c in todo.items() if k not in found}
     local = {k: c for k, c in todo.items() if is_local(c, runner)}
-    away = {k: (c, store, "cuda" if device.type == "cuda" else str(device), runner) for k, c in todo.items() if k not in local}
+    # a worker sees one GPU only
+    there = "cuda" if device.type == "cuda" else str(device)
+    away = {k: (c, store, there, runner) for k, c in todo.items() if k not in local}
     report = Progress(names, len(todo), progress)
     if local and progress: print(f"{len(local)} run(s) use what is defined in this notebook: done here, one at a time.")
     try:
@@ -208,8 +211,10 @@ def _names(configs, keys):
     vary = [f for f in _varying(configs) if not isinstance(getattr(configs[0], f), dict)]
     for n in range(min(len(vary), 3) + 1):
         for fields in itertools.combinations(vary, n):
-            names = [", ".join([*map(str, l.values()), *[f"{f} {getattr(c, f)}" for f in fields if f not in l], f"seed {c.seed}"])
-                     for c, l in zip(configs, configs.labels)]
+            def name(c, labels):
+                more = [f"{f} {getattr(c, f)}" for f in fields if f not in labels]
+                return [*labels.values(), *more, f"seed {c.seed}"]
+            names = [", ".join(map(str, name(c, l))) for c, l in zip(configs, configs.labels)]
             if len(set(zip(names, keys))) == len(set(names)): return dict(zip(keys, names))
     return dict(zip(keys, names))
 
@@ -228,8 +233,9 @@ def _rows(configs, keys, found):
 def _complaint(failed, total, store):
     "The closing message of a grid with failed runs."
     shown = failed.drop(columns=["key"]).head(5).to_dict("records")
-    names = [", ".join(f"{k} {v}" for k, v in row.items() if k != "error" and not pd.isna(v)) + f": {row['error']}" for row in shown]
-    listed = "\n  ".join(names) + (f"\n  and {len(failed) - 5} more" if len(failed) > 5 else "")
+    def say(row): return ", ".join(f"{k} {v}" for k, v in row.items() if k != "error" and not pd.isna(v))
+    listed = "\n  ".join(f"{say(row)}: {row['error']}" for row in shown)
+    if len(failed) > 5: listed += f"\n  and {len(failed) - 5} more"
     if len(failed) == total: return f"all {total} runs failed.\n  {listed}\nMend the cause and start again."
     return (f"{len(failed)} of {total} runs failed; the others are kept in {store}.\n  {listed}\n"
             "Mend the cause and start again: only these runs are done. To go on without them: on_error='keep'.")

@@ -19,10 +19,10 @@ import numpy as np
 
 # %% ../nbs/90_helpers.ipynb #52db6f09
 class UserError(ValueError):
-    "A mistake in what the user gave. The message names the file, row or value and says what to do; commands exit with 2."
+    "A mistake in what the user gave; the message names the file, row or value and says what to do."
 
 # %% ../nbs/90_helpers.ipynb #cbd72fea
-def nearest(name: str, # what somebody wrote
+def nearest(name: str, # a name as the user wrote it
             names, # what exists
             ) -> str: # ` Did you mean 'x'?`, or an empty string where nothing is near
     "Suggest the name nearest to a misspelt one."
@@ -33,16 +33,16 @@ def nearest(name: str, # what somebody wrote
 
 # %% ../nbs/90_helpers.ipynb #ac3e47eb
 def check_number(name: str, # what to call it in a message, such as "tau"
-                 value, # what somebody gave
+                 value, # what the user gave
                  above: float = None, # it must be larger than this
                  least: float = None, # or at least this
                  whole: bool = False, # must it be a whole number?
                  ): # the same value
-    "Check that an argument is a finite number in its range; anything else, NaN, text and truth values included, is a `ValueError`."
+    "Check that an argument is a finite number in its range; NaN, text and truth values are a `ValueError`."
     try: number = math.nan if isinstance(value, (bool, str)) else float(value)
     except (TypeError, ValueError): number = math.nan
-    good = math.isfinite(number) and not (whole and number % 1) and (above is None or number > above) and (least is None or number >= least)
-    if good: return int(value) if whole else value
+    inside = (above is None or number > above) and (least is None or number >= least)
+    if math.isfinite(number) and inside and not (whole and number % 1): return int(value) if whole else value
     bound = f"above {above:g}" if above is not None else f"{least:g} or more" if least is not None else ""
     if whole: want = "a whole number" + (f", {bound}" if bound else "")
     else: want = f"{bound} and finite" if bound else "a finite number"
@@ -58,7 +58,7 @@ def check_flag(name: str, # what to call it in a message, such as "strict"
 
 # %% ../nbs/90_helpers.ipynb #2c4b616c
 def check_fields(what: str, # what has the fields, such as "RunConfig"
-                 names, # what somebody gave
+                 names, # what the user gave
                  known): # what exists
     "Check the names of fields; `ValueError` with the nearest known one."
     known = list(known)
@@ -79,12 +79,12 @@ class Registry:
     "A table from names to classes or functions, with errors that help."
     def __init__(self,
                  kind: str, # what is registered, for the messages: "loss", "dataset", ...
-                 late: dict = None, # name, or prefix that ends in "/" -> module that registers it, imported when it is asked for
+                 late: dict = None, # name, or prefix that ends in "/" -> module that registers it when it is imported
                  ):
         self.kind, self.late, self._items = kind, dict(late or {}), {}
 
     def register(self, name: str = None): # the public name; default: the object's own
-        "Decorate a class or function to make it known under `name`; one for a prefix (`\"pml/\"`) is called with the rest of the name."
+        "Decorate what is known under `name`; an entry for a prefix (`\"pml/\"`) is called with the rest of the name."
         def add(obj):
             self._items[name or obj.__name__] = obj
             return obj
@@ -101,7 +101,7 @@ class Registry:
             if n not in self._items and n in self.late: importlib.import_module(self.late[n])
         if name in self._items: return self._items[name]
         if slash and prefix + slash in self._items: return self._items[prefix + slash](rest)
-        raise ValueError(f"unknown {self.kind} {name!r}.{nearest(name, self.names())} Known: {', '.join(self.names())}.")
+        check_choice(self.kind, name, self.names())
 
     def __contains__(self, name): return name in self._items or name in self.late
     def __repr__(self): return f"Registry({self.kind}: {', '.join(self.names())})"
@@ -185,7 +185,8 @@ def pick_device(device: str = "auto", # "auto": CUDA, else MPS, else CPU; or a n
     try: d = torch.device(device)
     except RuntimeError as e: raise ValueError(f"unknown device {device!r}; try 'auto', 'cpu', 'cuda' or 'mps'.") from e
     if (d.type == "cuda" and not cuda) or (d.type == "mps" and not mps):
-        raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} finds none here; use 'auto' or 'cpu'.")
+        raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} finds none here; "
+                         "use 'auto' or 'cpu'.")
     return d
 
 # %% ../nbs/90_helpers.ipynb #da479ef7
@@ -197,15 +198,19 @@ def atomic_path(path): # where the file shall be
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     except OSError as e:
-        raise OSError(e.errno, f"cannot write {path} ({e.strerror}): is the disk full or the folder read-only? Choose another place") from e
+        raise _unwritable(path, e, "Choose another place") from e
     os.close(handle)
     try:
         yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+        # mkstemp makes files that only their owner can read
+        os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except OSError as e:
-        raise OSError(e.errno, f"cannot write {path} ({e.strerror}): is the disk full or the folder read-only? Nothing else was changed") from e
+        raise _unwritable(path, e, "Nothing else was changed") from e
     finally: Path(name).unlink(missing_ok=True)
+
+def _unwritable(path, e, then):
+    return OSError(e.errno, f"cannot write {path} ({e.strerror}): is the disk full or the folder read-only? {then}")
 
 def _umask():
     mask = os.umask(0)
@@ -245,12 +250,14 @@ def _seeded(seed):
 # %% ../nbs/90_helpers.ipynb #2789929d
 def cache_folder() -> Path: # or None, with a warning, where nothing can be written
     "Find the folder for features."
-    path = Path(os.environ.get("HAPNB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hapnb").expanduser()
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hapnb"
+    path = Path(os.environ.get("HAPNB_CACHE") or usual).expanduser()
     try:
         write_atomic(path / f".writable-{os.getpid()}", "").unlink()
         return path
     except OSError as e:
-        warnings.warn(f"features are kept in memory only: {e}. Set HAPNB_CACHE to a folder that can be written.", RuntimeWarning)
+        warnings.warn(f"features are kept in memory only: {e}. Set HAPNB_CACHE to a folder that can be written.",
+                      RuntimeWarning, stacklevel=2)
         return None
 
 # %% ../nbs/90_helpers.ipynb #a326dd06
@@ -262,7 +269,8 @@ def file_hash(path) -> str:
     return h.hexdigest()
 
 # %% ../nbs/90_helpers.ipynb #e17b20ed
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS",
+            "VECLIB_MAXIMUM_THREADS")
 
 @contextlib.contextmanager
 def _environment(**values):
@@ -283,8 +291,9 @@ def _follow_parent():
 
 # %% ../nbs/90_helpers.ipynb #0cb6b340
 def repo_root(start=None) -> Path: # None if there is none
-    "Find the project: the folder at or above `start` (default: here, then this package) that has `nbs/` and `settings.ini`."
-    for first in [start] if start else [Path.cwd(), Path(__file__).parent if "__file__" in globals() else Path.cwd()]:
+    "Find the project: the folder with `nbs/` and `settings.ini` at or above `start`, here, or this package."
+    package = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+    for first in [start] if start else [Path.cwd(), package]:
         first = Path(first).expanduser().absolute()
         for p in [first, *first.parents]:
             if (p / "settings.ini").exists() and (p / "nbs").is_dir(): return p
@@ -312,7 +321,8 @@ def hardware(device: str = "auto") -> str:
     device, name = pick_device(device), platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        name = next((l.split(":", 1)[1].strip() for l in info.read_text().splitlines() if l.startswith("model name")), name)
+        models = [l.split(":", 1)[1].strip() for l in info.read_text().splitlines() if l.startswith("model name")]
+        name = next(iter(models), name)
     text = f"{name}, {os.cpu_count()} cores"
     if device.type == "cuda":
         import torch
@@ -359,7 +369,7 @@ def files_in(folder) -> list: # relative paths with "/", sorted
 def write_manifest(folder, # of finished results
                    names=None, # files to list; default: all
                    **note): # more to keep: plain values
-    "Write `manifest.json` with the SHA-256 of every file of a folder; it comes last and says that the folder is finished."
+    "Write `manifest.json` with the SHA-256 of a folder's files; it comes last and says that the folder is finished."
     hashes = {n: file_hash(Path(folder) / n) for n in (files_in(folder) if names is None else sorted(names))}
     write_atomic(Path(folder) / MANIFEST, json.dumps({**note, "files": hashes}, indent=1, sort_keys=True) + "\n")
 
@@ -385,7 +395,7 @@ def check_files(folder, # with a manifest
         if n not in manifest["files"]: raise Damaged(f"{Path(folder) / MANIFEST} does not list {n}: {remedy}")
         if not path.is_file(): raise Damaged(f"{path} is missing: {remedy}")
         if hash_of(path) != manifest["files"][n]:
-            raise Damaged(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}. {remedy[0].upper()}{remedy[1:]}")
+            raise Damaged(f"{path} is damaged (its SHA-256 is not the one in {MANIFEST}): {remedy}")
     return manifest
 
 # %% ../nbs/90_helpers.ipynb #52cc2249
@@ -426,6 +436,8 @@ def _why_not(path, recipe, since):
     if not path.exists() or not _note_of(path).exists() or _note_of(path).stat().st_mtime < since: return ""
     try: note = json.loads(_note_of(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError): return f"{_note_of(path)} is damaged"
-    if not isinstance(note, dict) or note.get("recipe") != _plain_json(recipe): return "it was made from other settings or data"
-    if note.get("files") != {n: hash_of(p) for n, p in _parts(path)}: return "its content is not what was written (SHA-256)"
+    if not isinstance(note, dict) or note.get("recipe") != _plain_json(recipe):
+        return "it was made from other settings or data"
+    if note.get("files") != {n: hash_of(p) for n, p in _parts(path)}:
+        return "its content is not what was written (SHA-256)"
     return None

@@ -27,7 +27,8 @@ from .helpers import UserError, pick_device, write_atomic
 from .schemas import Count, Fraction, schema_of
 from .graphs import (Graph, Level, canonical_order, cluster_means, find_parents, find_roots, knn_graph,
                           same_class, supervised_density, training_levels)
-from .train import Diverged, load_state, save_state
+from .runs import load_state, save_state
+from .train import Diverged
 from .helpers import _seeded, derive_seed
 
 # %% ../nbs/48_hilander.ipynb #65a40396

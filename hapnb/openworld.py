@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
 
-from .helpers import atomic_path, check_fields, check_number, nearest, pick_device, write_atomic, _forced_at
+from .helpers import (
+    atomic_path, check_fields, check_number, nearest, pick_device, write_atomic, write_manifest, _forced_at)
 from .datasets import RetrievalDataset, deal_open_world, fingerprint_of, renumber
 from .data import read_text
 from .runs import Result, is_finished, environment, run, _lock
@@ -698,6 +699,7 @@ def _finish(run):
     about = environment(run.device) | dict(data=dict(name=run.parts.whole.name, images=len(run.rows), fingerprint=run.state.fingerprint))
     write_atomic(run.state.path / "environment.json", json.dumps(about, indent=1, sort_keys=True) + "\n")
     write_atomic(run.state.path / "metrics.json", json.dumps(flat, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    write_manifest(run.state.path, ["config.json", "environment.json", "metrics.json"], key=run.state.path.name)
 
 # %% ../nbs/50_openworld.ipynb #9cbe7c3d
 class OpenWorldResult:

@@ -19,7 +19,7 @@ from .build import build_net, build_trainer, check_run, embed_part, evaluate_run
 from .config import load_splits, RunConfig, _weights_id
 from .helpers import (
     check_files, Damaged, locked, MANIFEST, read_manifest, UserError, write_atomic, write_manifest, _forced_at)
-from .train import Diverged, make_accelerator, Trainer, _launched, _world
+from .train import Diverged, make_accelerator, _launched, _world
 
 # %% ../nbs/33_runs.ipynb #c92daa2f
 @functools.lru_cache(maxsize=1)
@@ -175,7 +175,7 @@ def _repr_markdown_(self: Result):
     title = f"**{self.config.loss}** on {self.config.dataset}, seed {self.config.seed} (`{self.key}`)"
     return f"{title}\n\n| metric | value |\n|---|---|\n{rows}"
 
-# %% ../nbs/33_runs.ipynb #b635a118
+# %% ../nbs/33_runs.ipynb #0f88da55
 def save_state(path, state: dict, # tensors and plain values
                **note): # plain values that a reader must ask for, such as key="3f2a"
     "Write a checkpoint with a checksum, whole or not at all."
@@ -185,17 +185,18 @@ def save_state(path, state: dict, # tensors and plain values
     head = json.dumps({**note, "sha256": hashlib.sha256(kept).hexdigest()}, sort_keys=True)
     write_atomic(path, head.encode() + b"\n" + kept)
 
-# %% ../nbs/33_runs.ipynb #9df3cc10
+# %% ../nbs/33_runs.ipynb #e6996583
 def load_state(path, **note) -> dict:
     "Read what `save_state` wrote with the same note, never running code from the file; `Damaged` for anything else."
     head, _, kept = Path(path).read_bytes().partition(b"\n")
+    want = {**note, "sha256": hashlib.sha256(kept).hexdigest()}
     try: found = json.loads(head)
-    except (ValueError, RecursionError): found = None
-    if found != {**note, "sha256": hashlib.sha256(kept).hexdigest()}:
+    except (ValueError, RecursionError): found = {}
+    if not isinstance(found, dict) or {k: found.get(k) for k in want} != want:
         raise Damaged(f"{path} is damaged, or a checkpoint of another run.")
     return torch.load(io.BytesIO(kept), map_location="cpu", weights_only=True)
 
-# %% ../nbs/33_runs.ipynb #f7f5d27d
+# %% ../nbs/33_runs.ipynb #c285bbc6
 def _resume(trainer, path, progress) -> bool: # False: the trainer may be half changed
     "Go on from a checkpoint, if there is one that can be used."
     if not (path / "state.pt").exists(): return True
@@ -277,7 +278,7 @@ def _make_run(cfg, path, data, made, accelerator, progress, save_every, workers,
     z = measure()
     if keep.main: _finish(cfg, path, data, trainer, z, began)
 
-# %% ../nbs/33_runs.ipynb #1d685447
+# %% ../nbs/33_runs.ipynb #98deee85
 def _kept_what(e, path, trainer, main):
     "The error of a run that diverged, with what its folder holds."
     if main and trainer.history: _history(path, trainer)
@@ -300,7 +301,7 @@ class _Checkpoints:
         self.saved = time.monotonic()
         self.cost = self.saved - began
 
-# %% ../nbs/33_runs.ipynb #a4482678
+# %% ../nbs/33_runs.ipynb #17cd2227
 class _Reporter:
     "Say how training goes, and hand each row of the history to the caller."
     def __init__(self, cfg, keep, trainer, progress, on_epoch):

@@ -17,7 +17,7 @@ from .helpers import nearest, UserError
 
 # %% ../nbs/91_schemas.ipynb #7580decd
 class Schema(BaseModel):
-    "Base of all settings that a user may pass as a dictionary. Fields are declared as in pydantic, with `Field(default, ge=..., description=...)`."
+    "Base of all settings that a user may pass as a dictionary; fields are declared as in pydantic, with `Field`."
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     @classmethod
@@ -30,7 +30,7 @@ class Schema(BaseModel):
         if values is not None and not isinstance(values, Mapping):
             raise UserError(f"{where} must be a dictionary, got {_short(values)}.")
         try: return cls.model_validate(plain(values or {}, where))
-        except ValidationError as e: raise UserError(_sentence(cls, where, e.errors()[0])) from None
+        except ValidationError as e: raise UserError(_sentence(cls, where, min(e.errors(), key=lambda x: x["type"] != "extra_forbidden"))) from None
 
     def given(self) -> dict:
         "The settings that were given, without defaults."
@@ -41,7 +41,7 @@ def plain(v, # what a user gave
           where: str, # what to call it in a message
           depth: int = 12, # how deep lists and dictionaries may be nested
           ):
-    "Copy a nested value into plain Python: mappings become dictionaries, lists become tuples, NumPy's numbers become Python's."
+    "Copy a nested value into plain Python: dictionaries, tuples for lists, Python's numbers for NumPy's."
     if depth == 0: raise UserError(f"{where} is nested too deeply: lists and dictionaries may go 12 levels down.")
     if isinstance(v, np.generic): return v.item()
     if isinstance(v, Mapping):
@@ -66,16 +66,20 @@ def _sentence(schema, where, error):
         return f"{place} has no setting {name!r}.{nearest(name, known)} It takes: {', '.join(known) or 'none'}."
     if error["type"] == "missing": return f"{place} needs {name!r}."
     hint = ""
-    if isinstance(error["input"], str) and "number" in error["msg"] or error["type"] in ("float_type", "int_type") and isinstance(error["input"], str):
+    wants_number = "number" in error["msg"] or error["type"] in ("float_type", "int_type")
+    if isinstance(error["input"], str) and wants_number:
         hint = " (YAML reads 1e-4 as text: write 1.0e-4)"
-    said = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("Assertion failed, ")
-    if error["type"] in ("value_error", "assertion_error"): return f"{place}: {said}" + ("" if said.endswith(".") else ".")
+    said = error["msg"]
+    for prefix in ("Value error, ", "Input should be ", "Assertion failed, "): said = said.removeprefix(prefix)
+    if error["type"] in ("value_error", "assertion_error"): return f"{place}: {said.rstrip('.')}."
     return f"{place}: {name!r} must be {said}, got {_short(error['input'])}{hint}."
 
 def _inner(schema, path):
     "The schema at a place inside a schema."
     for k in path:
-        for t in (schema.model_fields[k].annotation, *typing.get_args(schema.model_fields[k].annotation)) if k in schema.model_fields else ():
+        if k not in schema.model_fields: continue
+        annotation = schema.model_fields[k].annotation
+        for t in (annotation, *typing.get_args(annotation)):
             if inspect.isclass(t) and issubclass(t, BaseModel): schema = t
     return schema
 
@@ -112,7 +116,9 @@ def schema_of(function, # or a class: then its constructor
         fields[name] = (_kind(p.annotation, p.default), Field(default, description=said.get(name) or ""))
     open_end = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     made = create_model(function.__name__, __base__=Schema, **fields)
-    if open_end: made.model_config["extra"] = "allow"; made.model_rebuild(force=True)
+    if open_end:
+        made.model_config["extra"] = "allow"
+        made.model_rebuild(force=True)
     return made
 
 # %% ../nbs/91_schemas.ipynb #684cf076

@@ -118,7 +118,7 @@ def _grid(self: Table, style):
 
 # %% ../nbs/61_tables.ipynb #18ca1795
 def markdown_rows(head, body, # header, and lists of cells
-                  words: int = None, # first columns, left-aligned; the others hold numbers and are right-aligned; default: all
+                  words: int = None, # first columns, left-aligned; the others hold numbers, right-aligned; default: all
                   ) -> list: # lines
     "Write the lines of a GitHub Markdown table."
     def line(cells): return "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
@@ -286,7 +286,7 @@ def claim_equivalent(paper, claim, measured,
                      rows, metric, by, reference, others=None, # as in `equivalence`
                      margin: float = 0.01, level: float = 0.95, # likewise
                      scale: float = 100., unit: str = "points") -> Claim:
-    "Decide the claim that settings perform alike: supported if all differences lie inside the margin and no run failed."
+    "Decide the claim that settings perform alike: supported if all lie inside the margin and no run failed."
     e = equivalence(rows, metric, by, reference, others, margin, level)
     rest, start = e.iloc[1:], e.iloc[0]
     def say(g): return f"{by} {g:g}" if isinstance(g, (int, float, np.number)) else str(g)

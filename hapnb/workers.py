@@ -18,7 +18,7 @@ from .helpers import pick_device, _environment, _follow_parent, _THREADS
 
 # %% ../nbs/37_workers.ipynb #9fba70f0
 def _start_worker(modules, gpus, started, environment):
-    "Prepare a worker: the environment of its parent, one GPU of its own or one thread, and the modules that tasks need."
+    "Prepare a worker: its parent's environment, one GPU of its own or one thread, and the modules that tasks need."
     _follow_parent()
     # a worker that is forked from a server has the server's environment, which is older
     if environment is not None:
@@ -61,7 +61,8 @@ class Workers:
                  device, # a `torch.device`: "cuda" gives each worker one GPU, "cpu" one thread
                  modules=(), # names of modules that each worker imports first (they register losses, datasets, ...)
                  ):
-        self.function, self.tasks, self.jobs, self.device, self.modules = function, dict(tasks), jobs, device, list(modules)
+        self.function, self.tasks, self.jobs, self.device = function, dict(tasks), jobs, device
+        self.modules = list(modules)
         # future -> key of the tasks that run now
         self.running = {}
 
@@ -69,7 +70,8 @@ class Workers:
         suspects = yield from self._attempt(self.tasks, self.jobs)
         guilty = yield from self._attempt({k: self.tasks[k] for k in suspects}, 1)
         for key in guilty:
-            yield Outcome(key, None, "the worker process died twice (killed, or out of memory); try fewer --jobs or a smaller batch")
+            yield Outcome(key, None, "the worker process died twice (killed, or out of memory); "
+                                     "try fewer --jobs or a smaller batch")
 
 # %% ../nbs/37_workers.ipynb #5e4f9e1f
 @patch
@@ -118,7 +120,7 @@ def _submit(self: Workers, pool, context, waiting) -> bool: # False: these worke
         try: future = pool.submit(self.function, *args)
         except BrokenProcessPool: return False
         except (EOFError, ConnectionError):
-            # The server that workers are forked from is dead: interrupted while it imported, or killed. Go on without it.
+            # the server of workers is dead (interrupted while it imported, or killed): go on without it
             if context.get_start_method() != "forkserver": raise
             _SERVER["read"] = None
             return False
@@ -154,17 +156,18 @@ def _plain_main():
     finally: sys.modules["__main__"] = main
 
 # %% ../nbs/37_workers.ipynb #26d24f0f
-_SHARED = ("hapnb.runs", "hapnb.models", "hapnb.losses", "hapnb.samplers", "hapnb.protocols", "hapnb.emoji", "accelerate",
-           "safetensors.torch")
-_READ_EARLY = ("ACCELERATE", "ARROW", "ATEN", "HF_", "HOME", "HUGGING", "KMP_", "LANG", "LC_", "LD_", "PYTHON", "PYTORCH", "TIMM",
-               "TORCH", "TZ", "XDG_")
+_SHARED = ("hapnb.runs", "hapnb.models", "hapnb.losses", "hapnb.samplers", "hapnb.protocols", "hapnb.emoji",
+           "accelerate", "safetensors.torch")
+_READ_EARLY = ("ACCELERATE", "ARROW", "ATEN", "HF_", "HOME", "HUGGING", "KMP_", "LANG", "LC_", "LD_", "PYTHON",
+               "PYTORCH", "TIMM", "TORCH", "TZ", "XDG_")
 # what the imports of the server read when it was started
 _SERVER = {}
 
 def _read_early():
     "Collect what the server's imports depend on: variables, and the files of this package."
     files = Path(sys.modules[pick_device.__module__].__file__).parent.glob("*.py")
-    return {k: v for k, v in os.environ.items() if k.startswith(_READ_EARLY)}, {f.name: f.stat().st_mtime_ns for f in files}
+    read = {k: v for k, v in os.environ.items() if k.startswith(_READ_EARLY)}
+    return read, {f.name: f.stat().st_mtime_ns for f in files}
 
 # %% ../nbs/37_workers.ipynb #8c270762
 def worker_context(device):

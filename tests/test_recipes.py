@@ -13,7 +13,7 @@ from hapnb.models import test_transform as final_transform, train_transform
 import hapnb.recipes as R
 from hapnb.recipes import RECIPES, SOURCES, base_for, recipe, recipes_table
 from hapnb.config import RunConfig, load_splits, thaw
-from hapnb.runs import build_net, build_trainer, make_loss_for
+from hapnb.build import build_net, build_trainer, make_loss_for, read_data
 from hapnb.train import make_accelerator
 
 # optimiser, lr, distributions, hypergraph network, weight decay, step, epochs after warm-up, tau, alpha, lambda_s
@@ -308,7 +308,7 @@ def by_torch(cfg):
 def test_rehearsal(name):
     """Warm-up moves what is new and leaves the trunk's weights; then all moves. BatchNorm: nothing of it moves on CUB and Cars, all of it on SOP."""
     cfg = recipe(name).config(**TOY, epochs=4, schedule_args={"size": 2})
-    trainer, batches = build_trainer(cfg, load_splits(cfg)[0], make_accelerator("cpu"))
+    trainer, batches = build_trainer(cfg, read_data(cfg), make_accelerator("cpu"))
     norm = next(m for m in trainer.net.trunk.modules() if isinstance(m, nn.BatchNorm2d))
     parts = {"trunk": [p for p in trainer.net.trunk.parameters() if p is not norm.weight and p is not norm.bias], "norm": [norm.weight, norm.bias],
              "running": [norm.running_mean, norm.running_var], "head": [*trainer.net.head.parameters()],

@@ -12,7 +12,7 @@ from layouts_hier import glued, jpeg, put
 
 import hapnb.train as T
 from hapnb.recipes import RECIPES, recipe
-from hapnb.runs import build_trainer
+from hapnb.build import build_trainer, embed_part, evaluate_run, read_data
 from hapnb.config import load_splits, thaw
 from hapnb.train import make_accelerator
 
@@ -102,7 +102,7 @@ def test_two_steps(name, trees):
     cfg = shortened(name, trees)
     train, test = load_splits(cfg)
     accelerator = make_accelerator("cpu")
-    trainer, batches = build_trainer(cfg, train, accelerator)
+    trainer, batches = build_trainer(cfg, read_data(cfg), accelerator)
     seen = [weights(trainer)]
     trainer.fit(OneStep(batches), after_epoch=lambda trainer, row: seen.append(weights(trainer)))
     learns = {k for k, v in seen[0].items() if v}
@@ -112,10 +112,9 @@ def test_two_steps(name, trees):
     history = pd.DataFrame(trainer.history)
     assert len(history) == 2 and (history.grad_norm > 0).all() and history.loss.map(abs).max() < 1e3
     assert ("memory" in history) == bool(cfg.memory)
-    judge = T._Judge(cfg, test, accelerator, 0)
-    z = judge.embed(trainer.net)
+    z = embed_part(cfg, trainer.net, test)
     assert z.shape == (len(test), trainer.net.head.out_features)
-    metrics = judge.metrics(z)
+    metrics = evaluate_run(cfg, read_data(cfg), z)
     assert set(wanted(name)) <= set(metrics) and all(0 <= metrics[k] <= 1 for k in wanted(name))
     levels = {k.rpartition("_level")[2] for k in metrics if "_level" in k}
     if cfg.eval_levels: assert levels == {"0"} and "H-AP" not in metrics
@@ -126,11 +125,11 @@ def test_landmarks_train_with_levels_and_are_tested_on_the_whole_index(trees):
     "mAP@100 is the official one: no image of the index is left out, although some have no hierarchical label."
     cfg = shortened("suprank/gldv2", trees)
     train, test = load_splits(cfg)
-    judge = T._Judge(cfg, test, make_accelerator("cpu"), 0)
+    judge = _Judge(cfg, test, make_accelerator("cpu"), 0)
     z = torch.randn(len(test), 4, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     plain = load_splits(cfg.replace(dataset_args={**cfg.dataset_args, "levels": ()}))[1]
     assert train.labels.shape[1] == test.labels.shape[1] == 3 and (test.meta.part == "gallery").sum() == 18 and (test.labels == -1).any() and (train.labels >= 0).all()
-    assert judge.metrics(z)["mAP@100"] == T._Judge(cfg, plain, make_accelerator("cpu"), 0).metrics(z)["mAP@100"]
+    assert judge.metrics(z)["mAP@100"] == _Judge(cfg, plain, make_accelerator("cpu"), 0).metrics(z)["mAP@100"]
 
 
 @pytest.mark.parametrize("name", ["happier/dyml-vehicle-f", "happier/sop-csl", "roadmap/inat-resnet50-xbm", "roadmap/inshop-resnet50-smoothap"])
@@ -149,7 +148,7 @@ def test_bf16_trains_too(trees):
     cfg = shortened("happier/sop-f", trees).replace(precision="bf16")
     losses = []
     for c in (cfg, cfg.replace(precision="no")):
-        trainer, batches = build_trainer(c, load_splits(c)[0], make_accelerator("cpu", c.precision))
+        trainer, batches = build_trainer(c, read_data(c), make_accelerator("cpu", c.precision))
         trainer.fit(OneStep(batches))
         losses.append(trainer.history[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-2) and losses[0] != losses[1]
