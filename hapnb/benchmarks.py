@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'Source', 'add_source', 'source_of', 'lacking', 'find_root', 'read_rows', 'read_commas', 'absent_files',
-           'check_present', 'check_counts', 'from_official', 'fetch', 'missing', 'numbers', 'look_up', 'add_taxonomy',
-           'halves', 'load_cub', 'read_mat', 'read_annotations', 'first_of', 'cars_frame', 'load_cars', 'load_sop',
+           'check_present', 'from_official', 'fetch', 'missing', 'numbers', 'look_up', 'add_taxonomy', 'halves',
+           'load_cub', 'read_mat', 'read_annotations', 'first_of', 'cars_frame', 'load_cars', 'load_sop',
            'inshop_frame', 'load_inshop']
 
 # %% ../nbs/23_benchmarks.ipynb #61fd774e
@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 from fastcore.basics import patch
 
-from .data import LATER, need_dir, read_text, what_is_in, _loader_for
+from .data import LATER, check_arguments, need_dir, read_text, what_is_in
 from .datasets import check_split, fingerprint_of, from_frame, RetrievalDataset, some_sizes, SPLITS, table_hash
 from .files import download, is_unpacked, unpack
 from .helpers import DATASETS, nearest
@@ -162,14 +162,6 @@ def _compare_counts(found, # dict: images, classes
     if wrong := [f"{f:,} {n}, expected {w:,}" for n, f, w in pairs if w is not None and f != w]:
         raise ValueError(f"{what} has {'; '.join(wrong)}. These are the published numbers: fetch the data again, or give counts=False (hapnb train: --dataset-args '{{\"counts\": false}}') if you mean to use a part of them.")
 
-def check_counts(dataset: RetrievalDataset,
-                 counts: dict, # split -> {"images": n, "classes": (finest, ..., coarsest)}
-                 ) -> RetrievalDataset: # the same
-    "Compare a dataset with the published numbers of its split; `ValueError` gives both."
-    classes = tuple(len(set(column.tolist()) - {-1}) for column in dataset.labels.T)
-    if dataset.split in counts: _compare_counts(dict(images=len(dataset), classes=classes), counts[dataset.split], f"{dataset.name}/{dataset.split}")
-    return dataset
-
 # %% ../nbs/23_benchmarks.ipynb #3ce99183
 def from_official(frame: pd.DataFrame, # one row an image: path (relative, with "/"), split, the levels; other columns go to `meta`
                   root, # where the paths start
@@ -217,7 +209,7 @@ def missing(name: str, # a published dataset
             data_dir, # where you put it
             **kw) -> list: # sentences; none: everything is there
     "Say what is missing or wrong with a dataset on disk, an empty list if nothing is; `ValueError` for arguments that its loader does not take."
-    source, loader, out = source_of(name), _loader_for(name, kw), []
+    source, loader, out = source_of(name), check_arguments(name, kw), []
     for split in ("train", "test"):
         try: loader(split=split, data_dir=data_dir, **kw)
         except (OSError, ValueError) as e:

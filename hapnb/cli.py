@@ -681,7 +681,8 @@ def _put(values, text):
 # %% ../nbs/63_cli.ipynb #36678e2b
 def _open_config(a):
     "The `OpenWorldConfig` of the options."
-    from hapnb.openworld import OPEN_WORLD_RECIPES, OpenWorldConfig
+    from hapnb.openworld import OpenWorldConfig
+    from hapnb.openworld_recipes import OPEN_WORLD_RECIPES
     from hapnb.recipes import RECIPES
     known = {**OPEN_WORLD_RECIPES, **RECIPES}
     if a.recipe and a.recipe not in known: raise WrongUse(f"unknown recipe {a.recipe!r}.{nearest(a.recipe, known)} Of open-world learning: {', '.join(OPEN_WORLD_RECIPES)}; of training alone: hapnb train --list.")

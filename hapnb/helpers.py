@@ -261,9 +261,11 @@ def cache_folder() -> Path: # or None, with a warning, where nothing can be writ
         return None
 
 # %% ../nbs/90_helpers.ipynb #a326dd06
-def file_hash(path) -> str:
-    "SHA-256 of a file, read in pieces."
-    h = hashlib.sha256()
+def file_hash(path, # a file
+              kind: str = "sha256", # or "md5", which older sources publish
+              ) -> str: # hexadecimal
+    "Hash a file of any size, read in pieces."
+    h = hashlib.new(kind, usedforsecurity=False)
     with open(path, "rb") as f:
         while block := f.read(1 << 20): h.update(block)
     return h.hexdigest()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from hapnb import benchmarks, data
+from hapnb import benchmarks
 from hapnb.data import load
 from hapnb.benchmarks import missing, source_of
 from layouts_fine import CARS, CUB, INSHOP, SOP, lines, make_cars, make_cub, make_inshop, make_sop, taxonomy_cub
@@ -56,11 +56,11 @@ def test_counts_are_asserted(tmp_path, name, monkeypatch):
     ds = {s: load(name, s, root, counts=False) for s in ("train", "test")}
     small = {s: dict(images=len(x), classes=tuple(map(len, x.class_names))) for s, x in ds.items()}
     if name == "inshop": small |= {p: dict(images=int((ds["test"].meta.part == p).sum()), classes=(3,)) for p in ("query", "gallery")}
-    monkeypatch.setitem(data.SOURCES, name, dataclasses.replace(source_of(name), counts=small))
+    monkeypatch.setitem(benchmarks.SOURCES, name, dataclasses.replace(source_of(name), counts=small))
     for s in ("train", "fit", "val", "test", "all"): load(name, s, root)  # now they agree
     for part in small:
         wrong = {**small, part: {**small[part], "images": small[part]["images"] + 1}}
-        monkeypatch.setitem(data.SOURCES, name, dataclasses.replace(source_of(name), counts=wrong))
+        monkeypatch.setitem(benchmarks.SOURCES, name, dataclasses.replace(source_of(name), counts=wrong))
         with pytest.raises(ValueError, match=rf"{name}/{part} has {small[part]['images']} images, expected {small[part]['images'] + 1}"): load(name, "fit", root)
 
 
@@ -148,11 +148,11 @@ def test_damaged_label_files(tmp_path, name, file):
 def test_first_line_short_and_only_line_long(tmp_path):
     "A first line that is short must not decide what is short."
     lines(tmp_path / "a.txt", ["1 2", "1 2 3", "4 5 6"])
-    with pytest.raises(ValueError, match="line 1: 2 values, expected 3"): data.read_rows(tmp_path / "a.txt", ["a", "b", "c"])
+    with pytest.raises(ValueError, match="line 1: 2 values, expected 3"): benchmarks.read_rows(tmp_path / "a.txt", ["a", "b", "c"])
     lines(tmp_path / "a.txt", ["1 2 3 4", "1 2 3"])
-    with pytest.raises(ValueError, match="line 1: 4 values"): data.read_rows(tmp_path / "a.txt", ["a", "b", "c"])
+    with pytest.raises(ValueError, match="line 1: 4 values"): benchmarks.read_rows(tmp_path / "a.txt", ["a", "b", "c"])
     lines(tmp_path / "a.txt", ['"1 2" 3', "NA null 007"])
-    assert data.read_rows(tmp_path / "a.txt", ["a", "b", "c"]).values.tolist() == [['"1', '2"', "3"], ["NA", "null", "007"]]
+    assert benchmarks.read_rows(tmp_path / "a.txt", ["a", "b", "c"]).values.tolist() == [['"1', '2"', "3"], ["NA", "null", "007"]]
 
 
 # ---- CUB
@@ -357,23 +357,23 @@ def test_damaged_inshop(tmp_path):
 
 def test_fetch_by_hand_or_by_itself(tmp_path, monkeypatch):
     for name in ("cars", "inshop"):
-        with pytest.raises(ValueError, match="has to be fetched by hand: http"): data.fetch(name, tmp_path)
+        with pytest.raises(ValueError, match="has to be fetched by hand: http"): benchmarks.fetch(name, tmp_path)
     asked = []
     def fake(url, path, sha256, md5, progress):
         asked.append((url, md5)); path.parent.mkdir(parents=True, exist_ok=True)
         shutil.make_archive(str(tmp_path / "x"), "gztar", tmp_path / "made")
         return Path(shutil.copy(tmp_path / "x.tar.gz", path))
-    monkeypatch.setattr(data, "download", fake)
+    monkeypatch.setattr(benchmarks, "download", fake)
     make_cub(tmp_path / "made")
-    data.fetch("cub", tmp_path / "got", progress=False)
+    benchmarks.fetch("cub", tmp_path / "got", progress=False)
     assert asked == [("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78")]
     assert missing("cub", tmp_path / "got", counts=False) == []
 
 
 def test_fetch_leaves_tables_alone_and_says_what_is_left(tmp_path, monkeypatch, capsys):
     "The tables of Google Landmarks are no archives; its images are not fetched."
-    monkeypatch.setattr(data, "download", lambda url, path, sha256, md5, progress: path.parent.mkdir(parents=True, exist_ok=True) or path.write_text("id\n") and path)
-    data.fetch("gldv2", tmp_path / "gldv2", progress=False)
+    monkeypatch.setattr(benchmarks, "download", lambda url, path, sha256, md5, progress: path.parent.mkdir(parents=True, exist_ok=True) or path.write_text("id\n") and path)
+    benchmarks.fetch("gldv2", tmp_path / "gldv2", progress=False)
     assert {p.name for p in (tmp_path / "gldv2").iterdir()} == {a["name"] for a in source_of("gldv2").archives}
     said = capsys.readouterr().out
     assert "not all of Google Landmarks v2" in said and "train | images/train, index | images/index, test | images/test are missing" in said
@@ -385,17 +385,17 @@ def test_a_deleted_archive_is_not_fetched_again(tmp_path, monkeypatch):
     def fake(url, path, sha256, md5, progress):
         asked.append(url)
         return path if path.is_file() else Path(shutil.copy(tmp_path / "x.tar.gz", path))
-    monkeypatch.setattr(data, "download", fake)
+    monkeypatch.setattr(benchmarks, "download", fake)
     make_cub(tmp_path / "made")
     shutil.make_archive(str(tmp_path / "x"), "gztar", tmp_path / "made")
     (got := tmp_path / "got").mkdir()
-    data.fetch("cub", got, progress=False)
+    benchmarks.fetch("cub", got, progress=False)
     (got / "CUB_200_2011.tgz").unlink()
-    data.fetch("cub", got, progress=False)
+    benchmarks.fetch("cub", got, progress=False)
     assert len(asked) == 1
     next(got.glob("CUB_200_2011/images/*/*.jpg")).unlink()
     with pytest.raises(FileNotFoundError, match=r"Unpack the archive again: hapnb.data.fetch\('cub', DIR, again=True\)\."): load("cub", "train", got, counts=False)
-    data.fetch("cub", got, progress=False, again=True)
+    benchmarks.fetch("cub", got, progress=False, again=True)
     assert len(asked) == 2 and missing("cub", got, counts=False) == []
 
 
@@ -422,3 +422,27 @@ def test_what_lies_beside_the_data_does_not_matter(tmp_path, name):
     finally:
         for p in [root, *root.rglob("*")]: p.chmod(0o755)
     assert after.check() and (len(after), after.fingerprint) == (len(before), before.fingerprint) and torch.equal(after.labels, before.labels)
+
+
+def test_find_root(tmp_path):
+    (tmp_path / "given" / "inside").mkdir(parents=True)
+    (tmp_path / "given" / "inside" / "b.txt").write_text("x")
+    benchmarks.add_source(benchmarks.Source("found", "Found", "p", "https://example.org", "1 MB", "unknown", "l", ("a.txt | b.txt",), folders=("inside",)))
+    try:
+        assert benchmarks.find_root(tmp_path / "given", ("a.txt | b.txt",), "found") == tmp_path / "given" / "inside" == benchmarks.find_root(tmp_path / "given/inside", ("b.txt",), "found")
+        with pytest.raises(FileNotFoundError, match=r"c.txt is missing; .*inside holds b.txt. Get it from https://example.org \(1 MB\)"): benchmarks.find_root(tmp_path / "given", ("b.txt", "c.txt"), "found")
+        with pytest.raises(FileNotFoundError, match="is a file"): benchmarks.find_root(tmp_path / "given/inside/b.txt", ("b.txt",), "found")
+    finally: del benchmarks.SOURCES["found"]
+
+
+def test_read_commas(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes('\ufeffpath, fine_id , note\r\n a.jpg, 007,"x, y"\r\nb.jpg,NA,\r\n'.encode())
+    assert benchmarks.read_commas(path, ["fine_id", "path", "note"]).values.tolist() == [["007", "a.jpg", "x, y"], ["NA", "b.jpg", ""]]
+    path.write_text("a,b\n1,2\n3\n")
+    with pytest.raises(ValueError, match=r"t\.csv: .*Expected 2 columns, got 1.*Fetch the file again"): benchmarks.read_commas(path, ["a"])
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="no column 'bb'. Did you mean 'b'"): benchmarks.read_commas(path, ["bb"])
+    assert benchmarks.read_commas(path, ["x", "y"], header=False).x.tolist() == ["a", "1"]
+    path.write_text("")
+    with pytest.raises(ValueError, match="has no rows"): benchmarks.read_commas(path, ["a"])

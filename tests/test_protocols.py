@@ -344,7 +344,7 @@ def nan(i, x=X):
     ((X, THREE[:, :2], BENCH, "dyml"), "need labels of 3 levels, got 2"),
     ((X, torch.arange(12), None, "random-gallery"), "no class of the finest level has two images"),
     ((X, torch.full((12,), -1), None, "random-gallery"), "no class of the finest level has two images"),
-    ((X, Y, None, {"kind": "random-gallery", "repeats": 0}), "repeats must be a whole number, 1 or more"),
+    ((X, Y, None, {"kind": "random-gallery", "repeats": 0}), "'repeats' must be greater than or equal to 1"),
     ((X, Y, None, {"kind": "random-gallery", "seed": -1}), "seed must be"),
     ((X, Y, None, {"kind": "random-gallery", "sed": 1}), "Did you mean 'seed'"),
     ((X, Y, None, {"kind": "random-galery"}), "Did you mean 'random-gallery'"),
@@ -357,14 +357,14 @@ def nan(i, x=X):
     ((X, Y, INDEX | {"id": list("abbdefghijkl")}, "landmarks"), "the id 'b' of gallery row 2 occurs twice"),
     ((X, Y, INDEX | {"matches": [None] * 12}, "landmarks"), "'matches' is missing in row 0"),
     ((X, Y, {"part": PART}, "landmarks"), "the column 'id'"),
-    ((X, Y, INDEX, {"kind": "landmarks", "k": 0}), "k must be"),
+    ((X, Y, INDEX, {"kind": "landmarks", "k": 0}), "'k' must be greater"),
 ])
 def test_bad_input(args, message):
     with pytest.raises(ValueError, match=message): evaluate_protocol(*args)
 
 
 @pytest.mark.parametrize("kw, message", [
-    (dict(level=[0]), "Did you mean 'levels'"), (dict(query_embeddings=X), "who asks whom"), (dict(ks=(13,)), "larger than the gallery"),
+    (dict(level=[0]), "Did you mean 'levels'"), (dict(query_embeddings=X), "up to the protocol"), (dict(ks=(13,)), "larger than the gallery"),
     (dict(protocol="random-gallery", per_query=True), "leave per_query out"), (dict(protocol="random-gallery", ks=(5,)), "larger than the gallery"),
     (dict(labels=THREE, protocol="dyml", meta=BENCH, metrics=("H-AP",)), "H-AP needs all levels"), (dict(protocol="dyml", ks=(50,)), "larger than the gallery"),
     (dict(labels=THREE, protocol="dyml", meta=BENCH, levels=[3]), "level 3 was asked for"),
