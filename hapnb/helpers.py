@@ -184,6 +184,8 @@ def pick_device(device: str = "auto", # "auto": CUDA, else MPS, else CPU; or a n
     if str(device) == "auto": return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     try: d = torch.device(device)
     except RuntimeError as e: raise ValueError(f"unknown device {device!r}; try 'auto', 'cpu', 'cuda' or 'mps'.") from e
+    if d.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise UserError(f"nothing can be trained on device {device!r}; use 'auto', 'cpu', 'cuda' or 'mps'.")
     if (d.type == "cuda" and not cuda) or (d.type == "mps" and not mps):
         raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} finds none here; "
                          "use 'auto' or 'cpu'.")
