@@ -422,7 +422,7 @@ def _judged_by(run): # (meta, protocol) for `evaluate_protocol`
 # %% ../nbs/63_cli.ipynb #3a0b6683
 def _find_run(store, key):
     "The folder of a finished run, found by the beginning of its key."
-    keys = sorted(p.parent.name for p in store.glob("*/metrics.json"))
+    keys = sorted(p.parent.name for p in store.glob("*/manifest.json"))
     hits = [k for k in keys if k.startswith(Path(key).name)]
     if len(hits) != 1: raise WrongUse(f"{len(hits)} finished runs in {store} begin with {key!r}" + (f": {', '.join(hits[:5])}." if hits else f"; there are {len(keys)}." + nearest(key, keys)))
     return store / hits[0]
@@ -681,7 +681,8 @@ def _put(values, text):
 # %% ../nbs/63_cli.ipynb #36678e2b
 def _open_config(a):
     "The `OpenWorldConfig` of the options."
-    from hapnb.openworld import OPEN_WORLD_RECIPES, OpenWorldConfig
+    from hapnb.openworld import OpenWorldConfig
+    from hapnb.openworld_recipes import OPEN_WORLD_RECIPES
     from hapnb.recipes import RECIPES
     known = {**OPEN_WORLD_RECIPES, **RECIPES}
     if a.recipe and a.recipe not in known: raise WrongUse(f"unknown recipe {a.recipe!r}.{nearest(a.recipe, known)} Of open-world learning: {', '.join(OPEN_WORLD_RECIPES)}; of training alone: hapnb train --list.")

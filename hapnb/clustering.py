@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Contingency', 'Scores', 'CLUSTERERS', 'contingency', 'pairwise_scores', 'bcubed_scores', 'clustering_scores',
            'find_clusterer', 'check_clusterer', 'cluster', 'kmeans', 'nmi', 'agglomerative', 'hdbscan', 'Choice',
-           'choose']
+           'choose', 'choose_args']
 
 # %% ../nbs/46_clustering.ipynb #f706e52a
 import importlib, inspect
@@ -23,7 +23,8 @@ from torch import Tensor
 from .core import check_embeddings
 from .helpers import Registry, check_number, nearest
 from .schemas import Count, schema_of
-from .metrics import _check_levels, _check_pair, _faiss, _neighbours
+from .metrics import check_levels, check_pair
+from .retrieval import import_faiss, nearest_rows
 
 # %% ../nbs/46_clustering.ipynb #6a6be3e8
 def _checked(values, name):
@@ -196,7 +197,7 @@ def _kmeans(x, k, seed, iterations, backend, start=None):
         raise ValueError(f"unknown backend {backend!r}.{nearest(backend, ['faiss', 'sklearn'])} Known: faiss, sklearn.")
     # without these limits faiss would warn about small clusters and drop points of large ones
     limits = dict(min_points_per_centroid=1, max_points_per_centroid=len(x) + 1)
-    km = _faiss().Kmeans(x.shape[1], k, niter=iterations, seed=seed, **limits)
+    km = import_faiss().Kmeans(x.shape[1], k, niter=iterations, seed=seed, **limits)
     km.train(x, init_centroids=start)
     return km.index.search(x, 1)[1][:, 0]
 
@@ -231,8 +232,8 @@ def nmi(embeddings: Tensor, # [N, D], floats; normalised here
         ) -> float: # in [0, 1]
     "Compute normalised mutual information between k-means clusters and classes; unknown labels are left out."
     from sklearn.metrics import normalized_mutual_info_score
-    emb, labels = _check_pair(embeddings, labels, "embeddings")
-    y = labels[:, _check_levels([level], labels.shape[1])[0]].cpu()
+    emb, labels = check_pair(embeddings, labels, "embeddings")
+    y = labels[:, check_levels([level], labels.shape[1])[0]].cpu()
     if not bool((y >= 0).any()): raise ValueError(f"all labels at level {level} are unknown.")
     x = F.normalize(emb.cpu()[y >= 0].float(), dim=1).contiguous().numpy()
     y = y[y >= 0].numpy()
@@ -294,7 +295,7 @@ def agglomerative(x: Tensor, # unit vectors [N, D]
 # %% ../nbs/46_clustering.ipynb #411bb8fa
 def _knn(x, k):
     "Nearest others `[N, k]` and their cosines; a point is not its own neighbour, found by index."
-    near = _neighbours(x, x, k + 1, False)
+    near = nearest_rows(x, x, k + 1, False)
     own = near == np.arange(len(x))[:, None]
     # where copies crowd out the point itself, the last neighbour goes instead
     own[~own.any(1), -1] = True
@@ -412,6 +413,17 @@ def _clusterings(x, method, name, tried, seed, args):
     if method != "agglomerative": return [cluster(x, method, None, seed, **args, **{name: v}) for v in tried]
     tree = _tree(F.normalize(x.detach().float(), dim=1), args.get("neighbours"))
     return [_cut(*tree, threshold=v) for v in tried]
+
+# %% ../nbs/46_clustering.ipynb #c473b1d9
+def choose_args(z: Tensor, # unit embeddings [N, D] of images with a class
+                y: Tensor, # their classes [N]
+                clusterer: str, # "kmeans", "agglomerative", "hdbscan", or one of your own
+                seed: int = 0,
+                **args, # of the clusterer; its constant among them is taken as it is
+                ) -> dict: # arguments for `hapnb.clustering.cluster`
+    "Give a clusterer its arguments; the one constant it needs is the best one on images with a class."
+    if clusterer not in _CONSTANTS or _settled_by(clusterer, args): return args
+    return choose(z, y, clusterer, score="bcubed_F", seed=seed, **args).args
 
 # %% ../nbs/46_clustering.ipynb #c05be1eb
 def _nearest_clusters(s, size):

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
 
-from .batches import _images
 from .config import RunConfig, thaw
 from .core import check_embeddings
 from .helpers import atomic_path, nearest, pick_device
-from .runs import Result, FeatureNet, embed, environment, features_of
+from .build import embed, embed_part, features_of
+from .runs import Result, environment
 
 # %% ../nbs/45_features.ipynb #c1426b13
 def _check_level_names(names):
@@ -263,16 +263,6 @@ def _beside(found):
     return table.to_pandas()
 
 # %% ../nbs/45_features.ipynb #274863e5
-def _embed_run(result, dataset, device, workers, progress):
-    "Unit embeddings of a dataset by the network of a run: the same numbers as in its own evaluation."
-    from hapnb.models import test_transform
-    cfg, net, transform = result.config, result.model(), None
-    if cfg.freeze == "trunk": x, net = features_of(cfg, dataset, device, progress), FeatureNet(net.head)
-    else:
-        transform = test_transform(net, cfg.image_size, **thaw(cfg.transform))
-        x = _images(cfg, dataset, transform)
-    return embed(net.to(device), x, transform, cfg.batch_size, workers, device, cfg.precision)
-
 def _bare_config(trunk, settings):
     "The settings of a trunk without a head."
     allowed = ("pretrained", "trunk_args", "pooling", "image_size", "transform", "decode", "packed")
@@ -320,7 +310,7 @@ def extract_features(run, # a `Result` or the folder of a run; None: a bare trun
     if run is None: z, made = _embed_trunk(_bare_config(trunk, settings), dataset, device, progress)
     else:
         run = run if isinstance(run, Result) else Result(run)
-        z = _embed_run(run, dataset, device, workers, progress)
+        z = embed_part(run.config, run.model().to(device), dataset, device, workers, progress)
         made = dict(run=run.key, trunk=run.config.trunk, loss=run.config.loss)
     return _as_table(z, dataset, keep, made)
 

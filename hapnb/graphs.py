@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .core import check_embeddings, check_labels
 from .helpers import check_number, pick_device
-from .metrics import _neighbours
+from .retrieval import nearest_rows
 
 # %% ../nbs/47_knn_graphs.ipynb #585341f9
 def toy_points(seed: int = 0, # of the noise
@@ -55,7 +55,7 @@ _EXTRA = 4  # candidates beyond the k + 1 that are needed
 
 def _candidates(x, k, block=2**24):
     "Row numbers `[N, k]` of the largest products of unit rows, in any order; `block`: numbers per matrix product."
-    if x.device.type == "cpu": return torch.from_numpy(_neighbours(x.numpy(), x.numpy(), k, False))
+    if x.device.type == "cpu": return torch.from_numpy(nearest_rows(x.numpy(), x.numpy(), k, False))
     rows = max(1, block // len(x))
     return torch.cat([(b @ x.T).topk(k, dim=1).indices for b in x.split(rows)])
 

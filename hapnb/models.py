@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'TrunkInfo', 'Trunk', 'read_weights', 'load_weights', 'lite0_file', 'lite0_state', 'NoWeights',
-           'lite0_trunk', 'make_trunk', 'trunk_info', 'AvgPool', 'MaxPool', 'AvgMaxPool', 'GeMPool', 'make_pooling',
-           'UnitLength', 'Head', 'trunk_stages', 'RetrievalNet', 'ToBGR', 'train_transform', 'test_transform',
-           'toy_trunk']
+           'lite0_trunk', 'make_trunk', 'trunk_info', 'check_trunk', 'AvgPool', 'MaxPool', 'AvgMaxPool', 'GeMPool',
+           'make_pooling', 'UnitLength', 'Head', 'trunk_stages', 'RetrievalNet', 'ToBGR', 'train_transform',
+           'test_transform', 'TransformArgs', 'AugmentArgs', 'toy_trunk']
 
 # %% ../nbs/25_models.ipynb #d733ec7f
-import argparse, importlib.util, random, re, warnings
+import argparse, importlib.util, inspect, random, re, warnings
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +19,14 @@ import torch
 import torchvision
 import torch.nn.functional as F
 from fastcore.basics import patch
+from pydantic import Field, field_validator, model_validator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms import v2
 
-from .helpers import file_hash, nearest, TRUNKS, _seeded
+from .helpers import file_hash, nearest, TRUNKS, UserError, _seeded
+from .schemas import Schema
 
 # %% ../nbs/25_models.ipynb #1596b353
 @dataclass(frozen=True)
@@ -154,12 +156,16 @@ for _name in ("resnet34", "resnet50", "resnet101"):
     TRUNKS.register(_name)(lambda pretrained=True, _name=_name: _resnet(_name, pretrained))
 
 # %% ../nbs/25_models.ipynb #fad6fc65
+def _unknown_trunk(name):
+    "The error for a name that neither we nor timm know."
+    known = TRUNKS.names() + timm.list_models()
+    return UserError(f"unknown trunk {name!r}.{nearest(name.removeprefix('timm/'), known)} "
+                     f"Known: {', '.join(TRUNKS.names())}, and the names of timm.list_models().")
+
 def _timm_trunk(name, pretrained, **args):
     "Any timm model by name."
     plain = name.removeprefix("timm/")
-    if not timm.is_model(plain):
-        known = TRUNKS.names() + timm.list_models()
-        raise ValueError(f"unknown trunk {name!r}.{nearest(plain, known)} Known: {', '.join(TRUNKS.names())}, and the names of timm.list_models().")
+    if not timm.is_model(plain): raise _unknown_trunk(name)
     make = lambda p: timm.create_model(plain, pretrained=p, num_classes=0, **args)
     net = _fetch(name, lambda: make(True)) if pretrained else make(False)
     return Trunk(net, _timm_info(name, net, f"timm {(net.pretrained_cfg or {}).get('tag', '')}".strip() if pretrained else "random"))
@@ -185,6 +191,26 @@ def trunk_info(trunk) -> TrunkInfo: # of a name, a Trunk, a network with a trunk
     if isinstance(trunk, TrunkInfo): return trunk
     if isinstance(trunk, str): return make_trunk(trunk, pretrained=False).info
     return getattr(trunk, "trunk", trunk).info
+
+# %% ../nbs/25_models.ipynb #9c96487a
+def check_trunk(name: str, # as in `make_trunk`
+                args=None): # further arguments
+    "Check the name and the arguments of a trunk; `UserError` with the nearest name."
+    if name not in TRUNKS: importlib.import_module("hapnb.trunks")
+    if name not in TRUNKS and not timm.is_model(name.removeprefix("timm/")): raise _unknown_trunk(name)
+    if not args: return
+    build = TRUNKS.get(name) if name in TRUNKS else lambda pretrained, **a: _timm_trunk(name, pretrained, **a)
+    takes = inspect.signature(build).parameters
+    known = [n for n, p in takes.items() if n != "pretrained" and n[0] != "_" and p.kind is not p.VAR_KEYWORD]
+    if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        for k in args:
+            if k in known: continue
+            raise UserError(f"trunk_args has no setting {k!r}.{nearest(k, known)} {name} takes: {', '.join(known) or 'none'}.")
+    try:
+        with torch.device("meta"): build(pretrained=False, **args)
+    # timm's networks have errors of every type for a wrong argument
+    except Exception as e:
+        raise UserError(f"trunk_args {dict(args)} do not fit {name}: {type(e).__name__}: {str(e)[:200]}") from e
 
 # %% ../nbs/25_models.ipynb #e338902e
 class AvgPool(nn.Module):
@@ -420,6 +446,45 @@ def test_transform(trunk, # a name, Trunk, network or TrunkInfo
     return v2.Compose([v2.Resize((side, side) if square else side, _mode(interpolation or info.interpolation)), v2.CenterCrop(size)] + _last_steps(info))
 
 test_transform.__test__ = False  # its name looks like a test to pytest
+
+# %% ../nbs/25_models.ipynb #e7369fc2
+class TransformArgs(Schema):
+    "Settings of `test_transform`."
+    crop_pct: float | None = Field(None, gt=0, le=1, description="part of the resized side that the centre crop keeps; default: the trunk's own")
+    square: bool = Field(False, description="resize to a square first, changing proportions")
+    resize: int | None = Field(None, ge=1, le=8192, description="instead of crop_pct: resize the shorter side to this, pixels")
+    interpolation: str | None = Field(None, description="'bilinear', 'bicubic', ...; default: the trunk's own")
+
+    @field_validator("interpolation")
+    @classmethod
+    def _known(cls, v): return v if v is None else _mode(v).value
+
+    @model_validator(mode="after")
+    def _together(self):
+        if self.resize and getattr(self, "crop_pct", None):
+            raise ValueError("give resize (pixels) or crop_pct (part that is kept), not both")
+        return self
+
+# %% ../nbs/25_models.ipynb #0c254c1b
+class AugmentArgs(Schema):
+    "Settings of `train_transform`."
+    scale: tuple[float, float] = Field((0.16, 1.0), description="fraction of the image's area in a crop")
+    ratio: tuple[float, float] = Field((0.75, 1.33), description="width to height of a crop")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    resize: int | None = Field(None, ge=1, le=8192, description="resize the shorter side to this first, pixels")
+    square: bool = Field(False, description="resize both sides, changing proportions; needs resize")
+    interpolation: str | None = Field(None, description="'bilinear', 'bicubic', ...; default: the trunk's own")
+
+    @field_validator("interpolation")
+    @classmethod
+    def _known(cls, v): return v if v is None else _mode(v).value
+
+    @model_validator(mode="after")
+    def _together(self):
+        if not 0 < self.scale[0] <= self.scale[1] <= 1: raise ValueError(f"scale must rise within (0, 1], got {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]: raise ValueError(f"ratio must be above 0 and rise, got {self.ratio}")
+        if self.square and not self.resize: raise ValueError("square=True says how to resize; give resize too")
+        return self
 
 # %% ../nbs/25_models.ipynb #04bfa887
 @TRUNKS.register("toy")

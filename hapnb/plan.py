@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .batches import _View, _images
-from .config import RunConfig, load_splits, thaw
+from .config import check_names, RunConfig, load_splits, thaw
 from .helpers import pick_device
 from .large_batches import CrossBatchMemory, _check_norms, check_memory, memory_part
-from .runs import FeatureNet, _check_registered, _columns, build_net, make_loss_for
+from .build import build_net, check_run, FeatureNet, make_loss_for, read_data
 from .train import Trainer, make_accelerator
 
 # %% ../nbs/36_plan.ipynb #3a8c245e
@@ -513,19 +513,19 @@ def plan(cfg: RunConfig, # a `RunConfig`, such as `recipe("happier/sop").config(
 # %% ../nbs/36_plan.ipynb #d575b190
 def _find_data(cfg, data):
     "((training part, evaluation part) or None, why not)."
-    from hapnb.data import find_loader
-    find_loader(cfg.dataset)  # an unknown name is an error, data that is absent is not
+    # an unknown name is an error, data that is absent is not
+    check_names(cfg)
     if data is None:
         try: data = load_splits(cfg)
         except (ValueError, OSError) as e: return None, str(e)
-    _check_registered(cfg, data[0])
+    check_run(cfg, read_data(cfg, data))
     return data, ""
 
 def _labels(cfg, data, counts):
     "(labels of all classes or None, those of a batch or None, steps per epoch, exact)."
     from hapnb.samplers import make_sampler
     if data:
-        labels = _columns(data[0], cfg.levels)
+        labels = read_data(cfg, data).labels
         sampler = make_sampler(cfg.sampler, labels, cfg.batch_size, **thaw(cfg.sampler_args))
         return labels, labels[torch.as_tensor(next(iter(sampler)))], len(sampler), True
     classes = counts.get("train", {}).get("classes", ())

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['EpochSampler', 'RandomBatchSampler', 'class_rows', 'MPerClassSampler', 'BalancedSampler', 'HierarchicalSampler',
-           'make_sampler', 'epoch_summary', 'largest_batch']
+           'sampler_schema', 'make_sampler', 'epoch_summary', 'largest_batch']
 
 # %% ../nbs/22_samplers.ipynb #576ab753
-import inspect
+from typing import Literal
 
 import numpy as np
 from fastcore.basics import patch
 from torch.utils.data import Sampler
 
-from .helpers import SAMPLERS, check_number, nearest
 from .core import check_labels
+from .helpers import SAMPLERS, check_number, nearest
+from .schemas import Count, Schema, schema_of
 
 # %% ../nbs/22_samplers.ipynb #f8b7473d
 class EpochSampler(Sampler):
@@ -110,7 +111,7 @@ def _column(labels, level):
 class MPerClassSampler(EpochSampler):
     "Disjoint groups of `m` images of `batch_size / m` classes (Smooth-AP, HAPPIER); smaller classes are not drawn."
     def __init__(self, labels, batch_size, seed=0,
-                 m: int = 4, # images of each class in a batch
+                 m: Count = 4, # images of each class in a batch
                  level: int = 0, # which column of the labels is the class
                  ):
         super().__init__(labels, batch_size, seed, m)
@@ -139,9 +140,9 @@ def plan(self: MPerClassSampler):
 class BalancedSampler(EpochSampler):
     "Draw `batch_size / m` random classes and `m` images of each, with replacement in classes under `m` images."
     def __init__(self, labels, batch_size, seed=0,
-                 m: int = 4, # images of each class in a batch
+                 m: Count = 4, # images of each class in a batch
                  level: int = 0, # which column of the labels is the class
-                 batches: int = None, # batches per epoch; default: images // batch_size, at least 1
+                 batches: Count = None, # batches per epoch; default: images // batch_size, at least 1
                  ):
         super().__init__(labels, batch_size, seed, m)
         self.classes, self.rows = class_rows(_column(self.labels, level))
@@ -167,22 +168,21 @@ def _draw(rng, rows, m):
     return rng.choice(rows, m, replace=len(rows) < m)
 
 # %% ../nbs/22_samplers.ipynb #4052f37e
-_SMALL = ("short", "repeat", "skip", "error")
-
 @SAMPLERS.register("hierarchical")
 class HierarchicalSampler(EpochSampler):
     "Fill each batch half and half from a pair of super-classes; all pairs in turn (HAPPIER, ROADMAP on SOP)."
     def __init__(self, labels, batch_size, seed=0,
-                 m: int = 4, # images of each class; with replacement in classes under m images
-                 batches_per_pair: int = 5, # 5 in HAPPIER, 10 in ROADMAP
+                 m: Count = 4, # images of each class; with replacement in classes under m images
+                 batches_per_pair: Count = 5, # 5 in HAPPIER, 10 in ROADMAP
                  super_level: int = -1, # column of the super-classes; -1 = coarsest
                  level: int = 0, # column of the classes
-                 small: str = "short", # super-class with too few classes: "short", "repeat", "skip" or "error"
+                 small: Literal["short", "repeat", "skip", "error"] = "short", # super-class with too few classes
                  ):
         super().__init__(labels, batch_size, seed, m)
         check_number("batches_per_pair", batches_per_pair, least=1, whole=True)
-        if small not in _SMALL:
-            raise ValueError(f"unknown small={small!r}.{nearest(small, _SMALL)} Known: {', '.join(_SMALL)}.")
+        known = ("short", "repeat", "skip", "error")
+        if small not in known:
+            raise ValueError(f"unknown small={small!r}.{nearest(small, known)} Known: {', '.join(known)}.")
         if batch_size % (2 * m):
             raise ValueError(f"batch_size={batch_size} must be a multiple of 2 x m = {2 * m}: half per super-class.")
         self.half, self.batches_per_pair, self.small = batch_size // 2 // m, batches_per_pair, small
@@ -228,6 +228,10 @@ def _classes(self: HierarchicalSampler, rng, s):
     return np.concatenate([rng.permutation(own) for _ in range(rounds)])[:self.half]
 
 # %% ../nbs/22_samplers.ipynb #dee8fdd4
+def sampler_schema(name: str) -> type[Schema]:
+    "Give the schema of the arguments of a sampler; `ValueError` names the nearest sampler."
+    return schema_of(SAMPLERS.get(name), skip=("labels", "batch_size", "seed"))
+
 def make_sampler(name: str, # "m_per_class", "hierarchical", "balanced" or "random"
                  labels, # integers [N] or [N, L]
                  batch_size: int, # images in the whole batch, all processes together
@@ -235,12 +239,8 @@ def make_sampler(name: str, # "m_per_class", "hierarchical", "balanced" or "rand
                  **args, # what the sampler itself takes (m, level, ...)
                  ) -> EpochSampler:
     "Build a registered sampler; `ValueError` names the nearest sampler or argument."
-    cls = SAMPLERS.get(name)
-    known = list(inspect.signature(cls).parameters)[3:]
-    for k in args:
-        if k not in known:
-            raise ValueError(f"sampler {name!r} has no argument {k!r}.{nearest(k, known)} Known: {', '.join(known)}.")
-    return cls(labels, batch_size, seed=seed, **args)
+    given = sampler_schema(name).check(args, f"sampler {name!r}").given()
+    return SAMPLERS.get(name)(labels, batch_size, seed=seed, **given)
 
 # %% ../nbs/22_samplers.ipynb #892c6756
 def epoch_summary(sampler: EpochSampler) -> dict: # whole batches, all processes together

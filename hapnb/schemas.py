@@ -30,7 +30,7 @@ class Schema(BaseModel):
         if values is not None and not isinstance(values, Mapping):
             raise UserError(f"{where} must be a dictionary, got {_short(values)}.")
         try: return cls.model_validate(plain(values or {}, where))
-        except ValidationError as e: raise UserError(_sentence(cls, where, e.errors()[0])) from None
+        except ValidationError as e: raise UserError(_sentence(cls, where, min(e.errors(), key=lambda x: x["type"] != "extra_forbidden"))) from None
 
     def given(self) -> dict:
         "The settings that were given, without defaults."
@@ -111,7 +111,7 @@ def schema_of(function, # or a class: then its constructor
     takes = inspect.signature(made_by, eval_str=True).parameters
     fields = {}
     for name, p in takes.items():
-        if name in ("self", *skip) or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD): continue
+        if name in ("self", *skip) or name[0] == "_" or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD): continue
         default = ... if p.default is p.empty else p.default
         fields[name] = (_kind(p.annotation, p.default), Field(default, description=said.get(name) or ""))
     open_end = any(p.kind is p.VAR_KEYWORD for p in takes.values())

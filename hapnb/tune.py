@@ -20,7 +20,8 @@ from .helpers import atomic_path, nearest, pick_device, write_atomic, _forced_at
 from .grids import check_store, forget, is_local, modules_of, prepare_features
 from .workers import Progress, slots, Workers
 from .config import SCHEMA, RunConfig, _weights_id, freeze_value, load_splits, thaw
-from .runs import _check_registered, _columns, build_trainer, run
+from .build import build_trainer, check_run, read_data
+from .runs import run
 from .helpers import derive_seed
 from .train import make_accelerator
 
@@ -147,7 +148,7 @@ def _corners(base, space):
 def _check_metric(base, metric):
     "`ValueError` unless a run of `base` will have this metric."
     from hapnb.metrics import evaluate
-    labels = _columns(load_splits(base)[1], base.levels)
+    labels = read_data(base).test_labels
     z = torch.randn(len(labels), 2, generator=torch.Generator().manual_seed(0))  # any embeddings do: the names count
     relevance = base.relevance if isinstance(base.relevance, str) else thaw(base.relevance)
     names = [n for n in evaluate(z, labels, levels=thaw(base.eval_levels), ks=base.ks, relevance=relevance, metrics=thaw(base.metrics)) if not n.startswith("skipped")]
@@ -158,11 +159,12 @@ def _check_base(base, space, metric, device):
     "Find mistakes that would make trials fail."
     from hapnb.core import as_relevance
     _check_metric(base, metric)
-    train = load_splits(base)[0]
-    for cfg in _corners(base, space): _check_registered(cfg, train)
+    for cfg in _corners(base, space): check_run(cfg, read_data(cfg))
     first = {path: a.value(a.labels[0] if a.is_choice else a.low) for path, a in space.items()}
     if failed := prepare_features({"base": base}, device, True): raise RuntimeError(failed["base"][1])
-    build_trainer(apply_params(base, first), train, make_accelerator("cpu"))  # names of parameter groups, sampler and batch size; thrown away
+    first = apply_params(base, first)
+    # names of parameter groups; thrown away
+    build_trainer(first, read_data(first), make_accelerator("cpu"))
 
 # %% ../nbs/38_tune.ipynb #7a9ae056
 _PATIENCE = 60.  # seconds to wait for a lock; each is held for milliseconds

@@ -273,7 +273,7 @@ def test_nan_embeddings_are_named(runs, monkeypatch):
         z[[3, 8]] = torch.nan
         return z
     test = runs["trunk"].dataset()
-    monkeypatch.setattr(features, "embed", broken)
+    monkeypatch.setattr(features, "embed_part", broken)
     with pytest.raises(ValueError, match="2 of 144 embeddings of toy/test are NaN or infinite, first row 3"):
         extract_features(runs["trunk"], test, "cpu")
 

@@ -38,7 +38,8 @@ def test_notebook_is_tidy(path):
 def test_study_has_one_parameters_cell(path):
     tagged = [c for c in read(path)["cells"] if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1, "papermill needs exactly one cell tagged `parameters`"
-    names = {t.id for node in ast.parse(source(tagged[0])).body for t in [getattr(node, "target", None)] if isinstance(t, ast.Name)}
+    targets = [getattr(node, "target", None) for node in ast.parse(source(tagged[0])).body]
+    names = {t.id for t in targets if isinstance(t, ast.Name)}
     assert {"profile", "dataset", "data_dir", "seeds", "device", "store", "out"} <= names
 
 
@@ -48,7 +49,8 @@ def copy(tmp_path_factory):
     to = tmp_path_factory.mktemp("copy") / "project"
     to.mkdir()
     for folder in ("nbs", "hapnb"):
-        shutil.copytree(ROOT / folder, to / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "assets"))
+        left_out = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "assets")
+        shutil.copytree(ROOT / folder, to / folder, ignore=left_out)
     for f in ("settings.ini", "setup.py", "README.md"):
         if (ROOT / f).exists(): shutil.copy(ROOT / f, to / f)
     return to
@@ -56,12 +58,17 @@ def copy(tmp_path_factory):
 
 def differing(copy, folder, ending):
     "Names of files that differ between the project and its copy."
-    files = {p.relative_to(r).as_posix() for r in (ROOT, copy) for p in (r / folder).rglob(f"*{ending}") if ".ipynb_checkpoints" not in p.parts}
+    found = [(r, p) for r in (ROOT, copy) for p in (r / folder).rglob(f"*{ending}")]
+    files = {p.relative_to(r).as_posix() for r, p in found if ".ipynb_checkpoints" not in p.parts}
     text = lambda r, f: (r / f).read_bytes() if (r / f).exists() else None
     return sorted(f for f in files if text(ROOT, f) != text(copy, f))
 
 
-def nbdev(command, cwd): subprocess.run([str(Path(sys.executable).with_name(command))], cwd=cwd, check=True, capture_output=True, text=True)
+def run(*command, cwd=ROOT, **args):
+    return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, **args)
+
+
+def nbdev(command, cwd): run(Path(sys.executable).with_name(command), cwd=cwd, check=True)
 
 
 def test_export_is_in_step(copy):
@@ -76,36 +83,135 @@ def test_notebooks_are_clean(copy):
 
 # package
 
+def is_patch(node):
+    "Whether a function is a method that `@patch` adds to a class."
+    names = [getattr(d, "id", getattr(getattr(d, "func", None), "id", None)) for d in node.decorator_list]
+    return "patch" in names
+
+
 @pytest.mark.parametrize("path", MODULES, ids=short)
 def test_everything_public_is_documented(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree), "the notebook needs a `> summary` under its title"
-    method = lambda n: any(getattr(d, "id", getattr(getattr(d, "func", None), "id", None)) == "patch" for d in n.decorator_list)
-    public = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_") and not method(n)]
-    assert [n.name for n in public if not ast.get_docstring(n)] == []
+    defined = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+    assert [n.name for n in defined if not is_patch(n) and not ast.get_docstring(n)] == []
+
+
+def numbers():
+    "The stem of the notebook that makes each module; helpers and schemas come before all others."
+    found = {}
+    for nb in NOTEBOOKS:
+        for c in code_cells(nb):
+            if m := re.match(r"\s*#\|\s*default_exp (\w+)", source(c)): found[m[1]] = nb.stem
+    return {module: ("0" if stem[:2] in ("90", "91") else "1") + stem for module, stem in found.items()}
+
+
+def siblings(tree, package="hapnb"):
+    "Modules of the package that a module imports, at its top or inside a function, by statement or by `import_module`."
+    for n in ast.walk(tree):
+        if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module: yield n.module.split(".")[0]
+        elif isinstance(n, ast.ImportFrom) and n.level == 1: yield from (a.name for a in n.names)
+        elif isinstance(n, ast.ImportFrom) and n.module == package: yield from (a.name for a in n.names)
+        elif isinstance(n, ast.ImportFrom) and (n.module or "").startswith(f"{package}."): yield n.module.split(".")[1]
+        elif isinstance(n, ast.Import):
+            yield from (a.name.split(".")[1] for a in n.names if a.name.startswith(f"{package}."))
+        elif isinstance(n, ast.Call) and getattr(n.func, "attr", getattr(n.func, "id", "")) == "import_module":
+            for x in n.args[:1]:
+                if isinstance(x, ast.Constant) and str(x.value).startswith(f"{package}."): yield x.value.split(".")[1]
+
+
+def backward(module, text):
+    "Imports of a module that do not go to smaller numbers."
+    number = numbers()
+    return sorted({s for s in siblings(ast.parse(text)) if s in number and not number[s] < number[module]})
 
 
 @pytest.mark.parametrize("path", MODULES, ids=short)
 def test_a_module_imports_earlier_notebooks_only(path):
-    number = {}
-    for nb in NOTEBOOKS:
-        for c in code_cells(nb):
-            if m := re.match(r"\s*#\|\s*default_exp (\w+)", source(c)): number[m[1]] = nb.name
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    siblings = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module]  # late imports too
-    siblings += [a.name.split(".")[1] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names if a.name.startswith("hapnb.")]
-    assert [s for s in siblings if not number[s] < number[path.stem]] == []
+    assert backward(path.stem, path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("line", [
+    "from .study import begin", "def f():\n    from hapnb.study import begin", "from hapnb import study",
+    "import hapnb.study", "importlib.import_module('hapnb.study')"])
+def test_a_planted_backward_import_is_found(line):
+    assert backward("train", line) == ["study"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=short)
+def test_a_module_is_one_idea(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 520, "a module above about 500 lines holds more than one idea: split its notebook"
+    summary = ast.get_docstring(ast.parse("\n".join(lines)))
+    sentences = re.findall(r"[.?!:;](?= |$)", summary)
+    assert len(sentences) >= 2, "the summary says what the module is for, and what it is not for"
+
+
+HEAVY = ("pandas", "scipy.stats", "timm", "torchvision", "accelerate", "pydantic", "matplotlib", "pyarrow", "papermill",
+         "optuna", "sklearn", "hapnb.train", "hapnb.data", "hapnb.models", "hapnb.runs")
+
+
+def test_losses_import_nothing_of_training():
+    code = "import sys, hapnb.losses; print([m for m in sys.argv[1:] if m in sys.modules])"
+    assert run(sys.executable, "-c", code, *HEAVY, check=True).stdout.strip() == "[]"
+
+
+# code and prose
+
+def long_lines(texts):
+    return [f"{len(line)}: {line.strip()[:60]}" for t in texts for line in t.splitlines() if len(line) > 120]
+
+
+def crowded(text):
+    "Lines that hold more than one statement."
+    tree, found = ast.parse(text), []
+    for n in ast.walk(tree):
+        for block in ("body", "orelse", "finalbody"):
+            body = getattr(n, block, None)
+            if isinstance(body, list): found += [a.lineno for a, b in zip(body, body[1:]) if a.end_lineno == b.lineno]
+    return found
+
+
+def test_crowded_lines_are_found():
+    assert crowded("a = 1; b = 2\nif a: b = 1; a = 2\nif a: b = 1\n") == [1, 2]
+
+
+PYTHON = sorted((ROOT / "tests").glob("*.py")) + sorted((ROOT / "tools").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS + PYTHON, ids=short)
+def test_code_can_be_read(path):
+    texts = [source(c) for c in code_cells(path)] if path.suffix == ".ipynb" else [path.read_text(encoding="utf-8")]
+    # magics are no Python
+    texts = [re.sub(r"^[%!].*$", "pass", t, flags=re.M) for t in texts]
+    assert long_lines(texts) == [], "at most 120 characters"
+    assert [n for t in texts for n in crowded(t)] == [], "one statement per line"
+
+
+WORDS = r"\b(?:nobody|somebody|whoever|strangers?|cousins?|by heart|customs|of a piece|released code)\b"
+THINGS = "level|image|class|query|batch|second|run|row|seed|method|loss|epoch|step"
+ODD = re.compile(rf"{WORDS}|\b(?:one|two|three|four|\d+) \w+ an? (?:{THINGS})\b", re.I)
+
+
+PAGES = [ROOT / f for f in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS + PAGES, ids=short)
+def test_prose_is_plain_english(path):
+    text = "\n".join(map(source, read(path)["cells"])) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+    assert ODD.findall(text) == []
 
 
 def test_requirements_can_be_read():
     config = (ROOT / "settings.ini").read_text(encoding="utf-8")
     for key in ("requirements", "dev_requirements"):
-        for r in re.search(rf"^{key} = (.+)$", config, flags=re.M)[1].split(): Requirement(r.replace("_and_", " and ").replace("_or_", " or "))
+        for r in re.search(rf"^{key} = (.+)$", config, flags=re.M)[1].split():
+            Requirement(r.replace("_and_", " and ").replace("_or_", " or "))
     assert "allowed_cell_metadata_keys = tags" in config, "nbdev_clean would delete papermill's tags"
 
 
 def test_package_data_is_shipped(tmp_path):
-    subprocess.run([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    run(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, check=True)
     shipped = (tmp_path / "hapnb.egg-info" / "SOURCES.txt").read_text(encoding="utf-8").splitlines()
     assets = [short(p) for p in (ROOT / "hapnb" / "assets").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     assert any(a.endswith(".parquet") for a in assets), "the bundled images are missing from hapnb/assets"
@@ -125,10 +231,11 @@ def test_citation():
 
 
 def test_no_path_of_one_machine():
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True) if shutil.which("git") else None
+    listed = run("git", "ls-files", "-co", "--exclude-standard") if shutil.which("git") else None
     files = [ROOT / f for f in listed.stdout.splitlines()] if listed and listed.returncode == 0 else NOTEBOOKS + MODULES
     pattern = re.compile(r"(?<![\w./])/(?:work|farm|root|home|Users|tmp/bash_jobs)/[\w./-]+")
-    text = [p for p in files if p.is_file() and (p.suffix in (".py", ".ipynb", ".md", ".ini", ".cff", ".csv", ".json", ".svg", ".tex") or p.name in ("Makefile", "run"))]
+    kinds = (".py", ".ipynb", ".md", ".ini", ".cff", ".csv", ".json", ".svg", ".tex")
+    text = [p for p in files if p.is_file() and (p.suffix in kinds or p.name in ("Makefile", "run"))]
     found = {short(p): m[0] for p in text if (m := pattern.search(p.read_text(encoding="utf-8")))}
     assert found == {}
 
@@ -139,8 +246,8 @@ def readme(): return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_readme_is_in_step():
-    run = subprocess.run([sys.executable, "tools/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    done = run(sys.executable, "tools/readme.py", "--check")
+    assert done.returncode == 0, done.stderr
 
 
 def test_readme_links_exist():
@@ -152,11 +259,12 @@ def test_readme_shows_the_table_that_the_study_wrote():
     tables = sorted((ROOT / "figures" / "10_benchmark").glob("*.md"))
     assert tables, "no table in figures/10_benchmark: run `make reproduce PROFILE=full STUDY=10_benchmark`"
     text = readme()
-    assert any(all(line.strip() in text for line in t.read_text(encoding="utf-8").splitlines() if line.startswith("|")) for t in tables), HOW
+    rows = [[line.strip() for line in t.read_text(encoding="utf-8").splitlines() if line[:1] == "|"] for t in tables]
+    assert any(all(r in text for r in table) for table in rows), HOW
 
 
 def test_readme_snippets_run(tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```", readme(), flags=re.M | re.S)
     assert blocks, "the README shows no Python"
-    run = subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    done = run(sys.executable, "-c", "\n".join(blocks), cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr

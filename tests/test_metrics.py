@@ -11,9 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hapnb.core import Relevance, shared_levels
-from hapnb.metrics import decomposability_gap, evaluate, recall_at_k
-from hapnb.protocols import dyml
+from hapnb import retrieval as R
 from hapnb.clustering import nmi
+from hapnb.metrics import (Metric, choose_metrics, decomposability_gap, evaluate, make_retrieval, parse_metric,
+                           recall_at_k, all_metrics)
+from hapnb.protocols import dyml
 from hapnb.retrieval import parse_memory
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_metrics.json").read_text())
@@ -45,7 +47,8 @@ def brute(scores, shared, rel, own, ks=KS):
         match = lambda k: sum(min(lv[:k].count(m), best[:k].count(m)) for m in range(1, L + 1))
         add("NDCG", dcg(lv) / dcg(best))
         add("ASI", sum(match(k) / k for k in range(1, R + 1)) / R)
-        if sum(rl): add("H-AP", sum((a + sum(min(a, b) for b in rl[:k])) / (k + 1) for k, a in enumerate(rl) if a) / sum(rl))
+        hranks = ((a + sum(min(a, b) for b in rl[:k])) / (k + 1) for k, a in enumerate(rl) if a)
+        if sum(rl): add("H-AP", sum(hranks) / sum(rl))
     return {k: float(np.mean(v)) for k, v in values.items()} | skipped
 
 
@@ -61,7 +64,7 @@ def definition(emb, labels, q=None, q_labels=None, own=None, rel=Relevance("pop"
 
 def agree(found, expected, eps=1e-9):
     for k, v in expected.items(): assert found[k] == pytest.approx(v, abs=eps), k
-    for k in set(found) - set(expected) - {"per_query"}: assert found[k] == 0., f"{k}: nobody has a value"
+    for k in set(found) - set(expected) - {"per_query"}: assert found[k] == 0., f"{k}: no query has a value"
 
 
 # ---------------------------------------------------------------- the original implementation
@@ -104,12 +107,17 @@ def ranking(levels, L):
     "A query and a gallery whose ranking shares these numbers of levels with it."
     angle = torch.linspace(.1, 1.3, len(levels), dtype=torch.float64)
     labels = torch.tensor([[0 if c >= L - l else 1 + i for c in range(L)] for i, l in enumerate(levels)])
-    return torch.stack([angle.cos(), angle.sin()], 1), labels, torch.tensor([[1., 0.]]).double(), torch.zeros(1, L, dtype=torch.long)
+    emb, query = torch.stack([angle.cos(), angle.sin()], 1), torch.tensor([[1., 0.]]).double()
+    return emb, labels, query, torch.zeros(1, L, dtype=torch.long)
 
 
 @pytest.mark.parametrize("levels,hap,ndcg,asi", [
-    ((2,2,1,1,0,0), 1, 1, 1), ((2,1,2,1,0,0), .944444, .955034, .875), ((2,0,2,1,1,0), .813889, .913121, .729167),
-    ((2,2,0,0,1,1), .877778, .967783, .791667), ((1,1,2,2,0,0), .805556, .759506, .416667), ((0,0,1,1,2,2), .438889, .542607, .208333)])
+    ((2,2,1,1,0,0), 1, 1, 1),
+    ((2,1,2,1,0,0), .944444, .955034, .875),
+    ((2,0,2,1,1,0), .813889, .913121, .729167),
+    ((2,2,0,0,1,1), .877778, .967783, .791667),
+    ((1,1,2,2,0,0), .805556, .759506, .416667),
+    ((0,0,1,1,2,2), .438889, .542607, .208333)])
 def test_known_two_levels(levels, hap, ndcg, asi):
     found = evaluate(*ranking(levels, 2))
     assert [found["H-AP"], found["NDCG"], found["ASI"]] == pytest.approx([hap, ndcg, asi], abs=1e-6)
@@ -123,7 +131,7 @@ def test_known_three_levels(levels, hap):
 
 def test_known_ap():
     found = evaluate(*ranking((1, 0, 1, 0, 1), 1))
-    assert (found["AP_level0"], found["mAP@R_level0"]) == (pytest.approx(.755556, abs=1e-6), pytest.approx(.555556, abs=1e-6))
+    assert [found["AP_level0"], found["mAP@R_level0"]] == pytest.approx([.755556, .555556], abs=1e-6)
     assert found["H-AP"] == pytest.approx(found["AP_level0"], abs=1e-12)
 
 
@@ -159,17 +167,18 @@ def test_definition_leave_one_out(data, rel):
 def test_definition_rectangular(gallery, queries, inside, rel):
     (emb, labels), (q, q_labels) = gallery, queries
     L = min(labels.shape[1], q_labels.shape[1])
-    if emb.shape[1] != q.shape[1]: q = torch.randn(len(q), emb.shape[1], dtype=q.dtype, generator=torch.Generator().manual_seed(0))
-    # two random trees do not fit together: queries take the labels of random gallery rows, some nobody's
+    if emb.shape[1] != q.shape[1]:
+        q = torch.randn(len(q), emb.shape[1], dtype=q.dtype, generator=torch.Generator().manual_seed(0))
+    # two random trees do not fit together: queries take the labels of random gallery rows, some of none
     pick = torch.from_numpy(np.random.default_rng(len(q)).integers(0, len(emb), len(q)))
     labels, q_labels = labels[:, :L], labels[pick, :L].clone()
     q_labels[::5] = 999
-    single = (labels < 0).any(1)[pick]  # rows known only above an unknown level stay as they are
     own = None
     if inside:
         own = [int(p) if i % 5 else -1 for i, p in enumerate(pick)]
         q = emb[pick]
-    agree(evaluate(emb, labels, q, q_labels, self_index=own, relevance=rel), definition(emb, labels, q, q_labels, own, rel))
+    found = evaluate(emb, labels, q, q_labels, self_index=own, relevance=rel)
+    agree(found, definition(emb, labels, q, q_labels, own, rel))
 
 
 @settings(max_examples=40, deadline=None)
@@ -186,8 +195,9 @@ def test_float32_ties_and_packed_keys(data):
 @given(sets(), st.booleans())
 def test_self_kept(data, double):
     emb, labels = data
-    agree(evaluate(emb, labels, exclude_self=False, ks=(1,), metrics=["AP", "R@1", "ASI", "NDCG", "mAP@R"]),
-          {k: v for k, v in definition(emb, labels, exclude=False).items() if k[:2] not in ("R@", "P@", "H-") or k.startswith("R@1_")})
+    found = evaluate(emb, labels, exclude_self=False, ks=(1,), metrics=["AP", "R@1", "ASI", "NDCG", "mAP@R"])
+    wanted = lambda k: k[:2] not in ("R@", "P@", "H-") or k.startswith("R@1_")
+    agree(found, {k: v for k, v in definition(emb, labels, exclude=False).items() if wanted(k)})
 
 
 @settings(max_examples=40, deadline=None)
@@ -201,14 +211,16 @@ def test_flat_hap_is_ap_and_map_is_the_mean(data):
     known = emb[(labels >= 0).all(1)], labels[(labels >= 0).all(1)]
     if len(known[0]) < 3: return
     w = np.arange(1, L + 1) / sum(range(1, L + 1))  # coarsest first
-    m = evaluate(*known, relevance=Relevance("map", weights=tuple(w)), per_query=True, metrics=["AP", "H-AP"])["per_query"]
+    m = evaluate(*known, relevance=Relevance("map", weights=tuple(w)), per_query=True, metrics=["AP", "H-AP"])
+    m = m["per_query"]
     all_levels = ~np.isnan(m["AP_level0"])
     # with the query itself counted in the relevance the identity is exact only for weights corrected by (c-1)/c
     c = shared_levels(known[1])
     for q in np.flatnonzero(all_levels):
         n = np.array([int((c[q] >= t).sum()) for t in range(1, L + 1)])
         v = w * (n - 1) / n
-        assert m["H-AP"][q] == pytest.approx(sum(v[t - 1] * m[f"AP_level{L - t}"][q] for t in range(1, L + 1)) / v.sum(), abs=1e-12)
+        mean = sum(v[t - 1] * m[f"AP_level{L - t}"][q] for t in range(1, L + 1)) / v.sum()
+        assert m["H-AP"][q] == pytest.approx(mean, abs=1e-12)
 
 
 # ---------------------------------------------------------------- invariances
@@ -230,26 +242,37 @@ def test_memory_limit_changes_no_bit(dtype):
         assert all(free[k] == pytest.approx(v, abs=1e-12) for k, v in some.items())
     for limit in ("100MB", "16MB", "14MB" if dtype == torch.float64 else "7MB"):
         tight = evaluate(emb, labels, max_memory=limit, per_query=True)
-        for k, v in free.pop("per_query", {}).items(): assert np.array_equal(v, tight["per_query"][k], equal_nan=True), (k, limit)
-        tight.pop("per_query")
-        assert free == tight
+        each, own = tight.pop("per_query"), free["per_query"]
+        for k, v in own.items(): assert np.array_equal(v, each[k], equal_nan=True), (k, limit)
+        assert {k: v for k, v in free.items() if k != "per_query"} == tight
 
 
-@pytest.mark.parametrize("names", ["R@k", "R@1", "P@1", "AP", ["AP_level0"], ["ASI_level1", "R@4_level2"], "mAP@R", "H-AP", "ASI", "NDCG"])
+@pytest.mark.parametrize("names", [
+    "R@k",
+    "R@1",
+    "P@1",
+    "AP",
+    ["AP_level0"],
+    ["ASI_level1", "R@4_level2"],
+    "mAP@R",
+    "H-AP",
+    "ASI",
+    "NDCG"])
 def test_selection_gives_the_same_values(names):
     emb, labels = tree(300)
     emb[::7] = emb[0]
     full, some = evaluate(emb, labels), evaluate(emb, labels, metrics=names)
     assert some and all(full[k] == pytest.approx(v, abs=1e-12) for k, v in some.items())
-    wanted = {k for k in full if k in names or k.split("_level")[0] in names or (names == "R@k" and k[:2] == "R@")} if isinstance(names, list) else \
-             {k for k in full if k.split("_level")[0] == names or (names == "R@k" and k[:2] == "R@")}
+    asked = names if isinstance(names, list) else [names]
+    wanted = {k for k in full if k in asked or k.split("_level")[0] in asked or ("R@k" in asked and k[:2] == "R@")}
     assert {k for k in some if "skipped" not in k} == wanted
 
 
 def test_order_scale_and_class_numbers_do_not_matter():
     emb, labels = tree(200, dtype=torch.float64)
     full, p = evaluate(emb, labels), torch.randperm(200, generator=torch.Generator().manual_seed(1))
-    new = torch.stack([torch.randperm(1000, generator=torch.Generator().manual_seed(l))[labels[:, l]] for l in range(3)], 1)
+    renamed = lambda l: torch.randperm(1000, generator=torch.Generator().manual_seed(l))[labels[:, l]]
+    new = torch.stack([renamed(l) for l in range(3)], 1)
     agree(evaluate(emb[p] * 7, new[p]), full, 1e-12)
 
 
@@ -265,7 +288,8 @@ def test_per_query_in_the_given_order():
     full = evaluate(emb, labels, per_query=True)
     for q in (0, 17, 119):
         one = evaluate(emb, labels, emb[q:q + 1], labels[q:q + 1], self_index=[q])
-        for k, v in full["per_query"].items(): assert (np.isnan(v[q]) and one[k] == 0) or v[q] == pytest.approx(one[k], abs=1e-12), k
+        for k, v in full["per_query"].items():
+            assert (np.isnan(v[q]) and one[k] == 0) or v[q] == pytest.approx(one[k], abs=1e-12), k
     means = {k: np.nanmean(v) for k, v in full["per_query"].items()}
     assert all(means[k] == pytest.approx(full[k], abs=1e-12) for k in means)
 
@@ -308,14 +332,13 @@ def test_half_precision(dtype):
     agree(evaluate(emb.to(dtype), labels), evaluate(emb.to(dtype).float(), labels), 1e-12)
 
 
-def test_the_road_without_numpy(monkeypatch):
+def test_the_same_values_without_numpy(monkeypatch):
     "What a GPU would run, run here: the same values."
-    import hapnb.metrics as M
     emb, labels = tree(300)
     emb[::9] = emb[0]
     labels[7] = torch.tensor([-1, -1, 2])
     a, b = evaluate(emb, labels, per_query=True), evaluate(emb, labels, metrics="R@k")
-    monkeypatch.setattr(M, "_numpy_here", lambda x: False)
+    monkeypatch.setattr(R, "_numpy_here", lambda x: False)
     c, d = evaluate(emb, labels, per_query=True), evaluate(emb, labels, metrics="R@k")
     for k, v in a["per_query"].items(): assert np.allclose(v, c["per_query"][k], atol=1e-12, equal_nan=True), k
     assert b == d
@@ -332,14 +355,14 @@ def test_threads_change_nothing():
     finally: torch.set_num_threads(before)
 
 
-# ---------------------------------------------------------------- roads: counted, sorted, recall alone, and a GPU's
+# ---------------------------------------------------------------- counted, sorted, recall alone, and on a GPU
 
 COUNT = dict.fromkeys((torch.float32, torch.float64), math.inf)
 SORT = dict.fromkeys((torch.float32, torch.float64), -1)
 
 
 def larger(seed, n=None):
-    "Up to 400 images in few directions: ties inside and across chunks of 64, some labels unknown; also well mixed gallery indices."
+    "Up to 400 images in few directions: ties inside and across chunks of 64, some labels unknown, indices mixed."
     rng = np.random.default_rng(seed)
     n = n or int(rng.integers(2, 400))
     fine = rng.integers(0, max(n // rng.integers(1, 40), 1), n)
@@ -352,20 +375,17 @@ def larger(seed, n=None):
 @settings(max_examples=80, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([torch.float32, torch.float64]), st.integers(1, 3), st.booleans())
 def test_counting_and_sorting_give_the_same_integers(seed, dtype, least, exclude):
-    import hapnb.metrics as M
     emb, labels = larger(seed)
-    r = M._retrieval(emb.to(dtype), labels, None, None, exclude, None, None)
-    for a, scores in r._blocks(96):
-        counted, by_sort = (road(scores[:, :r.N].clone(), a, least) for road in (r._counted, r._sorted))
-        for x, y in zip(counted, by_sort): assert x.dtype == y.dtype and torch.equal(x, y)
+    for block in make_retrieval(emb.to(dtype), labels, exclude_self=exclude).blocks(96):
+        for x, y in zip(R.ranks_by_count(block, least), R.ranks_by_sort(block, least)):
+            assert x.dtype == y.dtype and torch.equal(x, y)
 
 
 @settings(max_examples=60, deadline=None)
 @given(sets(), relevances)
-def test_counted_road_follows_the_definition(data, rel):
-    import hapnb.metrics as M
+def test_counting_follows_the_definition(data, rel):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(M, "_COUNT", COUNT)
+        patch.setattr(R, "_COUNT", COUNT)
         agree(evaluate(*data, relevance=rel), definition(*data, rel=rel))
 
 
@@ -376,7 +396,8 @@ def test_recall_alone_equals_recall_from_lists(seed, dtype, exclude):
     emb, labels = larger(seed)
     n = len(emb) - exclude
     kw = dict(ks=sorted({1, min(3, n), max(n // 2, 1), n}), exclude_self=exclude, per_query=True)
-    alone, lists = evaluate(emb.to(dtype), labels, metrics=["R@k", "P@1"], **kw), evaluate(emb.to(dtype), labels, **kw)["per_query"]
+    emb = emb.to(dtype)
+    alone, lists = evaluate(emb, labels, metrics=["R@k", "P@1"], **kw), evaluate(emb, labels, **kw)["per_query"]
     assert len(alone["per_query"]) >= 6
     for k, v in alone["per_query"].items(): assert np.array_equal(v, lists[k], equal_nan=True), k
 
@@ -386,12 +407,14 @@ def test_recall_alone_equals_recall_from_lists(seed, dtype, exclude):
 def test_recall_alone_follows_the_definition(data, k):
     emb, labels = data
     ks = (1, min(k, len(emb) - 1))
-    agree(evaluate(emb, labels, ks=ks, metrics="R@k"), {m: v for m, v in definition(emb, labels).items() if m[:2] == "sk"} |
-          {f"R@{j}_level{c}": v for j in ks for c in range(labels.shape[1]) if (v := recall_by_hand(emb, labels, c, j)) is not None})
+    skipped = {m: v for m, v in definition(emb, labels).items() if m[:2] == "sk"}
+    recalls = {f"R@{j}_level{c}": recall_by_hand(emb, labels, c, j) for j in ks for c in range(labels.shape[1])}
+    known = {m: v for m, v in recalls.items() if v is not None}
+    agree(evaluate(emb, labels, ks=ks, metrics="R@k"), skipped | known)
 
 
 def recall_by_hand(emb, labels, c, k):
-    "R@k from scores, a stable sort and nothing else; None where nobody has a positive."
+    "R@k from scores, a stable sort and nothing else; None where no query has a positive."
     x = F.normalize(emb.double(), dim=1)
     scores, found = (x @ x.T).numpy().round(12), []
     for q in range(len(x)):
@@ -402,34 +425,38 @@ def recall_by_hand(emb, labels, c, k):
 
 
 @pytest.mark.parametrize("n", [700, 1000])
-def test_collapsed_embeddings_on_every_road(n, monkeypatch):
+def test_collapsed_embeddings_are_ordered_by_gallery_index(n, monkeypatch):
     "All rows equal: every score ties with every other, and the gallery index decides alone."
-    import hapnb.metrics as M
     g = torch.Generator().manual_seed(n)
     emb, fine = torch.randn(1, 24, generator=g).expand(n, -1), torch.randperm(n, generator=g) // 4
     best = []
     for q in range(n):
         i = int(next(j for j in (fine == fine[q]).nonzero()[:, 0] if j != q))
         best.append(i - (i > q) + 1)
-    for k in (1, 8, 300): assert evaluate(emb, fine, ks=k, metrics="R@k")[f"R@{k}_level0"] == pytest.approx(np.mean([b <= k for b in best]), abs=1e-12)
+    for k in (1, 8, 300):
+        recall = evaluate(emb, fine, ks=k, metrics="R@k")[f"R@{k}_level0"]
+        assert recall == pytest.approx(np.mean([b <= k for b in best]), abs=1e-12)
     found = []
     for c in (COUNT, SORT):
-        monkeypatch.setattr(M, "_COUNT", c)
+        monkeypatch.setattr(R, "_COUNT", c)
         found.append(evaluate(emb, fine))
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("classes,metrics,roads", [(1000, "AP", {"_counted"}), (1000, None, {"_counted"}), (2, "AP", {"_sorted"}), (1000, "R@k", set())])
-def test_few_positives_are_counted_and_many_sorted(classes, metrics, roads, monkeypatch):
-    import hapnb.metrics as M
+@pytest.mark.parametrize("classes,metrics,ways", [
+    (1000, "AP", {"ranks_by_count"}),
+    (1000, None, {"ranks_by_count"}),
+    (2, "AP", {"ranks_by_sort"}),
+    (1000, "R@k", set())])
+def test_few_positives_are_counted_and_many_sorted(classes, metrics, ways, monkeypatch):
     took = set()
-    for name in ("_counted", "_sorted"):
-        def road(*args, name=name, old=getattr(M._Retrieval, name)):
+    for name in ("ranks_by_count", "ranks_by_sort"):
+        def ranked(*args, name=name, old=getattr(R, name)):
             took.add(name)
             return old(*args)
-        monkeypatch.setattr(M._Retrieval, name, road)
+        monkeypatch.setattr(R, name, ranked)
     evaluate(torch.randn(4000, 8), torch.arange(4000) % classes, metrics=metrics)
-    assert took == roads
+    assert took == ways
 
 
 GPU = torch.device("meta")  # stands for a GPU: no build of torch refuses it
@@ -438,7 +465,9 @@ GPU = torch.device("meta")  # stands for a GPU: no build of torch refuses it
 class Far(torch.Tensor):
     "A tensor that says it lives on another device; its numbers are in `here`."
     @staticmethod
-    def __new__(cls, here): return torch.Tensor._make_wrapper_subclass(cls, here.shape, here.stride(), here.storage_offset(), dtype=here.dtype, device=GPU)
+    def __new__(cls, here):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, here.shape, here.stride(), here.storage_offset(), dtype=here.dtype, device=GPU)
 
     def __init__(self, here): self.here = here
 
@@ -459,12 +488,15 @@ def on_two_devices(func, args, kwargs):
     far, near = ([t for t in tensors if isinstance(t, Far) == f] for f in (True, False))
     to, copy = kwargs.get("device"), "copy" in name
     if far and not copy and any(t.ndim for t in near):
-        index = name.split(".")[1] in ("index", "index_put", "index_put_", "_index_put_impl_") and isinstance(args[0], Far)
+        indexing = ("index", "index_put", "index_put_", "_index_put_impl_")
+        index = name.split(".")[1] in indexing and isinstance(args[0], Far)
         values = [t for t in args[2:3] if isinstance(t, torch.Tensor) and t.ndim and not isinstance(t, Far)]
         if not index or values: raise RuntimeError(f"{name}: tensors on two devices")
     inner = lambda x: x.here if isinstance(x, Far) else torch.device("cpu") if isinstance(x, torch.device) else x
     out = func(*tree_map(inner, args), **tree_map(inner, kwargs))
-    wrap = torch.device(to) == GPU if copy and to is not None else isinstance(args[0], Far) if copy else bool(far) or (to is not None and torch.device(to) == GPU)
+    there = to is not None and torch.device(to) == GPU
+    if copy: wrap = there if to is not None else isinstance(args[0], Far)
+    else: wrap = bool(far) or there
     if not wrap or "_local_scalar_dense" in name: return out
     known = {id(t.here): t for t in far}  # in place: the same tensor again
     return tree_map(lambda x: (known[id(x)] if id(x) in known else Far(x)) if isinstance(x, torch.Tensor) else x, out)
@@ -476,7 +508,8 @@ def test_two_devices_are_kept_apart():
         x, y = Far(torch.arange(4.)), torch.arange(4)
         assert x.device == GPU and (x + 1).device == GPU and x.cpu().device == y.to("cpu").device == torch.device("cpu")
         assert torch.equal(x[y].cpu(), torch.arange(4.)) and torch.zeros(2, device=GPU).device == GPU
-        for wrong in (lambda: x + y, lambda: torch.arange(4)[x.long()], lambda: torch.where(y > 0, x, y), lambda: x.gather(0, y)):
+        for wrong in (lambda: x + y, lambda: torch.arange(4)[x.long()], lambda: torch.where(y > 0, x, y),
+                      lambda: x.gather(0, y)):
             with pytest.raises(RuntimeError, match="two devices"): wrong()
         with pytest.raises(Exception): x.numpy()
 
@@ -486,22 +519,23 @@ def test_two_devices_are_kept_apart():
 @pytest.mark.parametrize("count", [COUNT, SORT], ids=["count", "sort"])
 def test_every_tensor_stays_on_its_device(dtype, metrics, count, monkeypatch):
     "Embeddings on a GPU: every step runs there or asks for a copy, and the values are those of the CPU."
-    import hapnb.metrics as M
-    monkeypatch.setattr(M, "_COUNT", count)
+    monkeypatch.setattr(R, "_COUNT", count)
     emb, labels = tree(300, dtype=dtype)
     emb[::9] = emb[0]
     labels[7] = torch.tensor([-1, -1, 2])
-    here = [evaluate(emb, labels, metrics=metrics), evaluate(emb, labels, emb[:50], labels[:50], self_index=range(50), metrics=metrics)]
+    inside = dict(self_index=range(50), metrics=metrics)
+    here = [evaluate(emb, labels, metrics=metrics), evaluate(emb, labels, emb[:50], labels[:50], **inside)]
     with TwoDevices():
-        there = [evaluate(Far(emb), labels, metrics=metrics), evaluate(Far(emb), Far(labels), Far(emb[:50]), labels[:50], self_index=range(50), metrics=metrics)]
+        there = [evaluate(Far(emb), labels, metrics=metrics),
+                 evaluate(Far(emb), Far(labels), Far(emb[:50]), labels[:50], **inside)]
     for a, b in zip(here, there): assert a == pytest.approx(b, abs=1e-12)
 
 
 def test_arrays_and_one_level():
     emb, labels = tree(60)
     assert evaluate(emb.numpy(), labels[:, 0].numpy()) == evaluate(emb, labels[:, :1])
-    assert list(evaluate(emb, labels[:, 0], ks=(1, 3))) == ["R@1_level0", "R@3_level0", "P@1_level0", "AP_level0", "mAP@R_level0", "ASI_level0",
-                                                           "H-AP", "ASI", "NDCG", "skipped_level0"]
+    names = ["R@1_level0", "R@3_level0", "P@1_level0", "AP_level0", "mAP@R_level0", "ASI_level0"]
+    assert list(evaluate(emb, labels[:, 0], ks=(1, 3))) == [*names, "H-AP", "ASI", "NDCG", "skipped_level0"]
 
 
 # ---------------------------------------------------------------- the other three
@@ -510,17 +544,20 @@ def test_recall_through_faiss():
     emb, labels = tree(500)
     q, y = tree(80, seed=3)
     assert recall_at_k(emb, labels) == pytest.approx(evaluate(emb, labels, metrics="R@k"), abs=1e-12)
-    assert recall_at_k(emb, labels, q, y, ks=(1, 20)) == pytest.approx(evaluate(emb, labels, q, y, ks=(1, 20), metrics="R@k"), abs=1e-12)
+    ours = evaluate(emb, labels, q, y, ks=(1, 20), metrics="R@k")
+    assert recall_at_k(emb, labels, q, y, ks=(1, 20)) == pytest.approx(ours, abs=1e-12)
 
 
 def test_dyml():
     emb, labels = tree(90)
     one = dyml(emb, labels, ks=(1, 5))
     full = evaluate(emb, labels, ks=(1, 5))
-    for k in ("ASI", "R@1", "R@5"): assert one[k] == pytest.approx(np.mean([full[f"{k}_level{l}"] for l in range(3)]), abs=1e-9)
+    for k in ("ASI", "R@1", "R@5"):
+        assert one[k] == pytest.approx(np.mean([full[f"{k}_level{l}"] for l in range(3)]), abs=1e-9)
     assert one["mAP"] == pytest.approx(np.mean([full[f"AP_level{l}"] for l in range(3)]), abs=1e-9)
     rows = torch.arange(0, 90, 4)
-    three = [dict(embeddings=emb, labels=labels[:, l], query_embeddings=emb[rows], query_labels=labels[rows, l]) for l in range(3)]
+    part = lambda y: dict(embeddings=emb, labels=y, query_embeddings=emb[rows], query_labels=y[rows])
+    three = [part(labels[:, l]) for l in range(3)]
     with_rows = [dict(b, self_index=rows) for b in three]
     assert dyml(benchmarks=three) == dyml(benchmarks=dict(zip(("fine", "middle", "coarse"), with_rows)))
     with pytest.raises(ValueError, match="benchmark 1: query 0 .* no gallery row"):
@@ -533,7 +570,8 @@ def test_decomposability_gap():
     batches = torch.arange(120).view(6, 20).tolist()
     g = decomposability_gap(emb, labels, batches, level=1)
     inside = np.mean([evaluate(emb[b], labels[b])["AP_level1"] for b in batches])
-    assert g["batch_ap"] == pytest.approx(inside, abs=1e-12) and g["gap"] == pytest.approx(inside - evaluate(emb, labels)["AP_level1"], abs=1e-12)
+    gap = inside - evaluate(emb, labels)["AP_level1"]
+    assert (g["batch_ap"], g["gap"]) == pytest.approx((inside, gap), abs=1e-12)
     assert decomposability_gap(emb, labels, [range(120)])["gap"] == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="no batch"): decomposability_gap(emb, labels, [[3]])
 
@@ -559,48 +597,143 @@ def spoiled(row, value):
 
 
 @pytest.mark.parametrize("args,kw,words", [
-    ((spoiled(3, torch.nan), Y), {}, r"row\(s\) 3"), ((spoiled(5, 0.), Y), {}, r"row\(s\) 5"), ((E, Y[:5]), {}, "12 embeddings but 5"),
-    ((E.long(), Y), {}, "floats"), ((E[:, 0], Y), {}, "shape"), ((E[:0], Y[:0]), {}, "gallery is empty"), ((E[:1], Y[:1]), {}, "gallery is empty"),
-    ((E, torch.stack([Y, torch.arange(12)], 1)), {}, "not a tree"), ((E, Y), dict(ks=(1, 12)), "k=12 is larger than the gallery"),
-    ((E, Y), dict(metrics="R@12"), "k=12 is larger"), ((E, Y), dict(ks=(0, 1)), "whole numbers"), ((E, Y), dict(ks=(1.5,)), "whole numbers"), ((E, Y), dict(ks=None), "whole numbers"), ((E, Y), dict(ks=(torch.nan,)), "whole numbers"),
-    ((E, Y), dict(ks="5"), "whole numbers"), ((E, Y), dict(levels=[0.5]), "each of levels"), ((E, Y, E, Y), dict(self_index=[.5] * 12), "self_index"),
-    ((E, Y), dict(metrics="mAP_R"), "Did you mean 'mAP@R"), ((E, Y), dict(metrics=["AP_level3"]), "Did you mean 'AP_level0'"),
-    ((E, Y), dict(levels=[1]), "level 1"), ((E, Y), dict(max_memory="plenty"), "cannot read"), ((E, Y), dict(max_memory=0), "cannot read"),
-    ((E, Y), dict(max_memory="1kB"), "too small"), ((E, Y), dict(relevance="pup"), "Did you mean 'pop'"), ((E, Y, E), {}, "belong together"),
-    ((E, Y, E[:, :2], Y), {}, "dimensions"), ((E, Y, E, torch.stack([Y, Y], 1)), {}, "level"), ((E, Y, E[:0], Y[:0]), {}, "no queries"),
-    ((E, Y, E, Y), dict(self_index=[0]), "self_index"), ((E, Y), dict(self_index=range(12)), "exclude_self"),
-    ((E, Y), dict(device="gpu7"), "device"), ((E, Y.float()), {}, "integers"),
+    ((spoiled(3, torch.nan), Y), {}, r"row\(s\) 3"),
+    ((spoiled(5, 0.), Y), {}, r"row\(s\) 5"),
+    ((E, Y[:5]), {}, "12 embeddings but 5"),
+    ((E.long(), Y), {}, "floats"),
+    ((E[:, 0], Y), {}, "shape"),
+    ((E[:0], Y[:0]), {}, "gallery is empty"),
+    ((E[:1], Y[:1]), {}, "gallery is empty"),
+    ((E, torch.stack([Y, torch.arange(12)], 1)), {}, "not a tree"),
+    ((E, Y), dict(ks=(1, 12)), "k=12 is larger than the gallery"),
+    ((E, Y), dict(metrics="R@12"), "k=12 is larger"),
+    ((E, Y), dict(ks=(0, 1)), "whole numbers"),
+    ((E, Y), dict(ks=(1.5,)), "whole numbers"),
+    ((E, Y), dict(ks=(torch.nan,)), "whole numbers"),
+    ((E, Y), dict(ks="5"), "whole numbers"),
+    ((E, Y), dict(levels=[0.5]), "each of levels"),
+    ((E, Y, E, Y), dict(self_index=[.5] * 12), "self_index"),
+    ((E, Y), dict(metrics="mAP_R"), "Did you mean 'mAP@R"),
+    ((E, Y), dict(metrics=["AP_level3"]), "Did you mean 'AP_level0'"),
+    ((E, Y), dict(levels=[1]), "level 1"),
+    ((E, Y), dict(max_memory="plenty"), "cannot read"),
+    ((E, Y), dict(max_memory=0), "cannot read"),
+    ((E, Y), dict(max_memory="1kB"), "too small"),
+    ((E, Y), dict(relevance="pup"), "Did you mean 'pop'"),
+    ((E, Y, E), {}, "belong together"),
+    ((E, Y, E[:, :2], Y), {}, "dimensions"),
+    ((E, Y, E, torch.stack([Y, Y], 1)), {}, "level"),
+    ((E, Y, E[:0], Y[:0]), {}, "no queries"),
+    ((E, Y, E, Y), dict(self_index=[0]), "self_index"),
+    ((E, Y), dict(self_index=range(12)), "exclude_self"),
+    ((E, Y), dict(device="gpu7"), "device"),
+    ((E, Y.float()), {}, "integers"),
     ((E, torch.stack([Y, Y * 0], 1), E, torch.stack([Y, Y], 1)), {}, "together are not a tree")])
 def test_bad_input(args, kw, words):
     with pytest.raises(ValueError, match=words): evaluate(*args, **kw)
 
 
+@pytest.mark.parametrize("labels", [["a"] * 12, np.array(["2020-01-01"] * 12, dtype="datetime64[D]"), np.array(3),
+                                    torch.tensor(3), np.array([None] * 12), Y.to(torch.complex64)])
+def test_labels_that_are_no_integers_are_refused(labels):
+    with pytest.raises(ValueError, match="^labels must"): evaluate(E, labels)
+
+
+@pytest.mark.parametrize("emb", [[["a", "b"]] * 12, np.full((12, 2), np.datetime64("2020-01-01")), np.array(3.), None,
+                                 torch.tensor(3.), np.full((12, 2), None), E.to(torch.complex64), E.to_sparse()])
+def test_embeddings_that_are_no_matrix_of_floats_are_refused(emb):
+    with pytest.raises(ValueError, match="^embeddings must"): evaluate(emb, Y)
+
+
+@pytest.mark.parametrize("turned", [lambda x: x.astype(">f4"), lambda x: np.ascontiguousarray(x[::-1])[::-1],
+                                    np.asfortranarray, lambda x: x.tolist()])
+def test_arrays_of_any_layout_give_the_same_values(turned):
+    assert evaluate(turned(E.numpy()), Y) == evaluate(E, Y)
+
+
+def test_a_query_set_and_exclude_self_contradict_each_other():
+    for f in (evaluate, recall_at_k):
+        for queries in (E, E.clone(), E[:5]):
+            with pytest.raises(ValueError, match="self_index"): f(E, Y, queries, Y[:len(queries)], exclude_self=True)
+        with pytest.raises(ValueError, match="self_index.*or leave the query set out"): f(E, Y, E, Y)
+        with pytest.raises(ValueError, match="exclude_self must be True or False"): f(E, Y, exclude_self="no")
+        assert f(E, Y, E, Y, exclude_self=False)["R@1_level0"] == 1
+    with pytest.raises(ValueError, match="self_index keeps queries out"):
+        evaluate(E, Y, E, Y, self_index=range(12), exclude_self=False)
+    assert evaluate(E, Y, E, Y, self_index=range(12), exclude_self=True) == pytest.approx(evaluate(E, Y), abs=1e-6)
+
+
+@pytest.mark.parametrize("self_index", [[True] * 12, ["a"] * 12, [1j] * 12, 3, [12] + [0] * 11, [-2] + [0] * 11])
+def test_self_index_that_holds_no_rows_is_refused(self_index):
+    with pytest.raises(ValueError, match="self_index must hold one gallery row"):
+        evaluate(E, Y, E, Y, self_index=self_index)
+
+
+# ---------------------------------------------------------------- names
+
+def test_names_of_metrics_are_read_and_written():
+    for m in all_metrics(range(3), (1, 5, 10)): assert parse_metric(str(m)) == m
+    assert Metric("R", 5, 1) == parse_metric("R@5_level1") and str(parse_metric("R@k")) == "R"
+
+
+@pytest.mark.parametrize("metrics,words", [
+    ([], "metrics is empty"), ((), "metrics is empty"), ("", "unknown metric ''"), ("P@2", "unknown metric"),
+    (["AP", 5], "unknown metric 5"),
+    ("AP_level-1", "unknown metric"), ("H-AP_level0", "is not among"), ("R@k_level2", "is not among"),
+    ("NDGC", "Did you mean 'NDCG'"), ("AAP_level0", "Did you mean 'AP_level0'"), ("R@0", "whole numbers")])
+def test_metrics_that_do_not_exist_are_refused(metrics, words):
+    with pytest.raises(ValueError, match=words): evaluate(E, Y, metrics=metrics)
+
+
+def test_a_request_for_r_at_k_needs_ks():
+    with pytest.raises(ValueError, match="'R@k' is not among"): choose_metrics("R@k", [0], ())
+
+
 def others(emb, labels):
     "The other public functions, called with the same input."
-    return [lambda: recall_at_k(emb, labels), lambda: dyml(emb, labels), lambda: nmi(emb, labels), lambda: decomposability_gap(emb, labels, [[0, 1]]),
-            lambda: dyml(benchmarks=[dict(embeddings=emb, labels=labels, query_embeddings=emb, query_labels=labels)])]
+    part = dict(embeddings=emb, labels=labels, query_embeddings=emb, query_labels=labels)
+    return [lambda: recall_at_k(emb, labels), lambda: dyml(emb, labels), lambda: nmi(emb, labels),
+            lambda: decomposability_gap(emb, labels, [[0, 1]]), lambda: dyml(benchmarks=[part])]
 
 
 @pytest.mark.parametrize("emb,labels,words", [
-    (spoiled(3, torch.nan), Y, r"NaN or infinite values in row\(s\) 3"), (spoiled(4, torch.inf), Y, r"row\(s\) 4"), (spoiled(5, 0.), Y, r"row\(s\) 5"),
-    (E, Y[:5], "12 .* but 5"), (E.long(), Y, "must be floats, got torch.int64"), (E[:, 0], Y, "shape"), (E[:0], Y[:0], "gallery is empty"),
-    (E, Y.float(), "integers"), (E, torch.stack([Y, torch.arange(12)], 1), "not a tree")])
+    (spoiled(3, torch.nan), Y, r"NaN or infinite values in row\(s\) 3"),
+    (spoiled(4, torch.inf), Y, r"row\(s\) 4"),
+    (spoiled(5, 0.), Y, r"row\(s\) 5"),
+    (E, Y[:5], "12 .* but 5"),
+    (E.long(), Y, "must be floats, got torch.int64"),
+    (E[:, 0], Y, "shape"),
+    (E[:0], Y[:0], "gallery is empty"),
+    (E, Y.float(), "integers"),
+    (E, torch.stack([Y, torch.arange(12)], 1), "not a tree")])
 def test_bad_input_elsewhere(emb, labels, words):
     for call in others(emb, labels):
         with pytest.raises(ValueError, match=words): call()
 
 
 @pytest.mark.parametrize("call,words", [
-    (lambda: recall_at_k(E, Y, ks=(1, 12)), "k=12 is larger than the gallery: 11 images"), (lambda: recall_at_k(E, Y, E[:, :2], Y), "4 dimensions, query_embeddings 2"),
-    (lambda: recall_at_k(E, Y, spoiled(2, torch.nan), Y), r"query_embeddings: NaN .* row\(s\) 2"), (lambda: recall_at_k(E[:1], Y[:1]), "gallery is empty"),
-    (lambda: recall_at_k(E, Y, E.long(), Y), "query_embeddings must be floats"), (lambda: recall_at_k(E, Y, levels=1), "level 1"),
-    (lambda: dyml(E, Y, ks=(1, 12)), "k=12 is larger"), (lambda: dyml(benchmarks=[]), "benchmarks is empty"), (lambda: dyml(E[:1], Y[:1]), "gallery is empty"),
-    (lambda: dyml(benchmarks=[dict(embeddings=E, labels=Y, query_embeddings=E[:, :2], query_labels=Y, self_index=range(12))]), "dimensions"),
-    (lambda: nmi(E, Y, level=2), "level 2"), (lambda: nmi(E, Y, clusters=0), "0 clusters"), (lambda: nmi(E, Y, clusters=13), "13 clusters"),
-    (lambda: nmi(E, torch.full((12,), -1)), "unknown"), (lambda: decomposability_gap(E, Y, [[0, 1]], level=3), "level 3"),
-    (lambda: decomposability_gap(E, Y, [[0, 1], [3, 12]]), "row 12, but there are 12"), (lambda: decomposability_gap(E, Y, [[-1, 1]]), "row -1"),
-    (lambda: evaluate(E, Y, spoiled(2, torch.nan), Y), r"query_embeddings: NaN .* row\(s\) 2"), (lambda: evaluate(E, Y, E.int(), Y), "query_embeddings must be floats"),
-    (lambda: evaluate(E, Y, ks=(1, 13), exclude_self=False), "12 images can be found"), (lambda: evaluate(E, Y, E[:1], Y[:1], ks=13), "k=13")])
+    (lambda: recall_at_k(E, Y, ks=(1, 12)), "k=12 is larger than the gallery: 11 images"),
+    (lambda: recall_at_k(E, Y, E[:, :2], Y), "4 dimensions, query_embeddings 2"),
+    (lambda: recall_at_k(E, Y, spoiled(2, torch.nan), Y), r"query_embeddings: NaN .* row\(s\) 2"),
+    (lambda: recall_at_k(E[:1], Y[:1]), "gallery is empty"),
+    (lambda: recall_at_k(E, Y, E.long(), Y), "query_embeddings must be floats"),
+    (lambda: recall_at_k(E, Y, levels=1), "level 1"),
+    (lambda: dyml(E, Y, ks=(1, 12)), "k=12 is larger"),
+    (lambda: dyml(benchmarks=[]), "benchmarks is empty"),
+    (lambda: dyml(E[:1], Y[:1]), "gallery is empty"),
+    (lambda: dyml(benchmarks=[dict(embeddings=E, labels=Y, query_embeddings=E[:, :2], query_labels=Y,
+                                   self_index=range(12))]), "dimensions"),
+    (lambda: nmi(E, Y, level=2), "level 2"),
+    (lambda: nmi(E, Y, clusters=0), "0 clusters"),
+    (lambda: nmi(E, Y, clusters=13), "13 clusters"),
+    (lambda: nmi(E, torch.full((12,), -1)), "unknown"),
+    (lambda: decomposability_gap(E, Y, [[0, 1]], level=3), "level 3"),
+    (lambda: decomposability_gap(E, Y, [[0, 1], [3, 12]]), "row 12, but there are 12"),
+    (lambda: decomposability_gap(E, Y, [[-1, 1]]), "row -1"),
+    (lambda: evaluate(E, Y, spoiled(2, torch.nan), Y), r"query_embeddings: NaN .* row\(s\) 2"),
+    (lambda: evaluate(E, Y, E.int(), Y), "query_embeddings must be floats"),
+    (lambda: evaluate(E, Y, ks=(1, 13), exclude_self=False), "12 images can be found"),
+    (lambda: evaluate(E, Y, E[:1], Y[:1], ks=13), "k=13")])
 def test_bad_input_of_the_others(call, words):
     with pytest.raises(ValueError, match=words): call()
 
@@ -610,15 +743,26 @@ def test_default_ks_on_a_small_gallery():
     assert m["R@8_level0"] == m["R@4_level0"] == 1
 
 
-@pytest.mark.parametrize("text,size", [("2GB", 2 * 10**9), ("1.5GiB", 1610612736), (10**6, 10**6), ("300 mb", 3 * 10**8), ("5", 5)])
+@pytest.mark.parametrize("text,size", [
+    ("2GB", 2 * 10**9),
+    ("1.5GiB", 1610612736),
+    (10**6, 10**6),
+    ("300 mb", 3 * 10**8),
+    ("5", 5)])
 def test_parse_memory(text, size): assert parse_memory(text) == size
 
 
 # ---------------------------------------------------------------- memory
 
-@pytest.mark.parametrize("classes,limit,metrics,tied", [(4000, 60, None, False), (1, 150, None, False), (4000, 60, "R@k", True), (4000, 60, "AP_level0", True)])
+@pytest.mark.parametrize("classes,limit,metrics,tied", [
+    (4000, 60, None, False),
+    (1, 150, None, False),
+    (4000, 60, "R@k", True),
+    (4000, 60, "AP_level0", True)])
 def test_memory_is_bounded(classes, limit, metrics, tied):
-    "20,000 x 64 would be 1.6 GB of scores; the process may grow by the limit and a little (one class: everything is a positive; tied: all rows equal)."
+    """20,000 x 64 would be 1.6 GB of scores; the process may grow by the limit and a little.
+
+    One class: everything is a positive. Tied: all rows are equal."""
     code = f"""
         import resource, torch
         from hapnb.metrics import evaluate
@@ -633,5 +777,6 @@ def test_memory_is_bounded(classes, limit, metrics, tied):
         evaluate(emb, labels, emb[q], labels[q], self_index=q, max_memory="{limit}MB", metrics={metrics!r})
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000)
     """
-    grown = float(subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True).stdout)
+    job = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    grown = float(job.stdout)
     assert grown < limit + 15, f"grew by {grown:.0f} MB"

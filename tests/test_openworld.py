@@ -1,5 +1,5 @@
 """Open-world rounds: the parts, what is selected, the state on disk, and that labels of the pool never leak."""
-import functools, json, os, shutil, subprocess, sys
+import functools, json, os, shutil, subprocess, sys, warnings
 from collections import Counter
 from pathlib import Path
 
@@ -12,8 +12,10 @@ import torch.nn.functional as F
 
 import hapnb.features
 import hapnb.train as T
-from hapnb import emoji, openworld as ow, study
+from hapnb import emoji, openworld as ow, openworld_recipes as recipes, openworld_report as report, selection, study
+from hapnb import batches, runs
 from hapnb.clustering import clustering_scores
+from hapnb.config import RunConfig, load_splits, thaw
 from hapnb.datasets import deal_open_world
 from hapnb.data import load
 from hapnb.hilander import HiLanderConfig
@@ -126,39 +128,40 @@ def test_missing_and_empty(tmp_path):
 # ---- features of parts
 
 def test_features_of_parts_are_computed_once(monkeypatch):
-    cfg, calls = T.RunConfig.from_dict(TOY), []
-    whole, test = T.load_splits(cfg)
-    real = T._features
-    monkeypatch.setattr(T, "_IN_MEMORY", {})
-    monkeypatch.setattr(T, "_features", lambda c, d, *a: calls.append(d) or real(c, d, *a))
+    cfg, calls = RunConfig.from_dict(TOY), []
+    whole, test = load_splits(cfg)
+    real = runs._features
+    monkeypatch.setattr(runs, "_IN_MEMORY", {})
+    monkeypatch.setattr(runs, "_features", lambda c, d, *a: calls.append(d) or real(c, d, *a))
     part = whole.subset([5, 1, 9, 1], share=True, relabel=True)
-    x = T.features_of(cfg, part)
-    assert torch.equal(T.features_of(cfg, ow.training_part(whole, [5, 1, 9, 1], torch.tensor([4, 4, 2, 2]))), x)
-    assert torch.equal(x, T.features_of(cfg, whole)[[5, 1, 9, 1]])
-    assert torch.equal(T.features_of(cfg, part.subset([2])), x[2:3])
+    x = runs.features_of(cfg, part)
+    assert torch.equal(runs.features_of(cfg, ow.training_part(whole, [5, 1, 9, 1], torch.tensor([4, 4, 2, 2]))), x)
+    assert torch.equal(x, runs.features_of(cfg, whole)[[5, 1, 9, 1]])
+    assert torch.equal(runs.features_of(cfg, part.subset([2])), x[2:3])
     assert calls == [whole]
-    T.features_of(cfg, whole.subset([5, 1]))  # a part that was not told to share is a dataset like any other
+    runs.features_of(cfg, whole.subset([5, 1]))  # a part that was not told to share is a dataset like any other
     assert len(calls) == 2
     assert part.fingerprint == whole.subset([5, 1, 9, 1], relabel=True).fingerprint
     assert cfg.key((part, test)) == cfg.key((whole.subset([5, 1, 9, 1], relabel=True), test))
 
 
 def test_parts_read_the_packed_copy_of_the_whole(tmp_path, monkeypatch):
-    "One copy of the training images and one of the test images, however many parts are cut; the same pixels as without."
+    "One copy of the training images and one of the test images for any number of parts; the same pixels as without."
     monkeypatch.setenv("HAPNB_CACHE", str(tmp_path / "cache"))
     base = {**TOY, "freeze": "bn", "epochs": 1, "lr": 1e-4, "packed": 40}
     r = quiet(CFG.replace(base=base, select=dict(mode="all"), rounds=2), tmp_path / "store")
     assert len(list((tmp_path / "cache/packed").glob("*.pack"))) == 2
     assert r.rounds["images"].is_monotonic_increasing
     assert r.rounds["selected"][0] > 0
-    cfg = T.RunConfig.from_dict(base)
-    whole, _ = T.load_splits(cfg)
+    cfg = RunConfig.from_dict(base)
+    whole, _ = load_splits(cfg)
     part = ow.training_part(whole, [5, 80, 9, 5], torch.tensor([4, 4, 2, 2]))
-    small = T._pack(cfg, part)
+    small = batches._pack(cfg, part)
     assert [small.image(i).tobytes() for i in range(4)] == [whole.image(i).tobytes() for i in (5, 80, 9, 5)]
     assert torch.equal(small.labels, part.labels)
-    assert small.store.path == T._pack(cfg, whole).store.path
-    assert small.fingerprint not in (part.fingerprint, T._pack(cfg, whole.subset([5, 80], share=True)).fingerprint)
+    assert small.store.path == batches._pack(cfg, whole).store.path
+    assert small.fingerprint not in (part.fingerprint, batches._pack(cfg,
+                                                                     whole.subset([5, 80], share=True)).fingerprint)
     assert [small.store.name(int(i)) for i in small.index] == [whole.store.name(int(whole.index[i]))
                                                                for i in (5, 80, 9, 5)]
 
@@ -171,8 +174,8 @@ def test_training_part():
     assert part.labels.shape == (4, 1)
     assert [part.image(i).tobytes() for i in range(4)] == [whole.image(i).tobytes() for i in (3, 40, 4, 80)]
     assert part.fingerprint != ow.training_part(whole, [3, 40, 4, 80], torch.tensor([7, 30, 30, 12])).fingerprint
-    assert ow.never_drawn(torch.tensor([0, 0, 0, 0, 1, 1, 3]), T.RunConfig()) == 3
-    assert ow.never_drawn(torch.tensor([0, 1]), T.RunConfig(sampler="balanced")) == 0
+    assert ow.never_drawn(torch.tensor([0, 0, 0, 0, 1, 1, 3]), RunConfig()) == 3
+    assert ow.never_drawn(torch.tensor([0, 1]), RunConfig(sampler="balanced")) == 0
 
 
 # ---- choosing
@@ -221,11 +224,12 @@ def test_selection_by_hand():
 
 
 @pytest.mark.parametrize("select, message", [(dict(treshold=.5), "Did you mean 'threshold'"),
-                                             (dict(mode="desity", threshold=.5), "Did you mean 'density'"),
+                                             (dict(mode="desity", threshold=.5),
+                                              "must be 'density', 'recluster' or 'all'"),
                                              ({"mode": "density"}, "needs a threshold of density or a share"),
                                              (dict(threshold=.5, share=.5), "one of the two"),
                                              (dict(mode="all", threshold=.5), "belong to mode 'density'"),
-                                             (dict(share=0), "share must be above 0"),
+                                             (dict(share=0), "'share' must be greater than 0"),
                                              (dict(threshold=.5, smallest=0), "smallest"),
                                              (dict(threshold=float("nan")), "NaN|nan|finite")])
 def test_bad_selections(select, message):
@@ -233,8 +237,9 @@ def test_bad_selections(select, message):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(clusterer="kmean"), "Did you mean 'kmeans'"), (dict(rounds=0), "rounds must be"),
-    (dict(pool_labels="truth"), "Did you mean 'true'"), (dict(base={**TOY, "seed": 3}), "OpenWorldConfig.seed"),
+    (dict(clusterer="kmean"), "Did you mean 'kmeans'"), (dict(rounds=0), "'rounds' must be"),
+    (dict(pool_labels="truth"), "must be 'predicted' or 'true'"),
+    (dict(base={**TOY, "seed": 3}), "OpenWorldConfig.seed"),
     (dict(finetune={"split": "val"}), "belongs to base"), (dict(finetune={"weigth_decay": 1.}),
                                                            "Did you mean 'weight_decay'"),
                                                            (dict(base={**TOY, "levels": (0, 1)}), "levels=None"),
@@ -246,14 +251,15 @@ def test_bad_selections(select, message):
                                                               (dict(split={"labelled": "x", "known": .5}),
                                                                "one or the other"),
                                                                (dict(decode={"kk": 3}), "Did you mean 'k'"),
-    (dict(decode={"tau": 7}), "'tau' must be less than or equal to 1"), (dict(decode={"distance": "probs"}), "must be 'prob' or 'sim'"),
+    (dict(decode={"tau": 7}), "'tau' must be less than or equal to 1"),
+    (dict(decode={"distance": "probs"}), "must be 'prob' or 'sim'"),
     (dict(clusterer="hdbscan", cluster_args={"min_size": 3}), "Did you mean 'min_cluster_size'"),
     (dict(clusterer="hdbscan", cluster_args={"clusters": 3}), "cluster_args: hdbscan finds the number"),
     (dict(clusterer="hdbscan", cluster_args={"min_cluster_size": 1}), "cluster_args: 'min_cluster_size' must be"),
     (dict(clusterer="kmeans", cluster_args={"clusters": 0}), "1 or more"),
     (dict(clusterer="kmeans", cluster_args={"clusters": 9, "points_per_cluster": 2}), "cluster_args: .*either"),
     (dict(clusterer="kmeans", cluster_args={"init": "rnd"}), "cluster_args: 'init' must be"),
-    (dict(base=3), "must be a dict")])
+    (dict(base=3), "must be a valid dictionary")])
 def test_bad_configs(changes, message):
     with pytest.raises(ValueError, match=message): CFG.replace(**changes)
 
@@ -272,12 +278,14 @@ def test_config_is_a_plain_value():
 
 
 def test_defaults_that_are_not_in_the_key():
-    "An empty dict stands for the defaults, so other defaults need another SCHEMA, or old results would be read back for new settings."
+    "An empty dict means the defaults, so other defaults need another SCHEMA, or old results would be read back."
     import hashlib, inspect
     decoding = {p.name: p.default for p in inspect.signature(ow.cluster_hilander).parameters.values()
                 if p.name in ("k", "tau", "distance", "max_levels", "early_stop")}
-    known = json.dumps([ow.SCHEMA, HiLanderConfig().to_dict(), decoding, ow.SELECT, ow._SELECT], sort_keys=True)
-    assert hashlib.sha256(known.encode()).hexdigest()[:16] == "e66d55c3d5118fe7", "defaults have changed: raise hapnb.openworld.SCHEMA, then write the new hash here"
+    known = json.dumps([ow.SCHEMA, HiLanderConfig().to_dict(), decoding, ow.SELECT,
+                        selection.Select(threshold=0).model_dump() | dict(threshold=None)], sort_keys=True)
+    assert hashlib.sha256(known.encode()).hexdigest()[:16] == "180ec45df98f4de4", \
+        "defaults have changed: raise hapnb.openworld.SCHEMA, then write the new hash here"
 
 
 # ---- the rounds
@@ -311,8 +319,9 @@ def test_the_loop(result):
         out = (s["mask"] > 0).to_numpy() & ~np.isin(y, y[:len(parts.labelled)])
         assert row["bcubed_F_out"] == clustering_scores(y[out], s["cluster"][out])["bcubed_F"]
         assert row["points_out"] == out.sum()
-        assert row["selected_precision"] == pytest.approx(sum(np.bincount(g).max()
-                                                              for _, g in pd.Series(y[chosen]).groupby(s["pseudo_label"][chosen].to_numpy())) / chosen.sum())
+        groups = pd.Series(y[chosen]).groupby(s["pseudo_label"][chosen].to_numpy())
+        most = sum(np.bincount(g).max() for _, g in groups)
+        assert row["selected_precision"] == pytest.approx(most / chosen.sum())
         far = ow.class_distance(z[(s["mask"] > 0).to_numpy(copy=True)], z[(s["mask"] == 0).to_numpy(copy=True)],
                                 torch.tensor(T_classes.tolist()))
         assert np.allclose(s["distance"][s["mask"] > 0], far)
@@ -365,29 +374,34 @@ def test_one_process_only(tmp_path, result, monkeypatch):
 
 
 def contents(result):
-    return {str(p.relative_to(result.path)): p.read_bytes() for p in sorted(result.path.rglob("*")) if p.is_file()
-            and p.name != ".lock"}
+    "Every file of a run's folder, locks left out."
+    files = (p for p in sorted(result.path.rglob("*")) if p.is_file() and not p.name.startswith("."))
+    return {p.relative_to(result.path).as_posix(): p.read_bytes() for p in files}
+
 
 STAGES = ("training.json", "embeddings.safetensors", "hilander", "clusters.parquet", "selection.parquet",
           "metrics.json")
 
 @pytest.mark.parametrize("when", [f"{w} round_{r}/{s}" for r, w in ((0, "before"), (1, "after")) for s in STAGES])
-def test_interrupted_at_each_stage(result, tmp_path, monkeypatch, when):
-    "Stopped before or after a stage is written, and asked for again: the same bytes."
-    real, (moment, name) = ow._State.stage, when.split()
-    def stage(self, file, make, write, read):
-        def stop(path, value, note):
-            if moment == "after": write(path, value, note)
-            raise KeyboardInterrupt
-        return real(self, file, make, stop if file == name else write, read)
-    monkeypatch.setattr(ow._State, "stage", stage)
+def test_a_run_that_is_stopped_at_any_stage_ends_with_the_same_bytes(result, tmp_path, monkeypatch, when):
+    moment, name = when.split()
+    def stopping(real, at):
+        def f(*args):
+            hit = str(args[at]).endswith(name)
+            if hit and moment == "before": raise KeyboardInterrupt
+            out = real(*args)
+            if hit: raise KeyboardInterrupt
+            return out
+        return f
+    monkeypatch.setattr(ow, "_stage", stopping(ow._stage, 1))
+    monkeypatch.setattr(ow, "_write_json", stopping(ow._write_json, 0))
     with pytest.raises(KeyboardInterrupt): quiet(CFG, tmp_path)
     monkeypatch.undo()
     assert contents(quiet(CFG, tmp_path)) == contents(result)
 
 
 @pytest.mark.parametrize("what", ["step", "epoch"])
-def test_interrupted_within_a_stage(result, tmp_path, monkeypatch, what):
+def test_a_run_that_is_stopped_within_a_training_ends_with_the_same_bytes(result, tmp_path, monkeypatch, what):
     "In the middle of a training, and of Hi-LANDER's."
     import hapnb.hilander as H
     owner, name = (T.Trainer, "step") if what == "step" else (H._Training, "run_epoch")
@@ -417,7 +431,8 @@ def killed(moment, name, real=os.replace):
         real(a, b)
         if hit: os.kill(os.getpid(), signal.SIGKILL)
     os.replace = replace
-    if "state" in name: ow.run, ow.train_hilander = (functools.partial(f, save_every=0) for f in (ow.run, ow.train_hilander))  # a checkpoint at each step and epoch
+    if "state" in name:  # a checkpoint at each step and epoch
+        ow.run, ow.train_hilander = (functools.partial(f, save_every=0) for f in (ow.run, ow.train_hilander))
     t.quiet(t.CFG, store)
 
 for point in points:
@@ -430,7 +445,7 @@ for point in points:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has neither fork nor SIGKILL")
 def test_killed_again_and_again(result, tmp_path):
-    "SIGKILL in the middle of trainings and just before and after stages get their names, one after the other in one store; then the same bytes, and nothing half written is left."
+    "SIGKILL within trainings and around renames, one after the other in one store; then the same bytes, nothing else."
     points = ["after state.pt", "before weights.safetensors", "after round_0/training.json",
               "before round_0/embeddings.safetensors", "after .state", "before round_0/hilander",
               "after round_0/hilander",
@@ -450,7 +465,7 @@ def test_killed_again_and_again(result, tmp_path):
 
 
 def test_stages_that_runs_share_are_copied(result, tmp_path, monkeypatch):
-    "Another threshold, another tau, another Hi-LANDER: what did not change is taken from the first run, and the bytes are those of a run alone."
+    "Another threshold, tau or Hi-LANDER: unchanged stages are those of the first run, with the bytes of a run alone."
     one, made = tmp_path / "one", []
     shutil.copytree(result.path.parent, one)
     def counted(real): return functools.wraps(real)(lambda *a, **k: made.append(real.__name__) or real(*a, **k))
@@ -476,34 +491,71 @@ def test_stages_that_runs_share_are_copied(result, tmp_path, monkeypatch):
     assert contents(r) == contents(quiet(r.config, tmp_path / "alone"))
 
 
-@pytest.mark.parametrize("file", ["round_0/embeddings.safetensors", "round_0/hilander/hilander.safetensors",
-                                  "round_1/clusters.parquet", "round_0/selection.parquet", "round_1/training.json",
-                                  "round_0/metrics.json"])
-def test_damaged_state_is_made_again(result, tmp_path, file, capsys):
-    folder = tmp_path / result.key
+def flipped(path, at):
+    "Change one bit of a file."
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_in_any_file_of_a_finished_run_is_named_by_its_reader(result, tmp_path):
     shutil.copytree(result.path.parent, tmp_path, dirs_exist_ok=True)
-    (folder / "metrics.json").unlink()
-    (folder / file).write_bytes((folder / file).read_bytes()[:-20])
-    assert contents(quiet(CFG, tmp_path)) == contents(result)
-    assert "cannot be used" in capsys.readouterr().out
+    folder = tmp_path / result.key
+    def read_everything():
+        r = ow.OpenWorldResult(folder)
+        r.config, r.environment, r.rounds
+        for n in range(2): r.selection(n), r.embeddings(n), r.training(n)
+    read_everything()
+    read = [n for n in contents(result) if n.count("/") < 2 and not n.endswith(("training.json", "clusterer.json"))]
+    read = [n for n in read if not (folder / n.removesuffix(".json")).exists() or not n.endswith(".json")]
+    # a bit of the manifest makes a file look damaged that is whole, and never the other way round
+    read.remove("manifest.json")
+    assert len(read) == 12  # three files of the run, three metrics, and three files of each round with a selection
+    for name in read:
+        whole = (folder / name).read_bytes()
+        flipped(folder / name, len(whole) // 2)
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            read_everything()
+        (folder / name).write_bytes(whole)
+    (folder / "round_0/clusters.parquet").unlink()
+    with pytest.raises(ValueError, match="clusters.parquet is missing: run hapnb.openworld.run_rounds"):
+        read_everything()
 
 
-def test_state_of_another_dataset(result, tmp_path):
-    other = CFG.replace(base={**TOY, "dataset_args": {"hues": 24, "seed": 5}})
+@pytest.mark.parametrize("name", ["metrics.json", "config.json", "environment.json", "manifest.json",
+    "round_0/embeddings.safetensors", "round_0/embeddings.safetensors.json", "round_0/hilander/hilander.safetensors",
+    "round_1/clusters.parquet", "round_0/selection.parquet", "round_1/training.json", "round_0/metrics.json"])
+def test_damaged_files_of_a_finished_run_are_made_again(result, tmp_path, name):
+    shutil.copytree(result.path.parent, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / result.key / name
+    for spoil in (lambda: flipped(path, 30), lambda: path.write_bytes(path.read_bytes()[:-5]), path.unlink):
+        spoil()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert contents(quiet(CFG, tmp_path)) == contents(result)
+
+
+def test_stages_of_another_dataset_are_made_again(result, tmp_path):
+    other = CFG.replace(base={**TOY, "dataset_args": {"hues": 24, "seed": 5}}, rounds=2)
     shutil.copytree(result.path / "round_0", tmp_path / other.key() / "round_0")
-    with pytest.raises(ValueError, match="is the state of another dataset"): quiet(other, tmp_path)
+    with pytest.warns(RuntimeWarning, match="made from other settings or data"): r = quiet(other, tmp_path)
+    assert contents(r) == contents(quiet(other, tmp_path / "alone"))
 
 
-def test_a_stage_that_was_made_from_something_else(result, tmp_path):
-    "Embeddings changed by hand: all that follows is made again from them."
-    shutil.copytree(result.path.parent, tmp_path, dirs_exist_ok=True)
-    folder = tmp_path / result.key
-    (folder / "metrics.json").unlink()
-    tensors, note = ow._read_tensors(folder / "round_0/embeddings.safetensors")
-    ow._write_tensors(folder / "round_0/embeddings.safetensors", {"embeddings": tensors["embeddings"].flip(1)}, note)
-    again = quiet(CFG, tmp_path)
-    assert not torch.equal(again.embeddings(0), result.embeddings(0))
-    assert contents(again)["round_0/clusters.parquet"] != contents(result)["round_0/clusters.parquet"]
+def test_a_damaged_state_of_a_training_is_not_used(result, tmp_path, monkeypatch):
+    import hapnb.hilander as H
+    real = H._Training.run_epoch
+    def stopped(self):
+        if self.epoch == 30: raise KeyboardInterrupt
+        return real(self)
+    monkeypatch.setattr(H._Training, "run_epoch", stopped)
+    monkeypatch.setattr(ow, "train_hilander", functools.partial(ow.train_hilander, save_every=0))
+    with pytest.raises(KeyboardInterrupt): quiet(CFG, tmp_path)
+    monkeypatch.undo()
+    state, = tmp_path.rglob(".hilander-*.state")
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.warns(RuntimeWarning, match="Hi-LANDER starts again"): again = quiet(CFG, tmp_path)
+    assert contents(again) == contents(result) and not state.exists()
 
 
 def test_nothing_above_the_threshold(tmp_path, capsys):
@@ -539,7 +591,7 @@ def test_upper_bound(tmp_path):
 @pytest.mark.parametrize("clusterer", ["kmeans", "agglomerative", "hdbscan"])
 def test_other_clusterers(clusterer, tmp_path):
     r = quiet(CFG.replace(clusterer=clusterer, rounds=2, select={}), tmp_path)
-    s, args = r.selection(0), json.loads((r.path / "round_0/clusterer.json").read_text())["args"]
+    s, args = r.selection(0), json.loads((r.path / "round_0/clusterer.json").read_text())
     assert set(args) == {dict(kmeans="points_per_cluster", agglomerative="threshold",
                               hdbscan="min_cluster_size")[clusterer]}
     assert 0 < s["selected"].sum() <= 228
@@ -553,7 +605,7 @@ def test_other_clusterers(clusterer, tmp_path):
 def test_a_number_of_clusters(tmp_path):
     "More clusters than images are left in a later round: as many as images."
     r = quiet(CFG.replace(clusterer="kmeans", cluster_args={"clusters": 150}, select=dict(share=.5)), tmp_path)
-    assert json.loads((r.path / "round_1/clusterer.json").read_text())["args"] == {"clusters": 150}
+    assert json.loads((r.path / "round_1/clusterer.json").read_text()) == {"clusters": 150}
     assert r.rounds["pool"][1] < 150
     assert r.rounds["clusters_pool"][0] == 150
     assert r.rounds["clusters_pool"][1] == r.rounds["pool"][1]
@@ -573,7 +625,7 @@ def test_recluster_and_distance(tmp_path, result):
 
 def as_table(folder, shuffle):
     "The toy images as files with a table and lists; with `shuffle` the labels of the pool change places."
-    whole, test = T.load_splits(T.RunConfig.from_dict(TOY))
+    whole, test = load_splits(RunConfig.from_dict(TOY))
     parts, rows = ow.load_parts(CFG), []
     for split, ds in (("train", whole), ("test", test)):
         for i in range(len(ds)):
@@ -617,21 +669,21 @@ def test_a_pool_that_nobody_can_score(tmp_path, monkeypatch, result):
         return whole
     (tmp_path / "L.txt").write_text("\n".join(np.array(ow.image_paths(parts.whole))[parts.labelled]))
     cfg = cfg.replace(split=dict(labelled=str(tmp_path / "L.txt")))
-    monkeypatch.setattr(ow, "load_splits", lambda c: (hidden(parts.pool), parts.test))
+    monkeypatch.setattr(selection, "load_splits", lambda c: (hidden(parts.pool), parts.test))
     r = quiet(cfg, tmp_path)
     pd.testing.assert_frame_equal(r.selection(0), result.selection(0))
     assert r.rounds["pool"][0] == len(parts.pool)
     assert {"selected_in", "bcubed_F_labelled"} <= set(r.rounds)
     assert not {"selected_precision", "bcubed_F_pool", "bcubed_F_out"} & set(r.rounds)
     assert r.rounds["selected_out"][0] == r.rounds["selected_in"][0] == 0 < r.rounds["selected"][0]
-    assert not len(ow.found_classes(r, 0))
+    assert not len(report.found_classes(r, 0))
     with pytest.raises(ValueError, match="pool_labels='true' needs a class, and 228 have none"):
         quiet(cfg.replace(pool_labels="true"), tmp_path)
-    monkeypatch.setattr(ow, "load_splits", lambda c: (hidden(parts.labelled[3:5]), parts.test))
-    with pytest.raises(ValueError,
-                       match=f"labelled image needs a class, and 2 have none, first '{ow.image_paths(parts.whole)[parts.labelled[3]]}'"):
+    monkeypatch.setattr(selection, "load_splits", lambda c: (hidden(parts.labelled[3:5]), parts.test))
+    first = ow.image_paths(parts.whole)[parts.labelled[3]]
+    with pytest.raises(ValueError, match=f"labelled image needs a class, and 2 have none, first '{first}'"):
         quiet(cfg, tmp_path)
-    monkeypatch.setattr(ow, "load_splits", lambda c: (hidden(parts.pool[:9]), parts.test))
+    monkeypatch.setattr(selection, "load_splits", lambda c: (hidden(parts.pool[:9]), parts.test))
     dealt = ow.load_parts(CFG)  # by the rule, an image without a class is in the pool
     assert set(parts.pool[:9]) <= set(dealt.pool) and len(dealt.pool) + len(dealt.labelled) == len(parts.whole)
 
@@ -672,11 +724,11 @@ def test_a_grid_in_worker_processes(tmp_path, result):
 
 @pytest.mark.parametrize("name", ["pss/inat", "pss/inat-vit"])
 def test_recipes_on_a_small_tree(name, tmp_path):
-    "Two rounds with the recipe's network, loss, sampler, optimiser and clusterer; images, batch and numbers of epochs are smaller, weights random."
+    "Two rounds with the recipe's network, loss, sampler, optimiser and clusterer, on few small images."
     cfg, _ = inat(tmp_path)
     small = dict(data_dir=str(tmp_path), dataset_args={"counts": False}, pretrained=False, image_size=32, batch_size=8,
                  epochs=2, ks=(1, 4), sampler_args={"m": 2}, eval_every=0)
-    run = ow.recipe(name).config(base=small, hilander=dict(epochs=2), decode=dict(k=3), select=dict(threshold=-1.),
+    run = recipes.recipe(name).config(base=small, hilander=dict(epochs=2), decode=dict(k=3), select=dict(threshold=-1.),
                                  rounds=2, split=thaw_split(cfg))
     r = quiet(run, tmp_path / "store")
     first, second = r.training(0).config, r.training(1).config
@@ -685,37 +737,37 @@ def test_recipes_on_a_small_tree(name, tmp_path):
     assert r.rounds["images"].tolist() == [12, 28]
     assert set(r.metrics) >= {"R@1_level0_round1", "pairwise_F_out_round0"}
 
-def thaw_split(cfg): return T.thaw(cfg.split)
+def thaw_split(cfg): return thaw(cfg.split)
 
 
 def test_recipes_say_where_values_come_from():
-    for name, r in ow.OPEN_WORLD_RECIPES.items():
+    for name, r in recipes.OPEN_WORLD_RECIPES.items():
         def paths(d, at=""):
             return {p for k, v in d.items() for p in (paths(v, f"{at}{k}/") if isinstance(v, dict) and v
                                                       else {f"{at}{k}"})}
         assert paths(r.fields) == set(r.sources)
-        assert set(r.sources.values()) <= set(ow.SOURCES)
+        assert set(r.sources.values()) <= set(recipes.SOURCES)
         assert "| select / threshold |" in r._repr_markdown_()
-    a, b = (ow.recipe(n).config() for n in ("pss/inat", "pss/inat-vit"))
+    a, b = (recipes.recipe(n).config() for n in ("pss/inat", "pss/inat-vit"))
     assert (a.rounds, a.finetune, a.decode, a.selection()["threshold"], b.selection()["threshold"]) == (5,
         {"weight_decay": 1e-3}, {"k": 9, "tau": 0.9, "distance": "prob"}, 0.8, 0.65)
     assert a.hilander_config(0).to_dict() | {"seed": 0} == HiLanderConfig.published().to_dict()
     assert a.run_config(1).weight_decay == 1e-3
     assert a.run_config(1).epochs == 400
-    with pytest.raises(ValueError, match="Did you mean 'pss/inat'"): ow.recipe("pss/int")
+    with pytest.raises(ValueError, match="Did you mean 'pss/inat'"): recipes.recipe("pss/int")
 
 
 def test_pictures_of_clusters(result):
-    table = ow.found_classes(result, 0, unseen=False)
+    table = report.found_classes(result, 0, unseen=False)
     s, y = result.selection(0), result.parts.whole.labels[:, 0].numpy()
     assert table["size"].sum() == s["selected"].sum()
     assert (table["right"].sum() / table["size"].sum()) == pytest.approx(result.rounds["selected_precision"][0])
-    unseen = ow.found_classes(result, 0)
+    unseen = report.found_classes(result, 0)
     assert not set(unseen["label"]) & set(y[result.parts.labelled])
-    good, bad = ow.pick_clusters(table, 3, 2, 1)
+    good, bad = report.pick_clusters(table, 3, 2, 1)
     assert (table.loc[good, "purity"] == 1).all()
     assert (table.loc[bad, "purity"] < 1).all()
     assert len(good) <= 3
     assert len(bad) <= 2
-    fig = ow.show_clusters(result, 0, good=2, bad=2, columns=5, title="x")
+    fig = report.show_clusters(result, 0, good=2, bad=2, columns=5, title="x")
     assert fig.axes[0].images and len(fig.axes[0].images) <= 20

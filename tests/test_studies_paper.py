@@ -15,7 +15,7 @@ import pytest
 from test_recipes_run import MAKE, OneStep, grown
 
 import hapnb.data
-from hapnb import config, grids, runs, study
+from hapnb import build, config, grids, runs, study
 from hapnb.batches import ImageBatches
 from hapnb.recipes import recipe
 from hapnb.train import make_accelerator
@@ -62,7 +62,7 @@ class Enough(Exception): "Raised when the grid has been made and tried."
 def two_steps(cfg):
     "Train, and assert that the history has two rows with finite losses and non-zero gradients."
     if not cfg.epochs: return
-    trainer, batches = runs.build_trainer(cfg, config.load_splits(cfg)[0], make_accelerator("cpu"))
+    trainer, batches = build.build_trainer(cfg, build.read_data(cfg), make_accelerator("cpu"))
     trainer.fit(OneStep(batches))
     assert len(trainer.history) == 2 and all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in trainer.history)
 
