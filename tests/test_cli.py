@@ -154,6 +154,14 @@ def test_help_explains_and_has_examples(call, command):
     assert "half an hour on two cores" in out or command != "reproduce"
 
 
+def test_help_describes_every_setting_of_a_run(call):
+    out = call("train", "--help")[1]
+    # the comment of a field is its help; one without would raise
+    for text in ("images in a batch", "names: m, level", "learning rate at the start"): assert text in out
+    status, out, _ = call("train", "--dataset", "toy", "--loss", "SupAPLoss", "--settings")
+    assert status == 0 and "--loss-args of SupAPLoss\n  tau " in out and "at least 1; images of each class in a batch" in out
+
+
 def test_help_loads_nothing_heavy():
     code = ("import sys; from hapnb import cli; cli.main(['--help']); cli.main(['--version'])\n"
             "print({'torch', 'numpy', 'pandas', 'pyarrow', 'pydantic', 'matplotlib'} & set(sys.modules))")
