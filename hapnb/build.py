@@ -10,6 +10,7 @@ __all__ = ['RunData', 'read_data', 'FeatureNet', 'build_trunk', 'build_net', 'ma
 import contextlib, copy, json, math
 from dataclasses import dataclass
 
+import psutil
 import torch
 import numpy as np
 import torch.nn.functional as F
@@ -96,9 +97,22 @@ def make_loss_for(cfg: RunConfig, labels: Tensor, # [N, L], of the training part
     classes, first = np.unique(labels[:, 0].numpy(), return_index=True)
     # [C, L]: the levels of each class
     table = labels[torch.from_numpy(first[classes >= 0])]
-    with _seeded(derive_seed(cfg.seed, "init", "loss")), _room("the loss"):
-        return make_loss(cfg.loss, num_classes=int(labels[:, level].max()) + 1, embedding_size=width,
-                         proxy_labels=table, **thaw(cfg.loss_args))
+    make = lambda: make_loss(cfg.loss, num_classes=int(labels[:, level].max()) + 1, embedding_size=width,
+                             proxy_labels=table, **thaw(cfg.loss_args))
+    if any(type(v) is int and v > 4096 for v in cfg.loss_args.values()): _check_room(cfg.loss, make)
+    with _seeded(derive_seed(cfg.seed, "init", "loss")), _room("the loss"): return make()
+
+# %% ../nbs/33_build.ipynb #0a726c7a
+def _check_room(name, make):
+    "Refuse a loss that is larger than the memory of the machine."
+    if name.startswith("pml/"): return
+    with torch.device("meta"): tensors = make().state_dict().values()
+    _refuse_above_memory(name, sum(t.nbytes for t in tensors))
+
+def _refuse_above_memory(what, size):
+    "`UserError` if so many bytes are more than this machine has."
+    have = psutil.virtual_memory().total
+    if size > have: raise UserError(f"{what} needs {size / 1e9:,.0f} GB of memory, and this machine has {have / 1e9:,.0f} GB.")
 
 @contextlib.contextmanager
 def _room(what):
@@ -126,13 +140,10 @@ def check_run(cfg: RunConfig, data: RunData) -> tuple: # (loss, sampler)
 # %% ../nbs/33_build.ipynb #79913855
 def _check_sizes(cfg, data):
     "What must fit into memory: a batch of images, and a memory of embeddings."
-    import psutil
-    have, side = psutil.virtual_memory().total, max(cfg.image_size, cfg.transform.get("resize") or 0)
     rows = check_memory(cfg.memory, len(data.labels)).get("size", 0)
-    images = 16 if cfg.freeze == "trunk" else cfg.micro_batch or cfg.batch_size
-    for what, size in ((f"{images} images of {side} x {side} pixels", images * 12 * side**2),
-                       (f"a memory of {rows} embeddings", rows * 4 * (cfg.embed_dim or 2))):
-        if size > have: raise UserError(f"{what} need {size / 1e9:,.0f} GB, and this machine has {have / 1e9:,.0f} GB.")
+    images, side = 16 if cfg.freeze == "trunk" else cfg.micro_batch or cfg.batch_size, cfg.image_size
+    _refuse_above_memory(f"a batch of {images} images of {side} x {side} pixels", images * 12 * side**2)
+    _refuse_above_memory(f"a memory of {rows} embeddings", rows * 4 * (cfg.embed_dim or 2))
 
 def check_evaluation(cfg: RunConfig, data: RunData):
     "Check what the evaluation asks for against labels and protocol: levels, ks, metrics, relevance, columns of `meta`."
@@ -145,8 +156,9 @@ def evaluate_run(cfg: RunConfig, data: RunData,
                  dry: bool = False, # check the arguments only
                  ) -> dict: # metric -> number; None where it is not finite
     "Evaluate embeddings as a config asks, by its protocol."
-    found = evaluate_protocol(z, data.test_labels, getattr(data.test, "meta", None), data.protocol, levels=cfg.eval_levels,
-                              ks=cfg.ks, relevance=as_relevance(thaw(cfg.relevance)), metrics=cfg.metrics, device=device, dry=dry)
+    asked = dict(levels=cfg.eval_levels, ks=cfg.ks, metrics=cfg.metrics, relevance=as_relevance(thaw(cfg.relevance)))
+    meta = getattr(data.test, "meta", None)
+    found = evaluate_protocol(z, data.test_labels, meta, data.protocol, **asked, device=device, dry=dry)
     return {k: (v if isinstance(v, int) else float(v) if math.isfinite(v) else None) for k, v in found.items()}
 
 # %% ../nbs/33_build.ipynb #20ba09f4

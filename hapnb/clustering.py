@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Contingency', 'Scores', 'CLUSTERERS', 'contingency', 'pairwise_scores', 'bcubed_scores', 'clustering_scores',
            'find_clusterer', 'check_clusterer', 'cluster', 'kmeans', 'nmi', 'agglomerative', 'hdbscan', 'Choice',
-           'choose']
+           'choose', 'choose_args']
 
 # %% ../nbs/46_clustering.ipynb #f706e52a
 import importlib, inspect
@@ -413,6 +413,17 @@ def _clusterings(x, method, name, tried, seed, args):
     if method != "agglomerative": return [cluster(x, method, None, seed, **args, **{name: v}) for v in tried]
     tree = _tree(F.normalize(x.detach().float(), dim=1), args.get("neighbours"))
     return [_cut(*tree, threshold=v) for v in tried]
+
+# %% ../nbs/46_clustering.ipynb #c473b1d9
+def choose_args(z: Tensor, # unit embeddings [N, D] of images with a class
+                y: Tensor, # their classes [N]
+                clusterer: str, # "kmeans", "agglomerative", "hdbscan", or one of your own
+                seed: int = 0,
+                **args, # of the clusterer; its constant among them is taken as it is
+                ) -> dict: # arguments for `hapnb.clustering.cluster`
+    "Give a clusterer its arguments; the one constant it needs is the best one on images with a class."
+    if clusterer not in _CONSTANTS or _settled_by(clusterer, args): return args
+    return choose(z, y, clusterer, score="bcubed_F", seed=seed, **args).args
 
 # %% ../nbs/46_clustering.ipynb #c05be1eb
 def _nearest_clusters(s, size):

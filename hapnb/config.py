@@ -212,6 +212,8 @@ def _check_together(self: RunConfig):
                 "Use freeze='bn' or 'none', or augment={}.")
     if self.freeze == "trunk" and self.freeze_blocks:
         _refuse("freeze_blocks has no effect with freeze='trunk', where the whole trunk is frozen. Use freeze='bn' or 'none'.")
+    if (self.transform.get("resize") or self.image_size) < self.image_size:
+        _refuse(f"transform: resize={self.transform['resize']} is less than the crop of {self.image_size} pixels (image_size).")
     if self.clip_norm is not None and self.clip_norm <= 0:
         _refuse(f"RunConfig.clip_norm must be above 0 or None, got {self.clip_norm}.")
     if isinstance(size, int) and size <= self.batch_size:

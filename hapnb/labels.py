@@ -8,7 +8,7 @@ __all__ = ['SPLIT_NAMES', 'PARTS', 'TABLES', 'NO_LEVELS', 'ARRAYS', 'code_column
            'check_no_gaps', 'code_array', 'read_labels', 'paired_levels', 'embedding_column', 'Labelled',
            'read_embeddings']
 
-# %% ../nbs/17_labels.ipynb #18f115e6
+# %% ../nbs/17_labels.ipynb #3a1ced07
 import csv, io, json, re, unicodedata
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ import torch
 from .core import check_embeddings, check_labels
 from .helpers import nearest, UserError
 
-# %% ../nbs/17_labels.ipynb #0afb500e
+# %% ../nbs/17_labels.ipynb #fe863988
 _UNKNOWN, _WHOLE, _DECIMAL = re.compile(r"-1(\.0*)?"), re.compile(r"[+-]?\d+"), re.compile(r"[+-]?\d+\.0*")
 
 def _codes_of_text(cells, where):
@@ -52,7 +52,7 @@ def _check_numbers_as_text(names, where):
         if (other := n.split(".")[0]) in there:
             raise UserError(f"{where} holds {other!r} and {n!r}, one number written in two ways: write one of them.")
 
-# %% ../nbs/17_labels.ipynb #055f4c13
+# %% ../nbs/17_labels.ipynb #8191fd7d
 def _codes_of_numbers(values, known, where):
     "Class numbers of a numeric column as codes 0..C-1 with the numbers as names; -1 and gaps are unknown."
     x = values[known]
@@ -73,7 +73,7 @@ def _codes_of_numbers(values, known, where):
     out[np.flatnonzero(known)[there]] = codes
     return out, list(map(str, used.tolist()))
 
-# %% ../nbs/17_labels.ipynb #a162359f
+# %% ../nbs/17_labels.ipynb #5a03b6bb
 def code_column(values, # a column: a pandas Series, an array or a list
                 where: str = "labels", # what to call it in a message, such as "t.csv, column 'fine'"
                 ) -> tuple: # codes int64 [N] with -1 for unknown, names of the classes 0..C-1, sorted
@@ -92,7 +92,7 @@ def code_column(values, # a column: a pandas Series, an array or a list
         raise UserError(f"{where}: row {many} holds a {type(cells[many]).__name__}; give one label per image.")
     return _codes_of_text([None if c is None or c is pd.NA or c is pd.NaT or c != c else c for c in cells], where)
 
-# %% ../nbs/17_labels.ipynb #d419c8c9
+# %% ../nbs/17_labels.ipynb #2d4429b3
 def code_levels(frame: pd.DataFrame, # one row per image
                 levels, # names of the level columns, finest first
                 where: str, # the table, for messages
@@ -108,7 +108,7 @@ def code_levels(frame: pd.DataFrame, # one row per image
         raise UserError(f"{e}{hint}") from None
     return codes, [n for _, n in coded]
 
-# %% ../nbs/17_labels.ipynb #551a153b
+# %% ../nbs/17_labels.ipynb #e893a50e
 SPLIT_NAMES = {"train": ("train", "training", "trn"), "fit": ("fit",), "test": ("test", "testing", "tst"),
                "val": ("val", "valid", "validation", "dev", "development")}
 PARTS = {word: part for part, words in SPLIT_NAMES.items() for word in words}
@@ -137,7 +137,7 @@ def split_column(values, # a column of words
                         "use train, val and test, or fit, val and test.")
     return found
 
-# %% ../nbs/17_labels.ipynb #ea30020c
+# %% ../nbs/17_labels.ipynb #2edb770b
 def read_text(path) -> str:
     "Read a UTF-8 text file, with or without byte-order mark; `ValueError` names the line that is not UTF-8."
     path = Path(path)
@@ -166,7 +166,7 @@ def what_is_in(path, most: int = 6) -> str:
     if not names: return f"{path} is empty"
     return f"{path} holds {', '.join(names[:most])}" + (f" and {len(names) - most} more" if len(names) > most else "")
 
-# %% ../nbs/17_labels.ipynb #44737fa8
+# %% ../nbs/17_labels.ipynb #d498fd32
 def read_json(text: str, # a JSON document
               where: str, # what to call it in a message
               ):
@@ -175,7 +175,7 @@ def read_json(text: str, # a JSON document
     except RecursionError: raise UserError(f"{where} is nested too deeply to be read. Fetch it again.") from None
     except ValueError as e: raise UserError(f"{where} is not whole JSON: {e}. Fetch it again.") from None
 
-# %% ../nbs/17_labels.ipynb #6e124596
+# %% ../nbs/17_labels.ipynb #09b67c0f
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 def _rows(text, separator):
@@ -207,7 +207,7 @@ def _check_other_separators(text, path):
             raise UserError(f"{path}: the values seem to be separated by {said} ({lines[0][:60]!r}); write the table "
                             "with commas, or put the header in quotes if it has one column.")
 
-# %% ../nbs/17_labels.ipynb #b73bd704
+# %% ../nbs/17_labels.ipynb #44deeca9
 def _read_csv(path):
     "A text table as a frame of text, None where a cell is empty."
     text = read_text(path)
@@ -246,7 +246,7 @@ def _is_index(name, column, position, path):
     if position == 0 and numbers.all() and not column.duplicated().any(): return True
     raise UserError(f"{path}: column {position + 1} has no name.")
 
-# %% ../nbs/17_labels.ipynb #e69adf80
+# %% ../nbs/17_labels.ipynb #be28e187
 def _plain_column(column):
     "A parquet column in plain values: categories looked up, integers with gaps as integers, blanks dropped."
     if pa.types.is_dictionary(column.type): column = column.cast(column.type.value_type)
@@ -281,7 +281,7 @@ def read_table(path, # a .csv, .tsv, .txt or .parquet file
         raise UserError(f"{path}: unknown kind of table; give a file that ends in {', '.join(TABLES)}.")
     return _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
 
-# %% ../nbs/17_labels.ipynb #f53b64df
+# %% ../nbs/17_labels.ipynb #80f81823
 NO_LEVELS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "image_id", "index", "id",
              "split", "embedding", "embeddings", "url")
 
@@ -322,7 +322,7 @@ def _check_doubtful(column, name, of, where):
         raise UserError(f"{where}: column {name!r} {why}, so it seems to be no level. Say which columns are: "
                         "levels=[...], finest first.")
 
-# %% ../nbs/17_labels.ipynb #4b37f38c
+# %% ../nbs/17_labels.ipynb #b0882a3c
 def check_no_gaps(frame, columns, where: str):
     "`UserError` names the first row without a value in one of the columns."
     for c in columns:
@@ -330,7 +330,7 @@ def check_no_gaps(frame, columns, where: str):
             raise UserError(f"{where}: row {gaps[0]} (counting from 0) has no value in column {c!r}; "
                             f"{gaps.size} rows have none.")
 
-# %% ../nbs/17_labels.ipynb #322e8d9e
+# %% ../nbs/17_labels.ipynb #d22f58e0
 def code_array(labels, # an array [N] or [N, L]: integers, whole floats, booleans or text
                where: str = "labels", # what to call it in a message
                ) -> tuple: # int64 [N, L] with -1 for unknown; a list of names per level where they were text, else None
@@ -346,7 +346,7 @@ def code_array(labels, # an array [N] or [N, L]: integers, whole floats, boolean
     coded = [code_column(c, f"{where}, level {i}") for i, c in enumerate(x.T)]
     if x.dtype.kind == "U": return np.stack([c for c, _ in coded], 1), [n for _, n in coded]
     if x.dtype.kind == "f": x = np.where(np.isnan(x), -1, x)
-    # numbers beyond 64 signed bits are numbered anew
+    # numbers beyond 64 signed bits get new ones
     large = x.dtype.kind == "u" and x.size and x.max() > np.iinfo(np.int64).max
     return np.stack([c for c, _ in coded], 1) if large else x.astype(np.int64), None
 
@@ -365,7 +365,7 @@ def _arrays(path):
         raise UserError(f"{path} cannot be read ({type(e).__name__}: {str(e)[:200]}). Write it again; arrays of Python "
                         "objects are not read.") from e
 
-# %% ../nbs/17_labels.ipynb #cf28c3f9
+# %% ../nbs/17_labels.ipynb #3b541402
 ARRAYS = (".npz", ".npy", ".safetensors")
 
 def _pick(path, found, name, others=()):
@@ -389,7 +389,7 @@ def read_labels(path, # .csv, .tsv, .txt, .parquet, .npz, .npy or .safetensors
     y, classes = code_levels(frame, names, str(path))
     return y, tuple(names), classes
 
-# %% ../nbs/17_labels.ipynb #9a92a84b
+# %% ../nbs/17_labels.ipynb #664353aa
 def paired_levels(frame: pd.DataFrame) -> list: # the names, in the table's order
     "Levels that have a column of class numbers, `NAME_id`, in a table; `image_id` and `id` are none."
     def whole(c): return pd.api.types.is_numeric_dtype(c) and not pd.api.types.is_bool_dtype(c)
@@ -412,7 +412,7 @@ def _beside(path, levels):
     y, classes = code_levels(frame, columns, str(path))
     return y, tuple(levels or columns), classes, paths
 
-# %% ../nbs/17_labels.ipynb #ebcfdeb9
+# %% ../nbs/17_labels.ipynb #8962febd
 def _embedding_rows(array, width, at, path):
     "Embeddings [n, D] of one batch of a parquet column, which begins at row `at`."
     t = pa.types
@@ -446,7 +446,7 @@ def embedding_column(path) -> torch.Tensor: # float32 [N, D]
     if not parts: raise UserError(f"{path} has no rows.")
     return torch.from_numpy(np.concatenate(parts))
 
-# %% ../nbs/17_labels.ipynb #e71b9184
+# %% ../nbs/17_labels.ipynb #09a312b4
 class Labelled(NamedTuple):
     "Embeddings with labels, as they are read from files."
     embeddings: torch.Tensor # float32 [N, D], finite
@@ -466,6 +466,7 @@ def _as_floats(x, where):
     if out.ndim != 2 or not out.shape[0]: raise UserError(f"{where} must have shape [N, D], got {list(x.shape)}.")
     return out
 
+# %% ../nbs/17_labels.ipynb #b2d35b50
 def read_embeddings(path, # .npz, .npy, .safetensors or .parquet
                     labels=None, # a file of labels; default: those beside the embeddings
                     levels=None, # names of the levels, finest first; default: all

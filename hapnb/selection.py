@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'class_distance', 'closeness', 'Select', 'check_select', 'select_samples', 'purity', 'selection_scores',
-           'Parts', 'image_paths', 'Split', 'find_parts', 'training_part', 'never_drawn', 'read_image_list']
+           'Parts', 'image_paths', 'Split', 'find_parts', 'check_enough', 'training_part', 'never_drawn',
+           'read_image_list']
 
 # %% ../nbs/49_selection.ipynb #58e28234
 import hashlib, math, os
@@ -234,6 +235,20 @@ def find_parts(base: RunConfig, # of round 0: which data
             first = image_paths(whole, base.data_dir)[bad[0]]
             raise UserError(f"{what} needs a class, and {len(bad)} have none, first {first!r}.")
     return parts
+
+# %% ../nbs/49_selection.ipynb #25136bea
+def check_enough(parts: Parts,
+                 k: int, # neighbours of each image
+                 ):
+    "Check that Hi-LANDER can learn from the labelled images and cluster the pool; `ValueError` says what is missing."
+    size = parts.whole.labels[parts.labelled][:, 0].unique(return_counts=True)[1]
+    if len(parts.pool) <= k:
+        raise UserError(f"the pool has {len(parts.pool)} images, and {k} neighbours each are asked for; give more "
+                        f"images, or decode={{'k': {max(len(parts.pool) - 1, 1)}}}.")
+    if len(size) < 2 or int(size.max()) < 2:
+        raise UserError("Hi-LANDER learns from the labelled images what belongs together, and needs two classes, one "
+                        f"of them with two images; there are {len(size)}, the largest of {int(size.max())}. "
+                        "Give more labels, or another clusterer.")
 
 # %% ../nbs/49_selection.ipynb #1adb3d0b
 def training_part(whole: RetrievalDataset,

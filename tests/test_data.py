@@ -25,7 +25,9 @@ def tree(tmp_path):
     rng = np.random.default_rng(0)
     for kind in ("bird/owl", "bird/swan", "bird/crow", "bird/duck", "fish/carp", "fish/eel", "fish/pike", "fish/cod"):
         (tmp_path / "data" / kind).mkdir(parents=True)
-        for i in range(3): Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(tmp_path / "data" / kind / f"{i}.png")
+        for i in range(3):
+            Image.fromarray(rng.integers(0, 255, (24, 24, 3),
+                                         dtype=np.uint8)).save(tmp_path / "data" / kind / f"{i}.png")
     return tmp_path / "data"
 
 
@@ -44,11 +46,13 @@ def test_emoji_splits_are_disjoint_and_complete(parts):
 
 def test_emoji_counts(parts):
     every = parts["all"]
-    assert (len(every), len(every.class_names[0]), len(every.class_names[1]), len(every.class_names[2])) == (12934, 1910, 99, 10)
+    assert (len(every), len(every.class_names[0]), len(every.class_names[1]),
+            len(every.class_names[2])) == (12934, 1910, 99, 10)
     assert abs(len(classes(parts["train"])) - len(classes(parts["test"]))) < 10
     assert 0.15 < len(classes(parts["val"])) / len(classes(parts["train"])) < 0.2
     assert int(every.labels[:, 0].bincount().min()) >= 2
-    for level in (1, 2): assert len(classes(parts["train"], level) ^ classes(parts["test"], level)) <= 1  # a subgroup of one concept
+    # a subgroup of one concept
+    for level in (1, 2): assert len(classes(parts["train"], level) ^ classes(parts["test"], level)) <= 1
     assert classes(parts["train"], 1) == classes(parts["fit"], 1)  # validation takes no subgroup away
 
 
@@ -64,7 +68,8 @@ def test_emoji_split_is_a_hash_of_names(parts):
 def test_emoji_labels(parts):
     for ds in parts.values():
         check_labels(ds.labels)
-        for level, names in enumerate(ds.class_names): assert ds.labels[:, level].unique().tolist() == list(range(len(names)))
+        for level, names in enumerate(ds.class_names):
+            assert ds.labels[:, level].unique().tolist() == list(range(len(names)))
         assert ds.level_names == ("concept", "subgroup", "group")
 
 
@@ -102,7 +107,8 @@ def test_emoji_open_world():
     assert len(labelled) + len(pool) == len(fit)
     known = classes(labelled)
     assert known & classes(pool) and classes(pool) - known  # both known and unknown concepts in the pool
-    unknown = {pool.class_names[0][l] for l, w in zip(pool.labels[:, 0], pool.meta.open_world) if w == "unlabelled unknown"}
+    unknown = {pool.class_names[0][l] for l, w in zip(pool.labels[:, 0], pool.meta.open_world)
+               if w == "unlabelled unknown"}
     assert not unknown & known
     assert not classes(pool) & (classes(load("emoji", "val")) | classes(load("emoji", "test")))
 
@@ -117,7 +123,8 @@ def test_fingerprints_differ_and_repeat(parts):
 def test_damaged_parquet(tmp_path):
     for name in ("emoji.parquet", "emoji.sha256"): shutil.copy(emoji.ASSETS / name, tmp_path)
     with open(tmp_path / "emoji.parquet", "r+b") as f: f.truncate(100_000)
-    with pytest.raises(OSError, match=r"emoji\.parquet is damaged.*100000 bytes.*Install hapnb again"): load("emoji", data_dir=tmp_path)
+    with pytest.raises(OSError, match=r"emoji\.parquet is damaged.*100000 bytes.*Install hapnb again"):
+        load("emoji", data_dir=tmp_path)
     (tmp_path / "emoji.sha256").unlink()
     with pytest.raises(FileNotFoundError, match="emoji.sha256 is missing"): load("emoji", data_dir=tmp_path)
 
@@ -136,7 +143,8 @@ def pack(path, files):
     "Write a tarball as npm does and give its SHA-256."
     with tarfile.open(path, "w:gz") as tar:
         for name, data in files.items():
-            info = tarfile.TarInfo(f"package/{name}"); raw = json.dumps(data).encode(); info.size = len(raw)
+            info, raw = tarfile.TarInfo(f"package/{name}"), json.dumps(data).encode()
+            info.size = len(raw)
             tar.addfile(info, io.BytesIO(raw))
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -146,17 +154,23 @@ def tiny(tmp_path, monkeypatch):
     "Two icon sets with six concepts, and an emojibase to match."
     labels = ["red apple", "green apple", "pear", "lemon", "kiwi fruit", "cherries"]
     data = [dict(hexcode=f"1F35{i}", label=l, group=4, subgroup=42, order=i) for i, l in enumerate(labels)]
-    base = {"en/data.json": data, "meta/groups.json": dict(groups={"4": "food-drink"}, subgroups={"42": "food-fruit"}), "meta/unicode-names.json": {}}
+    base = {"en/data.json": data, "meta/groups.json": dict(groups={"4": "food-drink"}, subgroups={"42": "food-fruit"}),
+            "meta/unicode-names.json": {}}
     cache, shape = tmp_path / "cache", '<rect x="{0}" y="2" width="8" height="{0}" fill="{1}"/>'
     cache.mkdir()
     body = lambda i, colour: dict(body=shape.format(i + 3, colour))
-    coded = {"icons.json": dict(width=16, height=16, icons={f"fruit-{i}": body(i, "teal") for i in range(6)}, aliases={"pome": {"parent": "fruit-2"}}),
+    coded = {"icons.json": dict(width=16, height=16, icons={f"fruit-{i}": body(i, "teal") for i in range(6)},
+                                aliases={"pome": {"parent": "fruit-2"}}),
              "chars.json": {f"1f35{i}-fe0f": f"fruit-{i}" for i in range(6)}}
-    named = {"icons.json": dict(width=16, height=20, icons={n: body(i, "brown") for i, n in enumerate(["red-apple", "green-apple", "pome", "lemon", "nobody-knows"])}),
+    named = {"icons.json": dict(width=16, height=20, icons={n: body(i, "brown") for i,
+                                                            n in enumerate(["red-apple", "green-apple", "pome", "lemon",
+                                                                            "nobody-knows"])}),
              "chars.json": {}}
     source = lambda sha: emoji.Source("1.0.0", sha, "MIT", "Somebody", "https://example.org")
-    sources = {n: source(pack(cache / f"iconify-json-{n}-1.0.0.tgz", f)) for n, f in (("coded", coded), ("named", named))}
-    monkeypatch.setattr(emoji, "EMOJIBASE", emoji.Source("17.0.0", pack(cache / "emojibase-data-17.0.0.tgz", base), "MIT", "x", "y"))
+    sources = {n: source(pack(cache / f"iconify-json-{n}-1.0.0.tgz", f)) for n,
+               f in (("coded", coded), ("named", named))}
+    monkeypatch.setattr(emoji, "EMOJIBASE", emoji.Source("17.0.0", pack(cache / "emojibase-data-17.0.0.tgz", base),
+                                                         "MIT", "x", "y"))
     return cache, sources
 
 
@@ -168,8 +182,10 @@ def test_build_is_the_same_to_the_byte(tiny, tmp_path):
     for name in ("emoji.parquet", "emoji.sha256", "ATTRIBUTION.md", "DATA_CARD.md"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     ds = load("emoji", "all", data_dir=tmp_path / "a")
-    assert sorted(ds.class_names[0]) == ["green apple", "lemon", "pear", "red apple"]  # two images each; the rest had one
-    assert ds.image(0).size == (32, 32) and "pome" in set(ds.meta.icon)  # an alias of one set named the pear of the other
+    # two images each; the rest had one
+    assert sorted(ds.class_names[0]) == ["green apple", "lemon", "pear", "red apple"]
+    assert ds.image(0).size == (32, 32)
+    assert "pome" in set(ds.meta.icon)  # an alias of one set named the pear of the other
     assert sorted(os.listdir(tmp_path / "a")) == ["ATTRIBUTION.md", "DATA_CARD.md", "emoji.parquet", "emoji.sha256"]
 
 
@@ -185,7 +201,8 @@ def test_build_without_npm(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="install Node.js"): emoji.build(tmp_path / "out", tmp_path / "cache")
 
 
-@pytest.mark.skipif(not os.environ.get("HAPNB_REBUILD"), reason="fetches 34 MB from npm and takes a minute: set HAPNB_REBUILD=1 to run it")
+@pytest.mark.skipif(not os.environ.get("HAPNB_REBUILD"), reason="fetches 34 MB from npm and takes a minute: set "
+                    "HAPNB_REBUILD=1 to run it")
 def test_rebuild_of_the_bundled_file(tmp_path):
     if shutil.which("npm") is None: pytest.skip("npm is not installed")
     pytest.importorskip("resvg_py")
@@ -214,16 +231,20 @@ def test_folder_with_its_own_split(tree, tmp_path):
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "dev"])
 def test_folder_split_by_other_names(tree, tmp_path, name):
-    for part, k in (("train", "bird/owl"), (name, "bird/swan"), ("test", "fish/eel")): shutil.copytree(tree / k, tmp_path / "own" / part / k)
+    for part, k in (("train", "bird/owl"), (name, "bird/swan"), ("test", "fish/eel")):
+        shutil.copytree(tree / k, tmp_path / "own" / part / k)
     found = {s: load("folder", s, tmp_path / "own") for s in ("fit", "val", "train", "test")}
-    assert {s: classes(d) for s, d in found.items()} == {"fit": {"bird/owl"}, "val": {"bird/swan"}, "train": {"bird/owl", "bird/swan"}, "test": {"fish/eel"}}
+    assert {s: classes(d) for s, d in found.items()} == {"fit": {"bird/owl"}, "val": {"bird/swan"},
+                                                         "train": {"bird/owl", "bird/swan"}, "test": {"fish/eel"}}
     assert found["test"].level_names == ("level0", "level1")
 
 
 def test_folder_with_something_beside_its_splits(tree, tmp_path):
     "Taken for classes, train/owl and test/owl would be two, and half of the test images would be trained on."
-    for part, k in (("train", "owl"), ("test", "swan"), ("unsorted", "crow")): shutil.copytree(tree / "bird" / k, tmp_path / "own" / part / k)
-    with pytest.raises(ValueError, match="test and train stand beside 'unsorted'"): load("folder", "train", tmp_path / "own")
+    for part, k in (("train", "owl"), ("test", "swan"), ("unsorted", "crow")):
+        shutil.copytree(tree / "bird" / k, tmp_path / "own" / part / k)
+    with pytest.raises(ValueError, match="test and train stand beside 'unsorted'"):
+        load("folder", "train", tmp_path / "own")
     shutil.rmtree(tmp_path / "own" / "test")
     assert load("folder", "all", tmp_path / "own").class_names[1] == ["train", "unsorted"]  # a train may be a class
 
@@ -234,9 +255,11 @@ def test_folder_depth(tree):
 
 
 def test_wrong_folder(tree, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"looked for folders of images.*does not exist.*holds data/"): load("folder", "test", tmp_path / "dta")
+    with pytest.raises(FileNotFoundError, match=r"looked for folders of images.*does not exist.*holds data/"):
+        load("folder", "test", tmp_path / "dta")
     (tmp_path / "empty" / "sub").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"found none; .*empty holds sub/"): load("folder", "test", tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match=r"found none; .*empty holds sub/"):
+        load("folder", "test", tmp_path / "empty")
     with pytest.raises(ValueError, match="data_dir is missing"): load("folder")
 
 
@@ -256,7 +279,8 @@ def test_a_message_does_not_wait_for_a_whole_large_set(tree, monkeypatch):
     "Of a set with 300,000 photographs a thousand are looked at."
     ds, reads = load("folder", "all", tree), []
     monkeypatch.setattr(datasets_module, "_LOOK", 5)
-    monkeypatch.setattr(data.FileStore, "read", lambda self, i: reads.append(i) or b"\xff\xd8\xff" + bytes(50) if i % 2 else encode(Image.new("RGB", (8, 8))))
+    monkeypatch.setattr(data.FileStore, "read", lambda self, i: reads.append(i) or b"\xff\xd8\xff" + bytes(50) if i % 2
+                        else encode(Image.new("RGB", (8, 8))))
     with pytest.raises(OSError, match="cannot read image 7 of folder/all") as e: ds.image(7)
     assert re.search(r"5 of 6 images that were looked at, of 24, look bad", str(e.value)) and len(reads) <= 7
     with pytest.raises(OSError, match="image -1 of"): ds.image(-1)
@@ -270,15 +294,18 @@ def test_file_that_vanished(tree):
 
 
 def table_of(tree):
-    return pd.DataFrame([dict(path=str(p.relative_to(tree)), species=p.parent.name, kind=p.parent.parent.name) for p in sorted(tree.rglob("*.png"))])
+    return pd.DataFrame([dict(path=str(p.relative_to(tree)), species=p.parent.name, kind=p.parent.parent.name)
+                         for p in sorted(tree.rglob("*.png"))])
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "tsv"])
 def test_table(tree, suffix):
     frame, path = table_of(tree), tree / f"table.{suffix}"
-    frame.to_parquet(path) if suffix == "parquet" else frame.to_csv(path, index=False, sep="\t" if suffix == "tsv" else ",")
+    frame.to_parquet(path) if suffix == "parquet" else frame.to_csv(path, index=False, sep="\t" if suffix == "tsv"
+                                                                    else ",")
     train, test = load("table", "train", path), load("table", "test", path)
-    assert len(train) + len(test) == 24 and not classes(train) & classes(test) and train.level_names == ("species", "kind")
+    assert len(train) + len(test) == 24 and not classes(train) & classes(test)
+    assert train.level_names == ("species", "kind")
     train.check()
 
 
@@ -310,12 +337,14 @@ def test_a_label_put_right_is_other_data(tree):
 def test_table_errors(tree):
     frame, path = table_of(tree), tree / "t.csv"
     frame.to_csv(path, index=False)
-    with pytest.raises(ValueError, match="no column 'specie'. Did you mean 'species'"): load("table", data_dir=path, levels=["specie"])
+    with pytest.raises(ValueError, match="no column 'specie'. Did you mean 'species'"):
+        load("table", data_dir=path, levels=["specie"])
     with pytest.raises(FileNotFoundError, match="looked for a table"): load("table", data_dir=tree / "nothing.csv")
     frame.assign(species=[None] + list(frame.species[1:])).to_csv(path, index=False)
     with pytest.raises(ValueError, match="row 0 .*no value in column 'species'; 1 rows"): load("table", data_dir=path)
     frame.assign(path=["gone.png", "lost.png"] + list(frame.path[2:])).to_csv(path, index=False)
-    with pytest.raises(FileNotFoundError, match=r"(?s)2 of 24 image files.*gone\.png \(missing\)"): load("table", data_dir=path)
+    with pytest.raises(FileNotFoundError, match=r"(?s)2 of 24 image files.*gone\.png \(missing\)"):
+        load("table", data_dir=path)
     frame.assign(species="other").to_csv(path, index=False)
     with pytest.raises(ValueError, match="not a tree"): load("table", data_dir=path)
 
@@ -332,14 +361,18 @@ def test_table_files_that_are_none(tree):
                       (good.replace(b",owl,", b",\" \",", 1), "no value in column .species.")):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match=says): load("table", "all", path)
-    path.write_bytes(b"\xef\xbb\xbf" + good.replace(b",owl,", b", owl ,", 1).replace(b"path,species", b"path, species ").replace(b"\n", b"\r\n"))
+    path.write_bytes(b"\xef\xbb\xbf" + good.replace(b",owl,", b", owl ,",
+                                                    1).replace(b"path,species", b"path, species ").replace(b"\n",
+                                                                                                           b"\r\n"))
     after = load("table", "all", path)
-    assert (after.class_names, after.level_names) == (before.class_names, before.level_names) and torch.equal(after.labels, before.labels)
+    assert (after.class_names, after.level_names) == (before.class_names, before.level_names)
+    assert torch.equal(after.labels, before.labels)
     frame.to_parquet(tree / "t.parquet")
     whole = (tree / "t.parquet").read_bytes()
     for bad in (whole[:len(whole) // 2], b"", good):
         (tree / "t.parquet").write_bytes(bad)
-        with pytest.raises(ValueError, match=r"t\.parquet cannot be read as a parquet table"): load("table", "all", tree / "t.parquet")
+        with pytest.raises(ValueError, match=r"t\.parquet cannot be read as a parquet table"):
+            load("table", "all", tree / "t.parquet")
 
 
 def test_table_with_images_inside(parts):
@@ -351,7 +384,8 @@ def test_table_with_images_inside(parts):
 
 def test_unknown_names():
     with pytest.raises(ValueError, match="unknown dataset 'emoj'. Did you mean 'emoji'"): load("emoj")
-    with pytest.raises(ValueError, match="dataset 'folder' has no setting 'level_name'. Did you mean 'level_names'"): load("folder", data_dir=".", level_name=["a"])
+    with pytest.raises(ValueError, match="dataset 'folder' has no setting 'level_name'. Did you mean 'level_names'"):
+        load("folder", data_dir=".", level_name=["a"])
     with pytest.raises(ValueError, match="unknown split 'tset'. Did you mean 'test'"): load("emoji", "tset")
 
 
@@ -382,7 +416,8 @@ def test_a_store_of_pil_images():
 # ---- protocol, gaps
 
 def test_protocol_is_kept_and_does_not_change_the_data():
-    make = lambda **kw: RetrievalDataset(BytesStore([b"1"] * 3, "abc"), torch.tensor([[0], [0], [1]]), [["a", "b"]], ("c",), fingerprint="f", **kw)
+    make = lambda **kw: RetrievalDataset(BytesStore([b"1"] * 3, "abc"), torch.tensor([[0], [0], [1]]), [["a", "b"]],
+                                         ("c",), fingerprint="f", **kw)
     plain, ds = make(), make(protocol={"kind": "query-gallery"})
     assert plain.protocol == {} and ds.subset([0, 2], relabel=True).protocol == {"kind": "query-gallery"}
     assert ds.fingerprint == plain.fingerprint and ds.subset([0]).fingerprint == plain.subset([0]).fingerprint
@@ -390,11 +425,13 @@ def test_protocol_is_kept_and_does_not_change_the_data():
 
 def test_gaps():
     labels = torch.tensor([[5, -1, -1], [5, -1, -1], [-1, 2, -1], [-1, 2, -1], [-1, -1, 0], [6, 2, 0]])
-    args = (BytesStore([b""] * 6, "abcdef"), labels, [list("abcdefg"), list("xyz"), ["r"]], ("fine", "middle", "coarse"))
+    args = (BytesStore([b""] * 6, "abcdef"), labels, [list("abcdefg"), list("xyz"), ["r"]],
+            ("fine", "middle", "coarse"))
     with pytest.raises(ValueError, match="not a tree"): RetrievalDataset(*args)
     ds = RetrievalDataset(*args, gaps=True)
     part = ds.subset([1, 2, 5], relabel=True)
-    assert part.labels.tolist() == [[0, -1, -1], [-1, 0, -1], [1, 0, 0]] and part.class_names == [["f", "g"], ["z"], ["r"]] and part.gaps
+    assert part.labels.tolist() == [[0, -1, -1], [-1, 0, -1], [1, 0, 0]]
+    assert part.class_names == [["f", "g"], ["z"], ["r"]] and part.gaps
     assert ds.counts().classes.tolist() == [2, 1, 1] and ds.counts().most.tolist() == [2, 3, 2]
     with pytest.raises(ValueError, match="levels 0 and 1 are not a tree"): check_gaps([[0, 1, -1], [0, 2, -1]])
     with pytest.raises(ValueError): check_gaps([[0], [-2]])
@@ -423,17 +460,22 @@ def hf_images():
 @pytest.fixture
 def hf():
     datasets = pytest.importorskip("datasets", reason="pip install datasets")
-    features = datasets.Features(dict(image=datasets.Image(), species=datasets.ClassLabel(names=[f"s{i}" for i in range(8)]), kind=datasets.Value("string")))
-    return datasets.Dataset.from_dict(dict(image=hf_images(), species=[i // 3 for i in range(24)], kind=["bird"] * 12 + ["fish"] * 12), features=features)
+    features = datasets.Features(dict(image=datasets.Image(),
+                                      species=datasets.ClassLabel(names=[f"s{i}" for i in range(8)]),
+                                      kind=datasets.Value("string")))
+    return datasets.Dataset.from_dict(dict(image=hf_images(), species=[i // 3 for i in range(24)],
+                                           kind=["bird"] * 12 + ["fish"] * 12), features=features)
 
 
 def test_huggingface(hf):
     ds = {s: data.from_huggingface(hf, ["species", "kind"], split=s) for s in ("train", "test", "all")}
-    assert ds["all"].level_names == ("species", "kind") and ds["all"].class_names == [[f"s{i}" for i in range(8)], ["bird", "fish"]]
+    assert ds["all"].level_names == ("species", "kind")
+    assert ds["all"].class_names == [[f"s{i}" for i in range(8)], ["bird", "fish"]]
     assert not classes(ds["train"]) & classes(ds["test"]) and len(ds["train"]) + len(ds["test"]) == 24
     for i in (0, 7, 11):
         j = int(ds["test"].index[i])
-        assert np.array_equal(np.asarray(ds["test"].image(i)), np.asarray(hf_images()[j])) and ds["test"].class_names[0][ds["test"].labels[i, 0]] == f"s{j // 3}"
+        assert np.array_equal(np.asarray(ds["test"].image(i)), np.asarray(hf_images()[j]))
+        assert ds["test"].class_names[0][ds["test"].labels[i, 0]] == f"s{j // 3}"
     ds["all"].check()
     assert data.from_huggingface(hf, "species", split="test").level_names == ("species",)
     assert data.from_huggingface(hf.with_format("torch"), ["species", "kind"]).fingerprint == ds["test"].fingerprint
@@ -444,7 +486,8 @@ def test_huggingface_fingerprint(hf):
     print_of = lambda d: data.from_huggingface(d, ["species", "kind"], split="all").fingerprint
     assert print_of(hf) == print_of(hf.select(range(24))) != print_of(hf.shuffle(seed=1))
     shuffled = data.from_huggingface(hf.shuffle(seed=1), ["species", "kind"], split="all")
-    assert sorted(np.asarray(shuffled.image(i)).tobytes() for i in range(24)) == sorted(np.asarray(im).tobytes() for im in hf_images())
+    assert sorted(np.asarray(shuffled.image(i)).tobytes() for i in range(24)) == sorted(np.asarray(im).tobytes()
+                                                                                        for im in hf_images())
     other = hf.map(lambda r: {"species": 7 - r["species"], "kind": "fish" if r["kind"] == "bird" else "bird"})
     assert print_of(other) != print_of(hf)
 
@@ -457,8 +500,10 @@ def test_huggingface_parts(hf, tmp_path):
     assert len(data.from_huggingface(dd, "species", split="val", val=3)) == 6
     both = data.from_huggingface(dd, ["species", "kind"], keep_split=False)
     assert len(both) == 12 and np.array_equal(np.asarray(both.image(11)), np.asarray(hf_images()[int(both.index[11])]))
-    with pytest.raises(ValueError, match="part 'extra' .*keep_split=False"): data.from_huggingface(datasets.DatasetDict(train=hf, extra=hf), "species")
-    dd.save_to_disk(tmp_path / "saved"); hf.save_to_disk(tmp_path / "one")
+    with pytest.raises(ValueError, match="part 'extra' .*keep_split=False"):
+        data.from_huggingface(datasets.DatasetDict(train=hf, extra=hf), "species")
+    dd.save_to_disk(tmp_path / "saved")
+    hf.save_to_disk(tmp_path / "one")
     assert load("huggingface", "test", tmp_path / "saved", levels=["species", "kind"]).fingerprint == test.fingerprint
     assert len(load("huggingface", "test", tmp_path / "one", levels="species")) == 12
 
@@ -468,8 +513,10 @@ def test_huggingface_other_images(hf, tmp_path, kind):
     datasets = pytest.importorskip("datasets")
     for i, im in enumerate(hf_images()): im.save(tmp_path / f"{i}.png")
     cells = [str(tmp_path / f"{i}.png") if kind == "paths" else (tmp_path / f"{i}.png").read_bytes() for i in range(24)]
-    ds = data.from_huggingface(datasets.Dataset.from_dict(dict(photo=cells, label=[i // 3 for i in range(24)])), "label", "photo", "all")
-    assert np.array_equal(np.asarray(ds.image(9)), np.asarray(hf_images()[9])) and ds.class_names == [[str(i) for i in range(8)]]
+    ds = data.from_huggingface(datasets.Dataset.from_dict(dict(photo=cells, label=[i // 3 for i in range(24)])),
+                               "label", "photo", "all")
+    assert np.array_equal(np.asarray(ds.image(9)), np.asarray(hf_images()[9]))
+    assert ds.class_names == [[str(i) for i in range(8)]]
     if kind == "paths":
         os.remove(cells[4])
         with pytest.raises(OSError, match=r"cannot read image 4 .*row 4: No such file"): ds.image(4)
@@ -477,27 +524,34 @@ def test_huggingface_other_images(hf, tmp_path, kind):
 
 def test_huggingface_errors(hf, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    with pytest.raises(ValueError, match="no column 'specie'. Did you mean 'species'"): data.from_huggingface(hf, ["specie"])
-    with pytest.raises(ValueError, match="no column 'img' with images.*image"): data.from_huggingface(hf, "species", "img")
+    with pytest.raises(ValueError, match="no column 'specie'. Did you mean 'species'"):
+        data.from_huggingface(hf, ["specie"])
+    with pytest.raises(ValueError, match="no column 'img' with images.*image"):
+        data.from_huggingface(hf, "species", "img")
     gap = datasets.Dataset.from_dict(dict(image=["a", "b"], kind=["x", None]))
-    with pytest.raises(ValueError, match=r"row 1 .*no value in column 'kind'; 1 rows"): data.from_huggingface(gap, "kind")
+    with pytest.raises(ValueError, match=r"row 1 .*no value in column 'kind'; 1 rows"):
+        data.from_huggingface(gap, "kind")
     unknown = hf.map(lambda r: {"species": -1 if r["species"] == 2 else r["species"]})
     with pytest.raises(ValueError, match="3 rows have no known class"): data.from_huggingface(unknown, "species")
     everything = data.from_huggingface(unknown, ["species", "kind"], split="all")
     assert everything.labels[6:9].tolist() == [[-1, 0]] * 3 and "s2" not in everything.class_names[0]
-    with pytest.raises(FileNotFoundError, match="written by `save_to_disk`"): load("huggingface", "test", tmp_path, levels=["species"])
+    with pytest.raises(FileNotFoundError, match="written by `save_to_disk`"):
+        load("huggingface", "test", tmp_path, levels=["species"])
     with pytest.raises(ValueError, match="data_dir is missing"): load("huggingface", levels=["species"])
 
 
 def test_without_the_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match="pip install datasets"): load("huggingface", "test", tmp_path, levels=["label"])
+    with pytest.raises(ImportError, match="pip install datasets"):
+        load("huggingface", "test", tmp_path, levels=["label"])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 def test_links_to_folders(tmp_path):
     "A link to another folder is followed, one that leads back is named."
-    for p in ("a/x/1.png", "b/2.png"): (tmp_path / p).parent.mkdir(parents=True, exist_ok=True); (tmp_path / p).write_bytes(b"")
+    for p in ("a/x/1.png", "b/2.png"):
+        (tmp_path / p).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / p).write_bytes(b"")
     (tmp_path / "a/more").symlink_to(tmp_path / "b")
     assert data.find_images(tmp_path) == ["a/more/2.png", "a/x/1.png", "b/2.png"]
     for to in (tmp_path, tmp_path / "a"):

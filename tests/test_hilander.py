@@ -1,4 +1,4 @@
-"""Graphs and Hi-LANDER agree with loops written from the formulas; order, batch size and interruptions change nothing."""
+"""Graphs and Hi-LANDER agree with loops from the formulas; order, batch size and interruptions change nothing."""
 import dataclasses, json, math
 
 import numpy as np

@@ -146,7 +146,7 @@ def test_features_of_parts_are_computed_once(monkeypatch):
 
 
 def test_parts_read_the_packed_copy_of_the_whole(tmp_path, monkeypatch):
-    "One copy of the training images and one of the test images, however many parts are cut; the same pixels as without."
+    "One copy of the training images and one of the test images for any number of parts; the same pixels as without."
     monkeypatch.setenv("HAPNB_CACHE", str(tmp_path / "cache"))
     base = {**TOY, "freeze": "bn", "epochs": 1, "lr": 1e-4, "packed": 40}
     r = quiet(CFG.replace(base=base, select=dict(mode="all"), rounds=2), tmp_path / "store")
@@ -319,8 +319,9 @@ def test_the_loop(result):
         out = (s["mask"] > 0).to_numpy() & ~np.isin(y, y[:len(parts.labelled)])
         assert row["bcubed_F_out"] == clustering_scores(y[out], s["cluster"][out])["bcubed_F"]
         assert row["points_out"] == out.sum()
-        assert row["selected_precision"] == pytest.approx(sum(np.bincount(g).max()
-                                                              for _, g in pd.Series(y[chosen]).groupby(s["pseudo_label"][chosen].to_numpy())) / chosen.sum())
+        groups = pd.Series(y[chosen]).groupby(s["pseudo_label"][chosen].to_numpy())
+        most = sum(np.bincount(g).max() for _, g in groups)
+        assert row["selected_precision"] == pytest.approx(most / chosen.sum())
         far = ow.class_distance(z[(s["mask"] > 0).to_numpy(copy=True)], z[(s["mask"] == 0).to_numpy(copy=True)],
                                 torch.tensor(T_classes.tolist()))
         assert np.allclose(s["distance"][s["mask"] > 0], far)
@@ -430,7 +431,8 @@ def killed(moment, name, real=os.replace):
         real(a, b)
         if hit: os.kill(os.getpid(), signal.SIGKILL)
     os.replace = replace
-    if "state" in name: ow.run, ow.train_hilander = (functools.partial(f, save_every=0) for f in (ow.run, ow.train_hilander))  # a checkpoint at each step and epoch
+    if "state" in name:  # a checkpoint at each step and epoch
+        ow.run, ow.train_hilander = (functools.partial(f, save_every=0) for f in (ow.run, ow.train_hilander))
     t.quiet(t.CFG, store)
 
 for point in points:
@@ -443,7 +445,7 @@ for point in points:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has neither fork nor SIGKILL")
 def test_killed_again_and_again(result, tmp_path):
-    "SIGKILL in the middle of trainings and just before and after stages get their names, one after the other in one store; then the same bytes, and nothing half written is left."
+    "SIGKILL within trainings and around renames, one after the other in one store; then the same bytes, nothing else."
     points = ["after state.pt", "before weights.safetensors", "after round_0/training.json",
               "before round_0/embeddings.safetensors", "after .state", "before round_0/hilander",
               "after round_0/hilander",
@@ -463,7 +465,7 @@ def test_killed_again_and_again(result, tmp_path):
 
 
 def test_stages_that_runs_share_are_copied(result, tmp_path, monkeypatch):
-    "Another threshold, another tau, another Hi-LANDER: what did not change is taken from the first run, and the bytes are those of a run alone."
+    "Another threshold, tau or Hi-LANDER: unchanged stages are those of the first run, with the bytes of a run alone."
     one, made = tmp_path / "one", []
     shutil.copytree(result.path.parent, one)
     def counted(real): return functools.wraps(real)(lambda *a, **k: made.append(real.__name__) or real(*a, **k))
@@ -678,8 +680,8 @@ def test_a_pool_that_nobody_can_score(tmp_path, monkeypatch, result):
     with pytest.raises(ValueError, match="pool_labels='true' needs a class, and 228 have none"):
         quiet(cfg.replace(pool_labels="true"), tmp_path)
     monkeypatch.setattr(selection, "load_splits", lambda c: (hidden(parts.labelled[3:5]), parts.test))
-    with pytest.raises(ValueError,
-                       match=f"labelled image needs a class, and 2 have none, first '{ow.image_paths(parts.whole)[parts.labelled[3]]}'"):
+    first = ow.image_paths(parts.whole)[parts.labelled[3]]
+    with pytest.raises(ValueError, match=f"labelled image needs a class, and 2 have none, first '{first}'"):
         quiet(cfg, tmp_path)
     monkeypatch.setattr(selection, "load_splits", lambda c: (hidden(parts.pool[:9]), parts.test))
     dealt = ow.load_parts(CFG)  # by the rule, an image without a class is in the pool
@@ -722,7 +724,7 @@ def test_a_grid_in_worker_processes(tmp_path, result):
 
 @pytest.mark.parametrize("name", ["pss/inat", "pss/inat-vit"])
 def test_recipes_on_a_small_tree(name, tmp_path):
-    "Two rounds with the recipe's network, loss, sampler, optimiser and clusterer; images, batch and numbers of epochs are smaller, weights random."
+    "Two rounds with the recipe's network, loss, sampler, optimiser and clusterer, on few small images."
     cfg, _ = inat(tmp_path)
     small = dict(data_dir=str(tmp_path), dataset_args={"counts": False}, pretrained=False, image_size=32, batch_size=8,
                  epochs=2, ks=(1, 4), sampler_args={"m": 2}, eval_every=0)
