@@ -205,7 +205,8 @@ def check_trunk(name: str, # as in `make_trunk`
     if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         for k in args:
             if k in known: continue
-            raise UserError(f"trunk_args has no setting {k!r}.{nearest(k, known)} {name} takes: {', '.join(known) or 'none'}.")
+            takes = ", ".join(known) or "none"
+            raise UserError(f"trunk_args has no setting {k!r}.{nearest(k, known)} {name} takes: {takes}.")
     try:
         with torch.device("meta"): build(pretrained=False, **args)
     # timm's networks have errors of every type for a wrong argument
@@ -450,9 +451,10 @@ test_transform.__test__ = False  # its name looks like a test to pytest
 # %% ../nbs/25_models.ipynb #e7369fc2
 class TransformArgs(Schema):
     "Settings of `test_transform`."
-    crop_pct: float | None = Field(None, gt=0, le=1, description="part of the resized side that the centre crop keeps; default: the trunk's own")
+    crop_pct: float | None = Field(None, gt=0, le=1, description="part of the resized side that the centre crop keeps; "
+                                                                 "default: the trunk's own")
     square: bool = Field(False, description="resize to a square first, changing proportions")
-    resize: int | None = Field(None, ge=1, le=8192, description="instead of crop_pct: resize the shorter side to this, pixels")
+    resize: int | None = Field(None, ge=1, le=8192, description="instead of crop_pct: resize the shorter side to this")
     interpolation: str | None = Field(None, description="'bilinear', 'bicubic', ...; default: the trunk's own")
 
     @field_validator("interpolation")
@@ -461,7 +463,7 @@ class TransformArgs(Schema):
 
     @model_validator(mode="after")
     def _together(self):
-        if self.resize and getattr(self, "crop_pct", None):
+        if self.resize and self.crop_pct:
             raise ValueError("give resize (pixels) or crop_pct (part that is kept), not both")
         return self
 
@@ -481,8 +483,10 @@ class AugmentArgs(Schema):
 
     @model_validator(mode="after")
     def _together(self):
-        if not 0 < self.scale[0] <= self.scale[1] <= 1: raise ValueError(f"scale must rise within (0, 1], got {self.scale}")
-        if not 0 < self.ratio[0] <= self.ratio[1]: raise ValueError(f"ratio must be above 0 and rise, got {self.ratio}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must rise within (0, 1], got {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio must be above 0 and rise, got {self.ratio}")
         if self.square and not self.resize: raise ValueError("square=True says how to resize; give resize too")
         return self
 
