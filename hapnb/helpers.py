@@ -108,7 +108,10 @@ class Registry:
 
 # %% ../nbs/90_helpers.ipynb #cbfd7c31
 LOSSES = Registry("loss", late={"pml/": "hapnb.external"})
-DATASETS, SAMPLERS, TRUNKS = Registry("dataset"), Registry("sampler"), Registry("trunk")
+DATASETS, SAMPLERS = Registry("dataset"), Registry("sampler")
+TRUNKS = Registry("trunk", late=dict.fromkeys(
+    ("googlenet", "bn_inception", "deit_small", "deit_base", "vit_small", "vit_base", "vit_small_dino", "vit_base_dino"),
+    "hapnb.trunks"))
 
 # %% ../nbs/90_helpers.ipynb #2744612f
 def late_names(here: str, # `__name__` of the module that gives the names
@@ -186,7 +189,8 @@ def pick_device(device: str = "auto", # "auto": CUDA, else MPS, else CPU; or a n
     except RuntimeError as e: raise ValueError(f"unknown device {device!r}; try 'auto', 'cpu', 'cuda' or 'mps'.") from e
     if d.type not in ("cpu", "cuda", "mps", "xpu"):
         raise UserError(f"nothing can be trained on device {device!r}; use 'auto', 'cpu', 'cuda' or 'mps'.")
-    if (d.type == "cuda" and not cuda) or (d.type == "mps" and not mps):
+    missing = d.type == "cuda" and (d.index or 0) >= max(torch.cuda.device_count(), cuda)
+    if missing or (d.type == "mps" and not mps):
         raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} finds none here; "
                          "use 'auto' or 'cpu'.")
     return d
@@ -407,13 +411,14 @@ def made_once(path, # the file or folder that shall be there
               recipe: dict, # plain values that decide its content
               make, # make(part): write it to the path `part`, which does not exist yet
               say=None, # called with a line of text while another process makes it
+              since: float = 0., # what is older than this time (seconds since 1970) is made again
               ) -> Path: # `path`; beside it lies `NAME.json` with recipe and SHA-256
     "Give `path`, made by `make` unless a whole one with the same recipe is there."
     path = Path(path)
-    if _why_not(path, recipe) is None: return path
+    if _why_not(path, recipe, since) is None: return path
     with locked(path, say):
         # another process may have finished in the meantime
-        why = _why_not(path, recipe)
+        why = _why_not(path, recipe, since)
         if why is None: return path
         if why: warnings.warn(f"{path} is made again: {why}", RuntimeWarning, stacklevel=2)
         part = path.with_name(f".{path.name}.part")
@@ -434,9 +439,9 @@ def _remove(path):
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
-def _why_not(path, recipe):
+def _why_not(path, recipe, since):
     "None: it is there, whole, by this recipe. Text: why it must be made again; empty where there is nothing yet."
-    if not path.exists() or not _note_of(path).exists(): return ""
+    if not path.exists() or not _note_of(path).exists() or _note_of(path).stat().st_mtime < since: return ""
     try: note = json.loads(_note_of(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError): return f"{_note_of(path)} is damaged"
     if not isinstance(note, dict) or note.get("recipe") != _plain_json(recipe):

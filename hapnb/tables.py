@@ -197,9 +197,11 @@ def to_latex(self: Table) -> str:
 
 # %% ../nbs/61_tables.ipynb #593f6e3c
 def _environments(store, keys):
-    "What the runs say about where they were made."
-    paths = [Path(store) / k / "environment.json" for k in dict.fromkeys(keys)]
-    return [json.loads(p.read_text()) for p in paths if p.exists()]
+    "What the finished runs say about where they were made; `Damaged` if a file is not what was written."
+    # late: the network libraries take seconds to load, and the command must start at once
+    from hapnb.runs import Result, is_finished
+    folders = [Path(store) / k for k in dict.fromkeys(keys)]
+    return [Result(f).environment for f in folders if is_finished(f)]
 
 def made_by(profile: str, dataset: str,
             seeds: int = None, # how many

@@ -79,7 +79,7 @@ def _attempt(self: Workers, tasks, jobs):
     "Yield the outcomes of `tasks`; return the keys of those that were running when a worker died."
     waiting, suspects = deque(tasks.items()), []
     while waiting:
-        context = _worker_context(self.device)
+        context = worker_context(self.device)
         pool = self._start(context, jobs)
         finished = False
         try:
@@ -170,7 +170,7 @@ def _read_early():
     return read, {f.name: f.stat().st_mtime_ns for f in files}
 
 # %% ../nbs/37_workers.ipynb #8c270762
-def _worker_context(device):
+def worker_context(device):
     "Choose how workers start; where they are forked, the server runs already or begins to import."
     fresh = multiprocessing.get_context("spawn")
     if device.type != "cpu" or sys.platform != "linux" or sys.version_info < (3, 11): return fresh

@@ -502,7 +502,8 @@ def test_huggingface_parts(hf, tmp_path):
     assert len(both) == 12 and np.array_equal(np.asarray(both.image(11)), np.asarray(hf_images()[int(both.index[11])]))
     with pytest.raises(ValueError, match="part 'extra' .*keep_split=False"):
         data.from_huggingface(datasets.DatasetDict(train=hf, extra=hf), "species")
-    dd.save_to_disk(tmp_path / "saved"); hf.save_to_disk(tmp_path / "one")
+    dd.save_to_disk(tmp_path / "saved")
+    hf.save_to_disk(tmp_path / "one")
     assert load("huggingface", "test", tmp_path / "saved", levels=["species", "kind"]).fingerprint == test.fingerprint
     assert len(load("huggingface", "test", tmp_path / "one", levels="species")) == 12
 

@@ -1,7 +1,8 @@
-"""Two passes against one: every loss, random layers, loaders, half precision, whole runs, two processes. And the memory of embeddings."""
+"""Gradient caching against one pass: every loss, random layers, loaders, half precision, whole runs, two processes.
+
+And the cross-batch memory."""
 import copy, json, random
 from collections import deque
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,13 +16,13 @@ from torch import nn
 import hapnb.losses
 import hapnb.train as T
 from hapnb.helpers import LOSSES
-from hapnb.large_batches import CrossBatchMemory, memory_part, takes_references, gradcache_backward
+from hapnb.large_batches import CrossBatchMemory, gradcache_backward, memory_part, takes_references
 from hapnb import runs
 from hapnb.batches import FeatureBatches
 from hapnb.losses import make_loss
 from hapnb.measure import profile_run
-from hapnb.runs import Result
 from hapnb.config import RunConfig
+from hapnb.runs import Result
 from hapnb.train import Trainer
 
 OURS = [n for n in LOSSES.names() if LOSSES.get(n).__module__.startswith("hapnb.")]
@@ -31,7 +32,8 @@ ALONE = ("HISTLoss",)  # take no reference set
 def network(seed=0, *extra):
     "A small convolutional network in float64, its BatchNorm frozen."
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), *extra, nn.Flatten(), nn.Linear(54, 8)).double().train()
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), *extra, nn.Flatten(),
+                        nn.Linear(54, 8)).double().train()
     net[1].running_mean.normal_(), net[1].running_var.uniform_(0.5, 2)
     net[1].eval()
     return net
@@ -39,13 +41,15 @@ def network(seed=0, *extra):
 
 def images(n=30, seed=1):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, 8, 8, dtype=torch.float64, generator=g), torch.stack([torch.arange(n) // 3, torch.arange(n) // 9], 1)
+    return torch.randn(n, 3, 8, 8, dtype=torch.float64,
+                       generator=g), torch.stack([torch.arange(n) // 3, torch.arange(n) // 9], 1)
 
 
 def build(name, labels, width=8):
     fine, first = np.unique(labels[:, 0].numpy(), return_index=True)
     torch.manual_seed(3)
-    return make_loss(name, num_classes=len(fine), embedding_size=width, proxy_labels=labels[torch.from_numpy(first)]).double()
+    return make_loss(name, num_classes=len(fine), embedding_size=width,
+                     proxy_labels=labels[torch.from_numpy(first)]).double()
 
 
 def grads(modules, step, seed=5):
@@ -85,7 +89,7 @@ def test_every_loss(name, size):
 
 @pytest.mark.parametrize("name", OURS)
 def test_every_loss_on_the_golden_inputs(name):
-    "Unit vectors with ties and clusters, through a linear map that leaves them as they are: exact again, in micro-batches that cut classes."
+    "Unit vectors with ties and clusters, through a linear map that leaves them as they are; micro-batches cut classes."
     emb, labels = golden_inputs(min(GOLDEN["cases"], key=lambda c: c["B"] * c["D"]))
     net = nn.Linear(emb.shape[1], emb.shape[1], bias=False).double()
     nn.init.eye_(net.weight)
@@ -142,7 +146,8 @@ def test_activations_of_one_micro_batch_only():
 def test_only_the_loss_learns():
     net, (x, labels) = network().requires_grad_(False), images()
     loss = build("NormSoftmaxLoss", labels)
-    same(grads([net, loss], lambda: one_pass(net, loss, x, labels)), grads([net, loss], lambda: gradcache_backward(net, loss, x, labels, 7)[0]))
+    same(grads([net, loss], lambda: one_pass(net, loss, x, labels)),
+         grads([net, loss], lambda: gradcache_backward(net, loss, x, labels, 7)[0]))
 
 
 def test_the_input_may_learn():
@@ -188,7 +193,8 @@ def test_a_loader_is_read_twice_and_gives_the_same():
         v.backward()
         return v.detach()
     same(grads([net], once), grads([net], lambda: gradcache_backward(net, loss, loader, labels)[0]))
-    same(grads([net], lambda: one_pass(net, loss, x, labels, 7)), grads([net], lambda: gradcache_backward(net, loss, x.split(7), labels)[0]))
+    same(grads([net], lambda: one_pass(net, loss, x, labels, 7)),
+         grads([net], lambda: gradcache_backward(net, loss, x.split(7), labels)[0]))
 
 
 class Unlike:
@@ -200,40 +206,51 @@ class Unlike:
 def test_inputs_that_differ_are_noticed():
     net, (x, labels) = network(), images()
     c, loss = list(x.split(10)), make_loss("SmoothAPLoss")
-    for second, message in ((c[:2], "got 2 micro-batches, the first 3"), (c + c[:1], "more than the 3"), (c[::-1], "passes disagree"),
-                            ([c[0], c[1], c[2][:9]], r"micro-batch 2 gave embeddings \(9, 8\) in the second pass, \(10, 8\) in the first")):
+    for second, message in ((c[:2], "got 2 micro-batches, the first 3"), (c + c[:1], "more than the 3"),
+                            (c[::-1], "passes disagree"),
+                            ([c[0], c[1], c[2][:9]], r"micro-batch 2 gave embeddings \(9, 8\) in the second pass")):
         with pytest.raises(RuntimeError, match=message): gradcache_backward(net, loss, Unlike(c, second), labels)
 
 
 @pytest.mark.parametrize("x, size, message", [
-    (torch.zeros(4, 3, 8, 8), None, "micro_batch .* got None"), (torch.zeros(4, 3, 8, 8), 0, "1 or more, got 0"), (torch.zeros(4, 3, 8, 8), 1.5, "whole number"),
-    (iter([]), None, "read only once"), ([], None, "batch is empty"), ([torch.zeros(2, 3, 8, 8)], 2, "leave micro_batch out"), (3, None, "tensor or micro-batches, got int"),
+    (torch.zeros(4, 3, 8, 8), None, "micro_batch .* got None"), (torch.zeros(4, 3, 8, 8), 0, "1 or more, got 0"),
+    (torch.zeros(4, 3, 8, 8), 1.5, "whole number"),
+    (iter([]), None, "read only once"), ([], None, "batch is empty"),
+    ([torch.zeros(2, 3, 8, 8)], 2, "leave micro_batch out"), (3, None, "tensor or micro-batches, got int"),
 ])
 def test_bad_inputs(x, size, message):
-    with pytest.raises(ValueError, match=message): gradcache_backward(network().float(), make_loss("SmoothAPLoss"), x, [0, 0, 1, 1], size)
+    with pytest.raises(ValueError, match=message):
+        gradcache_backward(network().float(), make_loss("SmoothAPLoss"), x, [0, 0, 1, 1], size)
 
 
 def test_other_errors():
     net, (x, labels) = network(), images()
     sap = make_loss("SmoothAPLoss")
-    with pytest.raises(ValueError, match=r"embeddings, \[rows, D\]"): gradcache_backward(nn.Conv2d(3, 3, 1).double(), sap, x, labels, 7)
-    with pytest.raises(ValueError, match="one number, got .30,."): gradcache_backward(net, make_loss("SmoothAPLoss", reduction="none"), x, labels, 7)
+    with pytest.raises(ValueError, match=r"embeddings, \[rows, D\]"):
+        gradcache_backward(nn.Conv2d(3, 3, 1).double(), sap, x, labels, 7)
+    with pytest.raises(ValueError, match="one number, got .30,."):
+        gradcache_backward(net, make_loss("SmoothAPLoss", reduction="none"), x, labels, 7)
     with pytest.raises(ValueError, match="29 labels"): gradcache_backward(net, sap, x, labels[:29], 7)
-    with pytest.raises(ValueError, match="row.s. 11 of 30"): gradcache_backward(net, sap, x.index_fill(0, torch.tensor([11]), torch.nan), labels, 7)
+    with pytest.raises(ValueError, match="row.s. 11 of 30"):
+        gradcache_backward(net, sap, x.index_fill(0, torch.tensor([11]), torch.nan), labels, 7)
     with pytest.raises(ValueError, match="'warn'"): gradcache_backward(net, sap, x, labels, 7, batch_norm="wran")
-    with pytest.raises(RuntimeError, match="nothing requires"), torch.no_grad(): gradcache_backward(net, sap, x, labels, 7)
+    with pytest.raises(RuntimeError, match="nothing requires"), torch.no_grad():
+        gradcache_backward(net, sap, x, labels, 7)
     frozen = copy.deepcopy(net).requires_grad_(False)
     with pytest.raises(RuntimeError, match="nothing requires"): gradcache_backward(frozen, sap, x, labels, 7)
-    with pytest.raises(RuntimeError, match="nothing requires"): gradcache_backward(lambda c: frozen(c), sap, x, labels, 7)
+    with pytest.raises(RuntimeError, match="nothing requires"):
+        gradcache_backward(lambda c: frozen(c), sap, x, labels, 7)
     assert all(p.grad is None for p in net.parameters())
 
 
 # ---- BatchNorm
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d(6), nn.BatchNorm2d(6, track_running_stats=False).eval(), nn.SyncBatchNorm(6)])
+@pytest.mark.parametrize("norm",
+                         [nn.BatchNorm2d(6), nn.BatchNorm2d(6, track_running_stats=False).eval(), nn.SyncBatchNorm(6)])
 def test_batch_statistics_are_refused(norm):
     net, (x, labels) = network(0, norm.double()), images()
-    with pytest.raises(ValueError, match=r"1 BatchNorm layer.*first: 3.*\.eval\(\)"): gradcache_backward(net, make_loss("SmoothAPLoss"), x, labels, 7)
+    with pytest.raises(ValueError, match=r"1 BatchNorm layer.*first: 3.*\.eval\(\)"):
+        gradcache_backward(net, make_loss("SmoothAPLoss"), x, labels, 7)
     assert all(p.grad is None for p in net.parameters())
 
 
@@ -243,11 +260,13 @@ def test_batch_statistics_with_a_warning():
     net[1].train()
     twin, loss = copy.deepcopy(net), build("SupAPLoss", labels)
     want = grads([twin], lambda: one_pass(twin, loss, x, labels, 10))
-    with pytest.warns(UserWarning, match="statistics of the batch"): got = grads([net], lambda: gradcache_backward(net, loss, x, labels, 10, batch_norm="warn")[0])
+    with pytest.warns(UserWarning, match="statistics of the batch"):
+        got = grads([net], lambda: gradcache_backward(net, loss, x, labels, 10, batch_norm="warn")[0])
     same(want, got)
     for a, b in zip(net.buffers(), twin.buffers()): torch.testing.assert_close(a, b)
     whole = grads([twin], lambda: one_pass(twin, loss, x, labels))
-    assert float((whole[1][0] - got[1][0]).abs().max()) > 1e-3 * float(whole[1][0].abs().max())  # the reason why it is refused
+    # the reason why it is refused
+    assert float((whole[1][0] - got[1][0]).abs().max()) > 1e-3 * float(whole[1][0].abs().max())
 
 
 # ---- half precision
@@ -293,12 +312,14 @@ def test_grad_scaler():
         scaler.unscale_(opt)
         return value
     same(want, grads([net, loss], unscaled), 1e-4)
-    same((want[0], [3 * g for g in want[1]]), grads([net, loss], lambda: gradcache_backward(net, loss, x, labels, 7, scale=3.)[0]), 1e-4)
+    same((want[0], [3 * g for g in want[1]]),
+         grads([net, loss], lambda: gradcache_backward(net, loss, x, labels, 7, scale=3.)[0]), 1e-4)
 
 
 # ---- the memory
 
-@given(st.integers(1, 7), st.lists(st.integers(0, 9), max_size=6), st.integers(0, 2), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+@given(st.integers(1, 7), st.lists(st.integers(0, 9), max_size=6), st.integers(0, 2),
+       st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
 def test_memory_is_a_queue(size, pieces, levels, dtype):
     memory, queue, n = CrossBatchMemory(size), deque(maxlen=size), 0
     for k in pieces:
@@ -312,7 +333,8 @@ def test_memory_is_a_queue(size, pieces, levels, dtype):
         other.load_state_dict(memory.state_dict())
         for m in (memory, other, copy.deepcopy(memory)) if n else ():
             e, l = m.get()
-            assert e.dtype == dtype and e[:, 0].tolist() == list(queue) and l.shape[1:] == labels.shape[1:] and l.view(len(l), -1)[:, 0].tolist() == list(queue)
+            assert e.dtype == dtype and e[:, 0].tolist() == list(queue) and l.shape[1:] == labels.shape[1:]
+            assert l.view(len(l), -1)[:, 0].tolist() == list(queue)
     memory.clear()
     assert len(memory) == 0 and bool(memory)
     with pytest.raises(ValueError, match="memory is empty"): memory.get()
@@ -330,7 +352,8 @@ def test_memory_goes_on_from_a_checkpoint(tmp_path):
     again.load_state_dict(runs.load_state(tmp_path / "state.pt"))
     for i in (10, 15): again["memory"].add(rows[i:i + 5], labels[i:i + 5])
     for a, b in zip(whole.get(), again["memory"].get()): assert torch.equal(a, b)
-    assert len(first["memory"]) == 6 and torch.equal(first["memory"].get()[1], labels[4:10])  # a copy, not the same storage
+    # a copy, not the same storage
+    assert len(first["memory"]) == 6 and torch.equal(first["memory"].get()[1], labels[4:10])
 
 
 def test_memory_errors():
@@ -338,18 +361,23 @@ def test_memory_errors():
     for bad in (0, 2.5, True, "4"):
         with pytest.raises(ValueError, match="size must be a whole number"): CrossBatchMemory(bad)
     memory.add(torch.ones(2, 3), [[0, 0], [1, 0]])
-    for emb, labels, message in ((torch.ones(1, 2), [[0, 0]], "2 dimensions, the memory's rows 3"), (torch.ones(1, 3), [0], r"1 level\(s\), the memory's rows 2"),
-                                 (torch.full((2, 3), torch.nan), [[0, 0]] * 2, r"row\(s\) 0, 1 of 2"), (torch.ones(2, 3), [[0, 0]], "2 embeddings but 1 labels"),
-                                 (torch.ones(2, 3), [[0, 0], [0, 1]], "not a tree"), (torch.ones(1, 3).long(), [[0, 0]], "must be floats")):
+    for emb, labels, message in ((torch.ones(1, 2), [[0, 0]], "2 dimensions, the memory's rows 3"),
+                                 (torch.ones(1, 3), [0], r"1 level\(s\), the memory's rows 2"),
+                                 (torch.full((2, 3), torch.nan), [[0, 0]] * 2, r"row\(s\) 0, 1 of 2"),
+                                 (torch.ones(2, 3), [[0, 0]], "2 embeddings but 1 labels"),
+                                 (torch.ones(2, 3), [[0, 0], [0, 1]], "not a tree"),
+                                 (torch.ones(1, 3).long(), [[0, 0]], "must be floats")):
         with pytest.raises(ValueError, match=message): memory.add(emb, labels)
     assert len(memory) == 2
-    with pytest.raises(ValueError, match="Did you mean 'live'"): memory.references(torch.ones(1, 3), [[0, 0]], batch="life")
+    with pytest.raises(ValueError, match="Did you mean 'live'"):
+        memory.references(torch.ones(1, 3), [[0, 0]], batch="life")
     with pytest.raises(ValueError, match="5"): CrossBatchMemory(5).load_state_dict(memory.state_dict())
 
 
 def filled(rows=17, size=20, seed=2):
     memory, g = CrossBatchMemory(size), torch.Generator().manual_seed(seed)
-    memory.add(torch.randn(rows, 8, dtype=torch.float64, generator=g), torch.stack([torch.arange(rows) // 3, torch.arange(rows) // 9], 1))
+    memory.add(torch.randn(rows, 8, dtype=torch.float64, generator=g),
+               torch.stack([torch.arange(rows) // 3, torch.arange(rows) // 9], 1))
     return memory
 
 
@@ -362,13 +390,16 @@ def test_the_own_row_is_left_out(name, batch):
     loss = build(name, memory.get()[1])
     loss.reduction = "none"
     if name == "BlackBoxAPLoss": loss.margin = 0.  # its noise depends on the shape
-    with torch.no_grad(): got, listed = memory(loss, emb, labels, batch), loss(emb, labels, **memory.references(emb, labels, batch=batch))
+    with torch.no_grad():
+        got, listed = memory(loss, emb, labels, batch), loss(emb, labels, **memory.references(emb, labels, batch=batch))
     torch.testing.assert_close(got, listed, rtol=1e-12, atol=1e-12)
-    if name in ("CalibrationLoss", "ROADMAPLoss", "ProxyAnchorLoss"): return  # a mean over the pairs (or proxies) of all queries, not of each
+    # a mean over the pairs (or proxies) of all queries, not of each
+    if name in ("CalibrationLoss", "ROADMAPLoss", "ProxyAnchorLoss"): return
     old, old_labels = memory.get()
     for i in range(10):
         rest = torch.arange(10) != i
-        alone = loss(emb[i:i + 1], labels[i:i + 1], ref_emb=torch.cat([emb[rest], old]), ref_labels=torch.cat([labels[rest], old_labels]))
+        alone = loss(emb[i:i + 1], labels[i:i + 1], ref_emb=torch.cat([emb[rest], old]),
+                     ref_labels=torch.cat([labels[rest], old_labels]))
         assert float(got[i]) == pytest.approx(float(alone.detach()), abs=1e-9)
 
 
@@ -377,22 +408,27 @@ def test_live_rows_have_a_gradient_and_copies_have_not():
     labels = torch.stack([labels, labels // 3], 1)
     emb = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
     refs = {b: memory.references(emb, labels, loss, b)["ref_emb"] for b in ("live", "copy", "none")}
-    assert [r.requires_grad for r in refs.values()] == [True, False, False] and [len(r) for r in refs.values()] == [27, 27, 17]
+    assert [r.requires_grad for r in refs.values()] == [True, False, False]
+    assert [len(r) for r in refs.values()] == [27, 27, 17]
     live, copied = (torch.autograd.grad(memory(loss, emb, labels, b), emb)[0] for b in ("live", "copy"))
     values = [memory(loss, emb, labels, b).item() for b in ("live", "copy")]
     assert not torch.allclose(live, copied) and values[0] == values[1]
 
 
-@pytest.mark.parametrize("name", [n for n in OURS if n not in ALONE + ("FastAPLoss", "PairLoss", "CalibrationLoss", "BlackBoxAPLoss")])
+@pytest.mark.parametrize("name",
+                         [n for n in OURS if n not in ALONE
+                          + ("FastAPLoss", "PairLoss", "CalibrationLoss", "BlackBoxAPLoss")])
 def test_own_row_kept_and_nothing_remembered_is_the_batch_alone(name):
-    emb, labels = torch.randn(12, 8, dtype=torch.float64, requires_grad=True), torch.stack([torch.arange(12) // 3, torch.arange(12) // 6], 1)
+    emb, labels = torch.randn(12, 8, dtype=torch.float64,
+                              requires_grad=True), torch.stack([torch.arange(12) // 3, torch.arange(12) // 6], 1)
     loss, memory, added = build(name, labels), CrossBatchMemory(12), CrossBatchMemory(12)
     added.add(emb, labels)
     want = loss(emb, labels)
     for m in (memory, added):
         value = m(loss, emb, labels, own=True)
         assert value.item() == want.item()
-        torch.testing.assert_close(torch.autograd.grad(value, emb)[0], torch.autograd.grad(want, emb, retain_graph=True)[0], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(torch.autograd.grad(value, emb)[0],
+                                   torch.autograd.grad(want, emb, retain_graph=True)[0], rtol=1e-12, atol=1e-14)
 
 
 def test_a_memory_smaller_than_the_batch_is_not_met_twice():
@@ -438,7 +474,8 @@ def test_two_passes_with_a_memory():
     net, (x, labels) = network(), images()
     memory, loss = filled(), build("SupAPLoss", labels)
     wrapped = lambda e, y: memory(loss, e, y)
-    same(grads([net], lambda: one_pass(net, wrapped, x, labels)), grads([net], lambda: gradcache_backward(net, wrapped, x, labels, 7)[0]))
+    same(grads([net], lambda: one_pass(net, wrapped, x, labels)),
+         grads([net], lambda: gradcache_backward(net, wrapped, x, labels, 7)[0]))
 
 
 # ---- a slot a key
@@ -466,22 +503,29 @@ def test_slots_of_the_batch_are_no_others():
     memory = CrossBatchMemory(50, unique=True)
     old, labels = torch.randn(40, 8, dtype=torch.float64, generator=g), torch.arange(40) // 4
     memory.add(old, labels, range(40))
-    emb, y, keys = torch.randn(6, 8, dtype=torch.float64, generator=g), labels[[3, 9, 9, 20, 21, 22]], [3, 9, 9, 20, 21, 45]
+    emb, y, keys = torch.randn(6, 8, dtype=torch.float64,
+                               generator=g), labels[[3, 9, 9, 20, 21, 22]], [3, 9, 9, 20, 21, 45]
     kept = [i for i in range(40) if i not in keys]
     for added in (False, True):
         if added: memory.add(emb, y, keys)
         refs = memory.references(emb, y, loss, "copy", own=True, keys=keys)
-        assert torch.equal(refs["ref_emb"], torch.cat([emb, old[kept]])) and torch.equal(refs["ref_labels"], torch.cat([y, labels[kept]]))
+        assert torch.equal(refs["ref_emb"], torch.cat([emb, old[kept]]))
+        assert torch.equal(refs["ref_labels"], torch.cat([y, labels[kept]]))
     assert len(memory.get()[0]) == 41
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda q, u, e, y: q.add(e, y, [0, 1]), "keys are for a memory with one slot per key"), (lambda q, u, e, y: u.add(e, y), "needs keys"),
-    (lambda q, u, e, y: u.references(e, y), "needs keys"), (lambda q, u, e, y: u.add(e, y, [0]), "2 whole numbers"), (lambda q, u, e, y: u.add(e, y, [0., 1.]), "whole numbers"),
-    (lambda q, u, e, y: u.add(e, y, [0, 5]), "0 to 4, got 0 to 5"), (lambda q, u, e, y: u.add(e, y, [-1, 2]), "got -1 to 2"),
-    (lambda q, u, e, y: u.load_state_dict(q.state_dict()), "other way round"), (lambda q, u, e, y: q.load_state_dict(u.state_dict()), "other way round")])
+    (lambda q, u, e, y: q.add(e, y, [0, 1]), "keys are for a memory with one slot per key"),
+    (lambda q, u, e, y: u.add(e, y), "needs keys"),
+    (lambda q, u, e, y: u.references(e, y), "needs keys"), (lambda q, u, e, y: u.add(e, y, [0]), "2 whole numbers"),
+    (lambda q, u, e, y: u.add(e, y, [0., 1.]), "whole numbers"),
+    (lambda q, u, e, y: u.add(e, y, [0, 5]), "0 to 4, got 0 to 5"),
+    (lambda q, u, e, y: u.add(e, y, [-1, 2]), "got -1 to 2"),
+    (lambda q, u, e, y: u.load_state_dict(q.state_dict()), "other way round"),
+    (lambda q, u, e, y: q.load_state_dict(u.state_dict()), "other way round")])
 def test_slot_errors(call, message):
-    q, u, e, y = CrossBatchMemory(5), CrossBatchMemory(5, unique=True), torch.ones(2, 3), torch.zeros(2, dtype=torch.long)
+    q, u, e, y = CrossBatchMemory(5), CrossBatchMemory(5,
+                                                       unique=True), torch.ones(2, 3), torch.zeros(2, dtype=torch.long)
     q.add(e, y), u.add(e, y, [2, 3])
     before = [t.clone() for t in u.get()]
     with pytest.raises(ValueError, match=message): call(q, u, e, y)
@@ -500,13 +544,15 @@ def test_who_looks_at_references(name):
         loss, state = build(name, labels), torch.get_rng_state()
         before = copy.deepcopy(loss.state_dict())
         assert takes_references(loss, x, y) == (name not in NO_REFS)
-        assert torch.equal(torch.get_rng_state(), state) and all(torch.equal(v, before[k]) for k, v in loss.state_dict().items())
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(torch.equal(v, before[k]) for k, v in loss.state_dict().items())
         assert all(p.grad is None for p in loss.parameters())
     if name in NO_REFS:
         with pytest.raises(ValueError, match=f"{name} does not look at references"): memory_part(loss, x, labels)
     elif name == "HAPPIERLoss":
         part = memory_part(loss, x, labels)
-        assert list(part.losses) == ["rank"] and part.losses["rank"] is loss.losses["rank"] and part.weights["rank"] == loss.weights["rank"]
+        assert list(part.losses) == ["rank"] and part.losses["rank"] is loss.losses["rank"]
+        assert part.weights["rank"] == loss.weights["rank"]
     else: assert memory_part(loss, x, labels) is loss
 
 
@@ -521,14 +567,16 @@ def test_losses_that_refuse_references_say_so():
 def test_the_term_against_the_memory(name, unique):
     "Straight from the definition: the batch against detached copies of the memory into which it was put."
     g, labels = torch.Generator().manual_seed(0), images()[1]
-    old, emb = torch.randn(30, 8, dtype=torch.float64, generator=g), torch.randn(12, 8, dtype=torch.float64, generator=g).requires_grad_()
+    old, emb = torch.randn(30, 8, dtype=torch.float64,
+                           generator=g), torch.randn(12, 8, dtype=torch.float64, generator=g).requires_grad_()
     keys, memory = torch.arange(12) * 2, CrossBatchMemory(30, unique)
     loss = memory_part(build(name, labels), emb, labels[keys])
     memory.add(old, labels, *([torch.arange(30)] if unique else []))
     memory.add(emb, labels[keys], *([keys] if unique else []))
     torch.manual_seed(4)  # BlackBoxAP draws noise
     got = memory.term(loss, emb, labels[keys], keys if unique else None)
-    others = [i for i in range(30) if i not in keys.tolist()] if unique else range(12, 30)  # the queue lost its oldest 12
+    # the queue lost its oldest 12
+    others = [i for i in range(30) if i not in keys.tolist()] if unique else range(12, 30)
     ref, y = torch.cat([emb.detach(), old[others]]), torch.cat([labels[keys], labels[others]])
     torch.manual_seed(4)
     want = loss(emb, labels[keys], ref_emb=ref, ref_labels=y)  # the query meets its copy, as in ROADMAP
@@ -536,14 +584,16 @@ def test_the_term_against_the_memory(name, unique):
         pairs = torch.ones(12, 30, dtype=torch.bool).fill_diagonal_(False).nonzero(as_tuple=True)
         want = loss(emb, labels[keys], indices_tuple=(*pairs, *pairs), ref_emb=ref, ref_labels=y)
     assert got.item() == pytest.approx(want.item(), rel=1e-12)
-    for a, b in zip(torch.autograd.grad(got, emb), torch.autograd.grad(want, emb)): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(got, emb), torch.autograd.grad(want, emb)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert not memory.get()[0].requires_grad
 
 
 @pytest.mark.parametrize("name", ["CalibrationLoss", "PairLoss"])
 def test_pair_losses_leave_the_own_copy_out(name):
     "As they leave the query out of its own batch; counted as a pair it would lower a mean over all pairs."
-    emb, labels, memory = torch.randn(12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(12) // 3, CrossBatchMemory(12)
+    emb = torch.randn(12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels, memory = torch.arange(12) // 3, CrossBatchMemory(12)
     loss = make_loss(name, **({"average": "all"} if name == "CalibrationLoss" else {"similarity": "dot"}))
     memory.add(emb, labels)
     want = loss(emb, labels).item()
@@ -558,7 +608,8 @@ def test_pairs_of_the_losses_own_level(level):
     g, labels = torch.Generator().manual_seed(0), torch.stack([torch.arange(30) // 3, torch.arange(30) // 6], 1)
     emb, memory = torch.randn(30, 8, dtype=torch.float64, generator=g).requires_grad_(), CrossBatchMemory(30)
     memory.add(emb, labels)
-    for at in (slice(0, 12), slice(18, 30)):  # the last rows of the memory are the batch; the first are not, and are met twice
+    # the last rows of the memory are the batch; the first are not, and are met twice
+    for at in (slice(0, 12), slice(18, 30)):
         loss, y = make_loss("pml/ContrastiveLoss", level=level), labels[at, level]
         rest = slice(0, 18) if at.start else slice(0, 30)
         ref, ref_y = torch.cat([emb.detach()[at], emb.detach()[rest]]), torch.cat([y, labels[rest, level]])
@@ -567,11 +618,13 @@ def test_pairs_of_the_losses_own_level(level):
         pairs = (*(same & ~own).nonzero(as_tuple=True), *(~same).nonzero(as_tuple=True))
         got, want = memory.term(loss, emb[at], labels[at]), loss.loss(emb[at], y, pairs, ref, ref_y)
         assert got.item() == pytest.approx(want.item(), rel=1e-9)
-        for a, b in zip(torch.autograd.grad(got, emb), torch.autograd.grad(want, emb)): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        for a, b in zip(torch.autograd.grad(got, emb), torch.autograd.grad(want, emb)):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_a_miner_never_gives_the_own_copy():
-    pml, miners = pytest.importorskip("pytorch_metric_learning.losses"), pytest.importorskip("pytorch_metric_learning.miners")
+    pml = pytest.importorskip("pytorch_metric_learning.losses")
+    miners = pytest.importorskip("pytorch_metric_learning.miners")
     g, labels = torch.Generator().manual_seed(0), torch.arange(12) // 3
     emb, memory, seen = torch.randn(12, 8, generator=g).requires_grad_(), CrossBatchMemory(30), []
     memory.add(torch.randn(18, 8, generator=g), torch.arange(18) // 3), memory.add(emb, labels)
@@ -580,33 +633,41 @@ def test_a_miner_never_gives_the_own_copy():
             seen.append(indices_tuple)
             return super().forward(emb, labels, indices_tuple, ref_emb, ref_labels)
     for miner in (miners.TripletMarginMiner(margin=9.), miners.MultiSimilarityMiner(epsilon=9.)):
-        value = memory.term(Asks(), emb, labels, miner=lambda e, y, ref_emb, ref_labels: miner(e, y, ref_emb, ref_labels))
+        value = memory.term(Asks(), emb, labels, miner=lambda e, y, ref_emb,
+                            ref_labels: miner(e, y, ref_emb, ref_labels))
         assert value.item() > 0 and len(seen[-1][0]) and not bool((seen[-1][0] == seen[-1][1]).any())
-        every = miner(emb.detach(), labels, *[memory.references(emb, labels, None, "copy", True)[k] for k in ("ref_emb", "ref_labels")])
+        every = miner(emb.detach(), labels,
+                      *[memory.references(emb, labels, None, "copy", True)[k] for k in ("ref_emb", "ref_labels")])
         assert bool((every[0] == every[1]).any())  # it would have
 
 
 def test_a_loader_of_pairs_is_named():
     net, (x, labels) = network(), images()
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, labels), 7)
-    with pytest.raises(ValueError, match="a list of 2 things.*give the images alone"): gradcache_backward(net, build("SupAPLoss", labels), loader, labels)
+    with pytest.raises(ValueError, match="a list of 2 things.*give the images alone"):
+        gradcache_backward(net, build("SupAPLoss", labels), loader, labels)
     class TwoInputs(nn.Module):  # a model that does want pairs
         def __init__(self): super().__init__(); self.net = net
         def forward(self, pair): return self.net(pair[0])
     one = grads([net], lambda: one_pass(net, build("SupAPLoss", labels), x, labels))
     same(one, grads([net], lambda: gradcache_backward(TwoInputs(), build("SupAPLoss", labels), loader, labels)[0]))
-    with pytest.raises(TypeError): gradcache_backward(lambda c: c + None, build("SupAPLoss", labels), x, labels, 7)  # the model's own fault stays as it is
+    # the model's own fault stays as it is
+    with pytest.raises(TypeError): gradcache_backward(lambda c: c + None, build("SupAPLoss", labels), x, labels, 7)
 
 
 # ---- RunConfig, Trainer, run
 
-@pytest.mark.parametrize("bad, message", [(0, "must be 1 or more"), (-3, "must be 1 or more"), (2.5, "must be int or None"), (True, "must be int or None"), ("8", "must be int or None")])
+@pytest.mark.parametrize("bad, message",
+                         [(0, "must be 1 or more"), (-3, "must be 1 or more"), (2.5, "must be int or None"),
+                          (True, "must be int or None"), ("8", "must be int or None")])
 def test_micro_batch_is_checked(bad, message):
     with pytest.raises(ValueError, match=f"RunConfig.micro_batch {message}"): TOY.replace(micro_batch=bad)
 
 
-WHOLE = TOY.replace(freeze="bn", epochs=2, warmup_epochs=1, eval_every=1, clip_norm=0.5, loss="HAPPIERLoss", groups={"loss": {"lr": 0.1}})
-CASES = {"frozen": TOY, "whole": WHOLE, "sum": TOY.replace(loss="ROADMAPLoss", optimizer="sgd", lr=0.01), "bf16": WHOLE.replace(precision="bf16", optimizer="sgd", lr=0.1)}
+WHOLE = TOY.replace(freeze="bn", epochs=2, warmup_epochs=1, eval_every=1, clip_norm=0.5, loss="HAPPIERLoss",
+                    groups={"loss": {"lr": 0.1}})
+CASES = {"frozen": TOY, "whole": WHOLE, "sum": TOY.replace(loss="ROADMAPLoss", optimizer="sgd", lr=0.01),
+         "bf16": WHOLE.replace(precision="bf16", optimizer="sgd", lr=0.1)}
 
 
 def alike(a, b, tol):
@@ -640,7 +701,8 @@ def test_resumed_in_the_middle(tmp_path, monkeypatch):
 
 
 def test_batch_norm_that_learns_is_named(tmp_path):
-    with pytest.raises(ValueError, match="BatchNorm.*freeze='bn'"): toy_run(WHOLE.replace(freeze="none", micro_batch=7), tmp_path)
+    with pytest.raises(ValueError, match="BatchNorm.*freeze='bn'"):
+        toy_run(WHOLE.replace(freeze="none", micro_batch=7), tmp_path)
 
 
 def scaled_accelerator():
@@ -653,8 +715,9 @@ def scaled_accelerator():
 
 @pytest.mark.parametrize("micro_batch", [None, 5])
 def test_the_trainers_scaler_is_used(micro_batch):
-    "Gradients are scaled once, and unscaled before they are measured, cut and used; a step with an infinite one is left out."
-    plain, t = make_trainer(lr=0.1, optimizer="sgd", clip_norm=0.01), make_trainer(lr=0.1, optimizer="sgd", clip_norm=0.01, micro_batch=micro_batch, accelerator=scaled_accelerator())
+    "Gradients are scaled once, and unscaled before they are measured, cut and used; infinite ones are left out."
+    how = dict(lr=0.1, optimizer="sgd", clip_norm=0.01)
+    plain, t = make_trainer(**how), make_trainer(**how, micro_batch=micro_batch, accelerator=scaled_accelerator())
     scale, seen = t.accelerator.scaler, []
     assert plain.alone and not t.alone
     first = t.params[0].register_hook(lambda g: seen.append(g.norm()))
@@ -685,9 +748,11 @@ class Halves:
 
 def _train(loss, out, micro_batch):
     acc = T.make_accelerator("cpu")
-    t = make_trainer(loss, accelerator=acc, epochs=2, lr=0.01, optimizer="sgd", clip_norm=0.3, micro_batch=micro_batch).fit(FeatureBatches(*data(22), Halves()))
+    t = make_trainer(loss, accelerator=acc, epochs=2, lr=0.01, optimizer="sgd", clip_norm=0.3,
+                     micro_batch=micro_batch).fit(FeatureBatches(*data(22), Halves()))
     history = [{k: v for k, v in r.items() if k != "seconds"} for r in t.history]
-    if acc.is_main_process: runs.save_state(out, dict(net=t.net.state_dict(), loss=t.loss.state_dict(), history=history))
+    if acc.is_main_process:
+        runs.save_state(out, dict(net=t.net.state_dict(), loss=t.loss.state_dict(), history=history))
     acc.wait_for_everyone()
 
 

@@ -16,8 +16,10 @@ from hapnb.packed import FORMATS, pack_image, packed, shrink, unpack_image
 
 def picture(seed, width=120, height=90):
     random = np.random.default_rng(seed)
-    coarse = Image.fromarray(random.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-    return Image.fromarray((np.asarray(coarse, float) + random.normal(0, 3, (height, width, 1))).clip(0, 255).astype(np.uint8))
+    coarse = Image.fromarray(random.integers(0, 256, (5, 7, 3),
+                                             dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.fromarray((np.asarray(coarse, float)
+                            + random.normal(0, 3, (height, width, 1))).clip(0, 255).astype(np.uint8))
 
 
 def coded(im, form="JPEG", **kw):
@@ -26,7 +28,8 @@ def coded(im, form="JPEG", **kw):
     return out.getvalue()
 
 
-SIZES = [(120, 90), (90, 120), (64, 64), (200, 50), (33, 70), (90, 91), (64, 65), (150, 100), (120, 90), (97, 301), (120, 90), (99, 98)]
+SIZES = [(120, 90), (90, 120), (64, 64), (200, 50), (33, 70), (90, 91), (64, 65), (150, 100), (120, 90), (97, 301),
+         (120, 90), (99, 98)]
 
 
 def images(n=12): return [coded(picture(i, *SIZES[i % len(SIZES)]), quality=90) for i in range(n)]
@@ -34,7 +37,8 @@ def images(n=12): return [coded(picture(i, *SIZES[i % len(SIZES)]), quality=90) 
 
 class Counting(BytesStore):
     "Counts what is read; kills its own process, or stops, at the k-th image."
-    def __init__(self, data, names, at=None, how=None): super().__init__(data, names); self.reads, self.at, self.how = [], at, how
+    def __init__(self, data, names, at=None, how=None):
+        super().__init__(data, names); self.reads, self.at, self.how = [], at, how
     def read(self, i):
         self.reads.append(int(i))
         if self.at is not None and i == self.at: self.how()
@@ -45,13 +49,16 @@ def dataset(data=None, of="twelve", **kw):
     data = images() if data is None else data
     labels = [[i // 2, i // 4] for i in range(len(data))]
     store = kw.pop("store", None) or Counting(data, [f"image {i}" for i in range(len(data))])
-    return RetrievalDataset(store, labels, [[f"c{i}" for i in range(6)], ["x", "y", "z"]], ("class", "kind"), "toy", "test",
-                            fingerprint_of(of=of), meta=pd.DataFrame({"file": [f"f{i}" for i in range(len(labels))]}), **kw)
+    return RetrievalDataset(store, labels, [[f"c{i}" for i in range(6)], ["x", "y", "z"]], ("class", "kind"), "toy",
+                            "test",
+                            fingerprint_of(of=of), meta=pd.DataFrame({"file": [f"f{i}" for i in range(len(labels))]}),
+                            **kw)
 
 
 def pixels(ds): return [np.asarray(ds.image(i)) for i in range(len(ds))]
 def same(a, b): return len(a) == len(b) and all(x.shape == y.shape and (x == y).all() for x, y in zip(a, b))
-def reference(ds, side): return [np.asarray(v2.Resize(side)(im) if min(im.size) > side else im) for im in map(ds.image, range(len(ds)))]
+def reference(ds, side):
+    return [np.asarray(v2.Resize(side)(im) if min(im.size) > side else im) for im in map(ds.image, range(len(ds)))]
 def quiet(*a, **kw): return packed(*a, progress=False, **kw)
 
 
@@ -70,7 +77,8 @@ def test_the_pixels_are_those_of_resize(tmp_path, form, side):
 @pytest.mark.parametrize("mode", ["bicubic", "nearest"])
 def test_other_interpolations(tmp_path, mode):
     ds = dataset()
-    assert (np.asarray(quiet(ds, 50, tmp_path, interpolation=mode).image(0)) == np.asarray(v2.Resize(50, v2.InterpolationMode(mode))(ds.image(0)))).all()
+    assert (np.asarray(quiet(ds, 50, tmp_path, interpolation=mode).image(0))
+            == np.asarray(v2.Resize(50, v2.InterpolationMode(mode))(ds.image(0)))).all()
 
 
 def test_jpeg_is_near_and_smaller(tmp_path):
@@ -94,7 +102,8 @@ def odd_files():
     alpha = im.convert("RGBA")
     alpha.putalpha(Image.linear_gradient("L").resize(im.size))
     deep = Image.fromarray((np.asarray(im.convert("L")).astype(np.uint16) << 8))
-    return {"exif": coded(im, exif=turned), "alpha": coded(alpha, "PNG"), "16 bit": coded(deep, "PNG"), "palette": coded(im.quantize(16), "GIF"),
+    return {"exif": coded(im, exif=turned), "alpha": coded(alpha, "PNG"), "16 bit": coded(deep, "PNG"),
+            "palette": coded(im.quantize(16), "GIF"),
             "grey": coded(im.convert("L")), "cmyk": coded(im.convert("CMYK")), "long": coded(picture(4, 400, 8))}
 
 
@@ -106,7 +115,8 @@ def test_odd_files(what, form, side):
     want = np.asarray(shrink(decode(data), side), float)
     got = unpack_image(*pack_image(data, side, form), form)
     assert got.mode == "RGB" and np.asarray(got).shape == want.shape
-    assert np.abs(np.asarray(got) - want).max() == 0 or (form == "jpeg" and side == 40 and np.abs(np.asarray(got) - want).mean() < 6)
+    assert np.abs(np.asarray(got) - want).max() == 0 or (form == "jpeg" and side == 40
+                                                         and np.abs(np.asarray(got) - want).mean() < 6)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -121,8 +131,10 @@ def test_everything_else_is_kept(tmp_path):
     flip = v2.Compose([v2.ToImage()])
     ds = dataset(transform=flip, protocol={"kind": "query-gallery"}, gaps=True)
     pk = quiet(ds, 50, tmp_path)
-    assert torch.equal(pk.labels, ds.labels) and pk.meta.equals(ds.meta) and pk.protocol == ds.protocol and pk.gaps is True
-    assert (pk.class_names, pk.level_names, pk.name, pk.split, pk.transform) == (ds.class_names, ds.level_names, ds.name, ds.split, flip)
+    assert torch.equal(pk.labels, ds.labels) and pk.meta.equals(ds.meta) and pk.protocol == ds.protocol
+    assert pk.gaps is True
+    assert (pk.class_names, pk.level_names, pk.name, pk.split,
+            pk.transform) == (ds.class_names, ds.level_names, ds.name, ds.split, flip)
     x, y, i = pk[7]
     assert x.shape[-2:] == (50, 75) and y.tolist() == [3, 1] and i == 7
     assert pk.bad_images() == [] and pk.store.name(4) == "image 4"
@@ -130,11 +142,13 @@ def test_everything_else_is_kept(tmp_path):
 
 def test_the_fingerprint_is_of_source_side_and_form(tmp_path):
     base = dict(dataset=dataset(), side=50, format="raw", interpolation="bilinear")
-    others = [base, {**base, "dataset": dataset(of="other")}, {**base, "side": 51}, {**base, "format": "webp"}, {**base, "interpolation": "bicubic"}]
+    others = [base, {**base, "dataset": dataset(of="other")}, {**base, "side": 51}, {**base, "format": "webp"},
+              {**base, "interpolation": "bicubic"}]
     keys = [quiet(folder=tmp_path, **o).fingerprint for o in others]
     assert len({*keys, base["dataset"].fingerprint}) == len(others) + 1
     assert len(list(tmp_path.glob("*.arrow"))) == len(others)
-    assert quiet(folder=tmp_path, **base).fingerprint == keys[0] == quiet(folder=tmp_path / "elsewhere", **base).fingerprint
+    elsewhere = quiet(folder=tmp_path / "elsewhere", **base)
+    assert quiet(folder=tmp_path, **base).fingerprint == keys[0] == elsewhere.fingerprint
 
 
 def test_subsets_and_repeated_rows(tmp_path):
@@ -175,7 +189,9 @@ def test_files_on_disk_and_default_folder(tmp_path, monkeypatch):
     assert [p.suffix for p in sorted((tmp_path / "cache/packed").iterdir()) if p.suffix != ".lock"] == [".arrow"]
 
 
-@pytest.mark.parametrize("args, word", [(dict(side=0), "side"), (dict(side=2.5), "side"), (dict(side=True), "side"), (dict(side=9, format="jpg"), "'jpeg'"),
+@pytest.mark.parametrize("args, word",
+                         [(dict(side=0), "side"), (dict(side=2.5), "side"), (dict(side=True), "side"),
+                          (dict(side=9, format="jpg"), "'jpeg'"),
                                         (dict(side=9, interpolation="bilinaer"), "'bilinear'")])
 def test_wrong_arguments(tmp_path, args, word):
     with pytest.raises(ValueError, match=word): quiet(dataset(), folder=tmp_path, **args)
@@ -251,16 +267,19 @@ def test_random_crops_keep_their_distribution():
     for column in range(4):  # and as a distribution, also from other draws: Kolmogorov-Smirnov at 0.1 %
         for x, y in ((a, b), (a, other)):
             grid = np.sort(np.r_[x[:, column], y[:, column]]) + 2e-3  # pixels are coarser than the draws
-            far = np.abs(np.searchsorted(np.sort(x[:, column]), grid) - np.searchsorted(np.sort(y[:, column]), grid)).max() / len(x)
+            far = np.abs(np.searchsorted(np.sort(x[:, column]),
+                                         grid) - np.searchsorted(np.sort(y[:, column]), grid)).max() / len(x)
             assert far < 1.95 * (2 / 800) ** .5 + .01
 
 
 # --- interruptions ---
-def make_until(folder, at, how): quiet(dataset(store=Counting(images(), [f"image {i}" for i in range(12)], at, how)), 50, folder, workers=1)
+def make_until(folder, at, how):
+    quiet(dataset(store=Counting(images(), [f"image {i}" for i in range(12)], at, how)), 50, folder, workers=1)
 
 
 def test_a_killed_run_is_continued(tmp_path):
-    p = mp.get_context("fork").Process(target=make_until, args=(tmp_path, 8, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    p = mp.get_context("fork").Process(target=make_until,
+                                       args=(tmp_path, 8, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     p.start()
     p.join()
     assert p.exitcode == -signal.SIGKILL and not list(tmp_path.glob("*.arrow"))
@@ -289,7 +308,8 @@ def test_a_half_written_chunk_is_cut_off(tmp_path):
     with open(half_made(tmp_path), "ab") as f: f.write(b"half of a chunk")
     ds = dataset()
     pk = quiet(ds, 50, tmp_path)
-    assert same(pixels(pk), reference(ds, 50)) and pk.store.path.read_bytes() == quiet(dataset(), 50, tmp_path / "at once").store.path.read_bytes()
+    assert same(pixels(pk), reference(ds, 50))
+    assert pk.store.path.read_bytes() == quiet(dataset(), 50, tmp_path / "at once").store.path.read_bytes()
 
 
 def cut(path, n): path.write_bytes(path.read_bytes()[:n])
@@ -305,9 +325,11 @@ def other_recipe(path): path.write_bytes(path.read_bytes().replace(b'"side": 50'
 
 
 @pytest.mark.parametrize("damage, kept", [
-    (lambda p: cut(p, -5), 3), (lambda p: cut(p, 100), 0), (lambda p: cut(p, 0), 0), (lambda p: p.unlink(), 0), (other_recipe, 0),
+    (lambda p: cut(p, -5), 3), (lambda p: cut(p, 100), 0), (lambda p: cut(p, 0), 0), (lambda p: p.unlink(), 0),
+    (other_recipe, 0),
     (lambda p: p.write_bytes(p.read_bytes() + b"\xff\xff\xff\xff\x10\0\0\0"), 6),
-    (lambda p: change(p, module._index(p)[1][1][0][0, 0]), 3), (lambda p: change(p, module._index(p)[1][0][0][0, 0]), 0)])
+    (lambda p: change(p, module._index(p)[1][1][0][0, 0]), 3),
+    (lambda p: change(p, module._index(p)[1][0][0][0, 0]), 0)])
 def test_a_damaged_partial_copy_is_continued_after_its_last_good_batch(tmp_path, damage, kept):
     damage(half_made(tmp_path))
     ds = dataset()
@@ -358,7 +380,8 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch):
         return write(*a)
     with monkeypatch.context() as m:
         m.setattr(module, "_write", full)
-        with pytest.raises(OSError, match="6 of 12 images.*about 0.* MB more.*free.*They are kept.*format='jpeg'") as e: quiet(dataset(), 50, tmp_path)
+        with pytest.raises(OSError, match="6 of 12 images.*about 0.* MB more.*free.*They are kept.*format='jpeg'") as e:
+            quiet(dataset(), 50, tmp_path)
     assert e.value.errno == errno.ENOSPC
     ds = dataset()
     pk = quiet(ds, 50, tmp_path)
@@ -388,17 +411,19 @@ def test_a_real_limit_on_the_file(tmp_path):
     p.join(30)
     assert p.exitcode == 0 and not q.empty() and "no room for a packed copy" in q.get()
     ds = dataset()
-    assert same(pixels(quiet(ds, 50, tmp_path)), reference(ds, 50)) and len(ds.store.reads) < 24  # 12 for the reference; some were kept
+    # 12 for the reference; some were kept
+    assert same(pixels(quiet(ds, 50, tmp_path)), reference(ds, 50)) and len(ds.store.reads) < 24
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot write a packed copy.*another folder"): quiet(dataset(), 50, tmp_path / "file" / "below")
+    with pytest.raises(OSError, match="cannot write a packed copy.*another folder"):
+        quiet(dataset(), 50, tmp_path / "file" / "below")
 
 
-# --- finished copies that somebody damages ---
+# --- finished copies that are damaged ---
 @pytest.mark.parametrize("form", FORMATS)
-def test_damage_that_nobody_noticed(tmp_path, form):
+def test_damage_without_a_trace_is_found_when_the_image_is_read(tmp_path, form):
     ds = dataset()
     pk = quiet(ds, 50, tmp_path, format=form)
     want, path = pixels(pk), pk.store.path
@@ -409,7 +434,8 @@ def test_damage_that_nobody_noticed(tmp_path, form):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert (np.asarray(again.image(i)) == want[i]).all()
-    with pytest.warns(RuntimeWarning, match="image 5.*damaged.*check=True"): assert (np.asarray(again.image(5)) == want[5]).all()
+    with pytest.warns(RuntimeWarning, match="image 5.*damaged.*check=True"):
+        assert (np.asarray(again.image(5)) == want[5]).all()
     with pytest.warns(RuntimeWarning, match="1 of 12 images"): quiet(ds, 50, tmp_path, format=form, check=True)
     assert path.read_bytes() == before
 
@@ -434,7 +460,8 @@ def test_no_damaged_byte_gives_other_pixels(tmp_path):
     want, path = reference(ds, 50), pk.store.path
     before = path.read_bytes()
     places = np.random.default_rng(0).choice(len(before), 40, replace=False)
-    small = [i for rows, end in module._index(path)[1] for i in range(int(rows[-1, :2].sum()), end)]  # the small columns
+    # the small columns
+    small = [i for rows, end in module._index(path)[1] for i in range(int(rows[-1, :2].sum()), end)]
     for at in [*places, *range(0, 700, 23), *small[::9]]:
         path.write_bytes(before)
         change(path, int(at))
@@ -471,10 +498,12 @@ def test_a_repair_that_another_pillow_would_do_otherwise(tmp_path, monkeypatch):
         return coded(small, quality=80), *small.size
     monkeypatch.setattr(module, "pack_image", other)
     with pytest.warns(RuntimeWarning, match="other bytes"): pk = quiet(ds, 50, tmp_path, format="jpeg", check=True)
-    assert all(pk.store.whole(i) for i in range(12)) and pk.store.stored(0) == other(ds.store.read(0), 50, "jpeg", "bilinear")[0]
+    assert all(pk.store.whole(i) for i in range(12))
+    assert pk.store.stored(0) == other(ds.store.read(0), 50, "jpeg", "bilinear")[0]
 
 
-@pytest.mark.parametrize("damage, said", [(lambda p: p.write_bytes(b"\xff\x00"), "damaged"), (lambda p: p.write_bytes(b""), "damaged"),
+@pytest.mark.parametrize("damage, said",
+                         [(lambda p: p.write_bytes(b"\xff\x00"), "damaged"), (lambda p: p.write_bytes(b""), "damaged"),
                                           (lambda p: change(p, 6), "damaged"), (lambda p: cut(p, 3000), "too short")])
 def test_a_damaged_file_is_made_again(tmp_path, damage, said):
     ds = dataset()
@@ -517,14 +546,20 @@ def test_a_run_from_a_packed_copy(tmp_path, monkeypatch):
     for c, name in enumerate(("a/x", "a/y", "b/x", "b/y")):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(4): picture(10 * c + i, 160, 120).save(tmp_path / "photos" / name / f"{i}.jpg", quality=95)
-    cfg = RunConfig(dataset="folder", data_dir=str(tmp_path / "photos"), trunk="toy", freeze="bn", image_size=32, transform={"crop_pct": 0.8}, augment={"resize": 50},
+    cfg = RunConfig(dataset="folder", data_dir=str(tmp_path / "photos"), trunk="toy", freeze="bn", image_size=32,
+                    transform={"crop_pct": 0.8}, augment={"resize": 50},
                     embed_dim=8, batch_size=8, epochs=1, loss="SmoothAPLoss", lr=0.01, ks=(1,))
-    results = [run(c, tmp_path / "runs", device="cpu", progress=False, workers=0) for c in (cfg, cfg.replace(packed=50))]
+    results = [run(c, tmp_path / "runs", device="cpu", progress=False, workers=0)
+               for c in (cfg, cfg.replace(packed=50))]
     assert len(list((tmp_path / "cache/packed").glob("*.arrow"))) == 2  # train and test
     full, small = (r.embeddings() for r in results)
-    assert float((full * small).sum(1).min()) > 0.98  # training saw the same pixels, the test transform resizes 50 to 40 instead of 120 to 40
-    size = lambda: {p.name.split("-")[-2]: sum(q.stat().st_size for q in p.parent.glob(f"*-50-{p.name.split('-')[-2]}-*.arrow")) for p in (tmp_path / "cache/packed").glob("*.arrow")}
-    other = {f: run(cfg.replace(packed=50, packed_format=f), tmp_path / "runs", device="cpu", progress=False, workers=0) for f in ("webp", "jpeg", "jpeg60")}
+    # training saw the same pixels, the test transform resizes 50 to 40 instead of 120 to 40
+    assert float((full * small).sum(1).min()) > 0.98
+    size = lambda: {p.name.split("-")[-2]: sum(q.stat().st_size
+                                               for q in p.parent.glob(f"*-50-{p.name.split('-')[-2]}-*.arrow"))
+                    for p in (tmp_path / "cache/packed").glob("*.arrow")}
+    other = {f: run(cfg.replace(packed=50, packed_format=f), tmp_path / "runs", device="cpu", progress=False,
+                    workers=0) for f in ("webp", "jpeg", "jpeg60")}
     assert size()["raw"] > size()["webp"] > size()["jpeg"] > size()["jpeg60"] and set(size()) == {"raw", *other}
     assert (other["webp"].embeddings() == small).all()  # lossless
     near = [float((other[f].embeddings() * small).sum(1).mean()) for f in ("jpeg60", "jpeg")]
@@ -532,18 +567,23 @@ def test_a_run_from_a_packed_copy(tmp_path, monkeypatch):
     assert len({r.key for r in (*results, *other.values())}) == 5
 
 
-@pytest.mark.parametrize("format, read", [("raw", ("raw", 95)), ("webp", ("webp", 95)), ("jpeg", ("jpeg", 95)), ("jpeg1", ("jpeg", 1)), ("jpeg80", ("jpeg", 80)), ("jpeg100", ("jpeg", 100))])
+@pytest.mark.parametrize("format, read",
+                         [("raw", ("raw", 95)), ("webp", ("webp", 95)), ("jpeg", ("jpeg", 95)), ("jpeg1", ("jpeg", 1)),
+                          ("jpeg80", ("jpeg", 80)), ("jpeg100", ("jpeg", 100))])
 def test_formats_by_name(format, read): assert module.check_format(format) == read
 
 
 @pytest.mark.parametrize("format", ["jpg", "jpeg0", "jpeg101", "jpeg080", "jpeg-80", "jpeg80.5", "", None, 95, "png"])
 def test_unknown_formats(format):
-    for f in (module.check_format, lambda f: pack_image(coded(picture(0)), 50, f), lambda f: quiet(dataset(), 50, format=f)):
-        with pytest.raises(ValueError, match=r"unknown format .*Known: raw, jpeg, webp, and jpeg1 to jpeg100"): f(format)
+    for f in (module.check_format, lambda f: pack_image(coded(picture(0)), 50, f),
+              lambda f: quiet(dataset(), 50, format=f)):
+        with pytest.raises(ValueError, match=r"unknown format .*Known: raw, jpeg, webp, and jpeg1 to jpeg100"):
+            f(format)
 
 
 def test_the_quality_is_that_of_the_name(tmp_path):
     ds = dataset()
     for q in (40, 80, 95):
         stored = [bytes(quiet(ds, 50, tmp_path, format=f"jpeg{q}").store.stored(i)) for i in range(len(ds))]
-        assert stored == [coded(shrink(im, 50), quality=q) if min(im.size) > 50 else ds.store.read(i) for i, im in enumerate(map(ds.image, range(len(ds))))]
+        assert stored == [coded(shrink(im, 50), quality=q) if min(im.size) > 50 else ds.store.read(i) for i,
+                          im in enumerate(map(ds.image, range(len(ds))))]

@@ -1,10 +1,11 @@
-"Plans: as many steps, parameters and bytes as a real run has; published counts where there are no images; recipes without anything at hand."
+"Plans: as many steps, parameters and bytes as a real run has; published counts where there are no images."
 import pytest
 import torch
 
 import hapnb.plan as P
 from hapnb.benchmarks import source_of
-from hapnb.plan import LiveBytes, activation_bytes, batch_that_fits, class_table, optimizer_bytes, plan, published, saved_bytes, steps_from_counts
+from hapnb.plan import (LiveBytes, activation_bytes, batch_that_fits, class_table, optimizer_bytes, plan, published,
+                        saved_bytes, steps_from_counts)
 from hapnb.recipes import RECIPES, recipe
 from hapnb.samplers import make_sampler
 from hapnb.config import RunConfig, load_splits
@@ -12,11 +13,13 @@ from hapnb.build import build_net, build_trainer, read_data
 from hapnb.runs import run
 from hapnb.train import make_accelerator
 
-TOY = RunConfig(dataset="toy", trunk="toy", freeze="bn", image_size=32, batch_size=24, embed_dim=16, epochs=3, ks=(1, 2))
+TOY = RunConfig(dataset="toy", trunk="toy", freeze="bn", image_size=32, batch_size=24, embed_dim=16, epochs=3,
+                ks=(1, 2))
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch): monkeypatch.setenv("HAPNB_CACHE", str(tmp_path_factory.getbasetemp() / "features"))
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("HAPNB_CACHE", str(tmp_path_factory.getbasetemp() / "features"))
 
 
 def state_bytes(opt): return sum(t.nbytes for s in opt.state.values() for t in s.values() if torch.is_tensor(t))
@@ -25,9 +28,12 @@ def state_bytes(opt): return sum(t.nbytes for s in opt.state.values() for t in s
 # ---- against real runs
 
 @pytest.mark.parametrize("changes", [
-    {}, {"freeze": "none"}, {"bn_affine": False}, {"freeze": "trunk"}, {"loss": "SmoothAPLoss"}, {"loss": "HISTLoss", "loss_args": {"hidden": 8}, "sampler": "random", "sampler_args": {}},
-    {"optimizer": "sgd", "optimizer_args": {"momentum": 0.9}}, {"optimizer": "sgd"}, {"optimizer": "adamw", "groups": {"head": {"lr": 1e-2}, "loss": {"lr": 1.0}}},
-    {"sampler": "hierarchical", "sampler_args": {"m": 4, "batches_per_pair": 2}}, {"micro_batch": 8}, {"loss": "ROADMAPLoss", "memory": {"size": "train"}}, {"levels": (0,)}, {"split": "val", "batch_size": 12}])
+    {}, {"freeze": "none"}, {"bn_affine": False}, {"freeze": "trunk"}, {"loss": "SmoothAPLoss"},
+    {"loss": "HISTLoss", "loss_args": {"hidden": 8}, "sampler": "random", "sampler_args": {}},
+    {"optimizer": "sgd", "optimizer_args": {"momentum": 0.9}}, {"optimizer": "sgd"},
+    {"optimizer": "adamw", "groups": {"head": {"lr": 1e-2}, "loss": {"lr": 1.0}}},
+    {"sampler": "hierarchical", "sampler_args": {"m": 4, "batches_per_pair": 2}}, {"micro_batch": 8},
+    {"loss": "ROADMAPLoss", "memory": {"size": "train"}}, {"levels": (0,)}, {"split": "val", "batch_size": 12}])
 def test_as_a_real_run(changes, tmp_path):
     cfg = TOY.replace(**{"epochs": 2, **changes})
     p, steps = plan(cfg, device="cpu", probe=1), []
@@ -37,8 +43,10 @@ def test_as_a_real_run(changes, tmp_path):
     assert p.memory["optimiser"][0] == state_bytes(trainer.opt)
     assert p.memory["gradients"][0] == sum(q.nbytes for q in trainer.params)
     assert sum(v["trained"] for v in p.parameters.values()) == sum(q.numel() for q in trainer.params)
-    assert p.parameters["loss"]["all"] == sum(q.numel() for q in trainer.loss.parameters()) and p.parameters["head"]["all"] == sum(q.numel() for q in trainer.net.head.parameters())
-    assert p.memory["weights"][0] == sum(t.nbytes for m in (trainer.net, trainer.loss) for t in (*m.parameters(), *m.buffers()))
+    assert p.parameters["loss"]["all"] == sum(q.numel() for q in trainer.loss.parameters())
+    assert p.parameters["head"]["all"] == sum(q.numel() for q in trainer.net.head.parameters())
+    assert p.memory["weights"][0] == sum(t.nbytes for m in (trainer.net, trainer.loss)
+                                         for t in (*m.parameters(), *m.buffers()))
     if cfg.memory:
         held = trainer.memory
         assert p.memory["memory of embeddings"][0] == held.emb.nbytes + held.labels.nbytes
@@ -46,11 +54,13 @@ def test_as_a_real_run(changes, tmp_path):
 
 
 def test_groups_are_those_of_a_run():
-    cfg = TOY.replace(loss="HISTLoss", loss_args={"hidden": 8}, groups={"loss.hgnn": {"lr": 1.0}, "head": {"weight_decay": 0.1}})
+    cfg = TOY.replace(loss="HISTLoss", loss_args={"hidden": 8},
+                      groups={"loss.hgnn": {"lr": 1.0}, "head": {"weight_decay": 0.1}})
     data = load_splits(cfg)
     real = build_trainer(cfg, read_data(cfg, data), make_accelerator("cpu"))[0]
     mine = P._parts(cfg, data[0].labels, make_accelerator("cpu"))[0]
-    show = lambda t: [(g["name"], g["lr"], g["weight_decay"], sum(p.numel() for p in g["params"])) for g in t.opt.param_groups]
+    show = lambda t: [(g["name"], g["lr"], g["weight_decay"], sum(p.numel() for p in g["params"]))
+                      for g in t.opt.param_groups]
     assert show(real) == show(mine) and type(real.opt) is type(mine.opt)
 
 
@@ -98,8 +108,10 @@ def test_activations_of_a_batch_that_would_fill_any_memory():
 
 
 def test_frozen_blocks_save_memory():
-    small, full = (plan(TOY.replace(trunk="resnet34", pretrained=False, freeze_blocks=n), device="cpu", probe=0) for n in (2, 0))
-    assert small.memory["activations"][0] < 0.7 * full.memory["activations"][0] and small.parameters["trunk"]["trained"] < full.parameters["trunk"]["trained"]
+    small, full = (plan(TOY.replace(trunk="resnet34", pretrained=False, freeze_blocks=n), device="cpu", probe=0)
+                   for n in (2, 0))
+    assert small.memory["activations"][0] < 0.7 * full.memory["activations"][0]
+    assert small.parameters["trunk"]["trained"] < full.parameters["trunk"]["trained"]
 
 
 def test_live_bytes_sees_the_backward_pass():
@@ -120,7 +132,7 @@ def test_against_a_memory_it_is_a_line(loss):
 
 
 def test_what_ran_before_does_not_count():
-    "The rank engine keeps memory between calls: a probe finds the same peak after a large loss as after a small one, and none of that memory."
+    "The rank engine keeps memory between calls: a probe finds the same peak after a large loss as after a small one."
     trainer = P._parts(TOY.replace(loss="ROADMAPLoss"), labels := class_table((400, 12)), make_accelerator("cpu"))[0]
     peaks = []
     for n in (8, 384):
@@ -143,7 +155,10 @@ def test_a_full_gpu(monkeypatch):
 
 # ---- without images
 
-@pytest.mark.parametrize("sampler, args", [("random", {}), ("balanced", {"m": 4}), ("balanced", {"m": 4, "batches": 7}), ("m_per_class", {"m": 4}), ("hierarchical", {"m": 2}), ("hierarchical", {"m": 2, "super_level": 1, "batches_per_pair": 3})])
+@pytest.mark.parametrize("sampler, args",
+                         [("random", {}), ("balanced", {"m": 4}), ("balanced", {"m": 4, "batches": 7}),
+                          ("m_per_class", {"m": 4}), ("hierarchical", {"m": 2}),
+                          ("hierarchical", {"m": 2, "super_level": 1, "batches_per_pair": 3})])
 def test_steps_from_counts(sampler, args):
     cfg = TOY.replace(sampler=sampler, sampler_args=args)
     train = load_splits(cfg)[0]
@@ -155,57 +170,72 @@ def test_steps_from_counts(sampler, args):
 def test_what_counts_do_not_decide():
     c = TOY.replace(sampler="hierarchical", sampler_args={"m": 4, "super_level": 1})
     assert steps_from_counts(c, dict(train=dict(images=100, classes=(18,))))[0] is None
-    assert steps_from_counts(c.replace(sampler_args={"m": 4, "small": "skip"}), dict(train=dict(images=100, classes=(18, 3))))[0] is None
+    assert steps_from_counts(c.replace(sampler_args={"m": 4, "small": "skip"}),
+                             dict(train=dict(images=100, classes=(18, 3))))[0] is None
     assert steps_from_counts(TOY, {})[0] is None
 
 
 @pytest.mark.parametrize("name, images, classes, test, steps", [
-    ("happier/sop", 59_551, (11_318, 12), 60_502, 330), ("roadmap/sop-resnet50", 59_551, (11_318, 12), 60_502, 660), ("hist/cub-resnet50", 5_864, (100,), 5_924, 183), ("happier/inat-base", 325_846, (5_690, 13), None, 1_272),
+    ("happier/sop", 59_551, (11_318, 12), 60_502, 330), ("roadmap/sop-resnet50", 59_551, (11_318, 12), 60_502, 660),
+    ("hist/cub-resnet50", 5_864, (100,), 5_924, 183), ("happier/inat-base", 325_846, (5_690, 13), None, 1_272),
     ("smoothap/vehicleid", 113_346, (13_164,), 6_493, 295), ("hist/cars-resnet50", 8_054, (98,), 8_131, 251)])
 def test_published_counts_decide(name, images, classes, test, steps):
     cfg = recipe(name).config(trunk="toy", pretrained=False, image_size=32, augment={}, embed_dim=16)
     p = plan(cfg, device="cpu", probe=0)
-    assert p.source == "published" and p.counts["train"] == dict(images=images, classes=classes) and p.counts.get("test", {}).get("images") == test
+    assert p.source == "published" and p.counts["train"] == dict(images=images, classes=classes)
+    assert p.counts.get("test", {}).get("images") == test
     assert p.steps_epoch == steps and p.steps == steps * cfg.epochs and p.exact == (cfg.sampler != "m_per_class")
     assert "cannot be loaded, so published counts are used" in str(p) and ("at most" in str(p)) == (not p.exact)
 
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if not n.endswith("/emoji")])
 def test_every_recipe_has_a_plan(name):
-    p = plan(recipe(name).config(trunk="toy", trunk_args={}, freeze_blocks=0, pretrained=False, image_size=32, augment={}, embed_dim=16), device="cpu", probe=0)  # a toy has no blocks
-    assert "loss" in p.parameters and p.memory["loss"][0] > 0 and p.source == "published" and str(p) and p._repr_markdown_()
+    # a toy has no blocks
+    p = plan(recipe(name).config(trunk="toy", trunk_args={}, freeze_blocks=0, pretrained=False, image_size=32,
+                                 augment={}, embed_dim=16), device="cpu", probe=0)
+    assert "loss" in p.parameters and p.memory["loss"][0] > 0 and p.source == "published" and str(p)
+    assert p._repr_markdown_()
 
 
 def test_a_real_trunk_without_images():
     p = plan(recipe("hist/cub-resnet50").config(batch_size=4, image_size=64), device="cpu", probe=1)
-    assert p.parameters["trunk"] == dict(all=23_508_032, trained=23_454_912) and p.parameters["head"]["all"] == 1_049_088
+    assert p.parameters["trunk"] == dict(all=23_508_032, trained=23_454_912)
+    assert p.parameters["head"]["all"] == 1_049_088
     assert p.seconds_total > 0 and p.evaluations == 42 and "42 times" in str(p) and "reading, decoding" in str(p)
 
 
 def test_neither_images_nor_counts():
     p = plan(TOY.replace(dataset="folder"), device="cpu", probe=1)
     assert (p.source, p.steps, p.seconds_total) == ("unknown", None, None) and "loss" not in p.parameters
-    assert "number of steps is not known" in str(p) and "data_dir is missing" in str(p) and "not known without the classes" in str(p)
+    assert "number of steps is not known" in str(p) and "data_dir is missing" in str(p)
+    assert "not known without the classes" in str(p)
 
 
 def test_published_sees_the_split_and_the_levels():
     assert published(RunConfig(dataset="sop", levels=(1,)))["train"]["classes"] == (12,)
-    assert published(RunConfig(dataset="vehicleid", dataset_args={"size": "large"}))["test"]["images"] == source_of("vehicleid").counts["test large"]["images"]
+    large = published(RunConfig(dataset="vehicleid", dataset_args={"size": "large"}))["test"]["images"]
+    assert large == source_of("vehicleid").counts["test large"]["images"]
     assert published(RunConfig(dataset="sop", split="val")) == {} and published(RunConfig(dataset="emoji")) == {}
 
 
 def test_fp16_on_a_cpu_is_said():
     p = plan(TOY.replace(precision="fp16"), device="cpu", probe=1)
-    assert any("needs a GPU" in n for n in p.notes) and "in bf16" in p.memory["activations"][1] and "weights in 2 bytes" in p.memory
+    assert any("needs a GPU" in n for n in p.notes) and "in bf16" in p.memory["activations"][1]
+    assert "weights in 2 bytes" in p.memory
     assert p.memory["activations"][0] < plan(TOY, device="cpu", probe=0).memory["activations"][0]
 
 
-@pytest.mark.parametrize("changes, text", [({"dataset": "soop"}, "Did you mean 'sop'"), ({"loss_args": {"tua": 1}}, "tua"), ({"loss": "HAPIERLoss"}, "HAPPIERLoss"), ({"batch_size": 1000}, "batch_size=1000"),
-                                           ({"trunk": "resnet5O"}, "resnet50"), ({"freeze": "none", "micro_batch": 4}, "BatchNorm"), ({"groups": {"loss.hgn": {"lr": 1.0}}}, "hgn"), ({"levels": (5,)}, "level 5")])
+@pytest.mark.parametrize("changes, text",
+                         [({"dataset": "soop"}, "Did you mean 'sop'"), ({"loss_args": {"tua": 1}}, "tua"),
+                          ({"loss": "HAPIERLoss"}, "HAPPIERLoss"), ({"batch_size": 1000}, "batch_size=1000"),
+                                           ({"trunk": "resnet5O"}, "resnet50"),
+                          ({"freeze": "none", "micro_batch": 4}, "BatchNorm"),
+                          ({"groups": {"loss.hgn": {"lr": 1.0}}}, "hgn"), ({"levels": (5,)}, "level 5")])
 def test_what_a_run_refuses(changes, text):
     with pytest.raises(ValueError, match=text): plan(TOY.replace(**changes), device="cpu", probe=0)
 
 
 def test_markdown_has_the_settings():
     text = plan(TOY, device="cpu", probe=0)._repr_markdown_()
-    assert "| batch_size | `24` |" in text and "| seed |" not in text and "\n- activations:" in text and "time: not measured" in text
+    assert "| batch_size | `24` |" in text and "| seed |" not in text and "\n- activations:" in text
+    assert "time: not measured" in text

@@ -59,7 +59,9 @@ def sets(draw, classes=4, levels=1):
 @given(sets(levels=2))
 def test_leave_one_out_is_evaluate(data):
     x, y, _ = data
-    assert evaluate_protocol(x, y) == evaluate_protocol(x, y, None, {}) == evaluate_protocol(x, y, {"a": 1}, "leave-one-out") == evaluate(x, y)
+    want = evaluate(x, y)
+    assert evaluate_protocol(x, y) == evaluate_protocol(x, y, None, {}) == want
+    assert evaluate_protocol(x, y, {"a": 1}, "leave-one-out") == want
 
 
 @settings(max_examples=25)
@@ -90,7 +92,8 @@ def test_dyml_three_benchmarks(data):
         rows = np.flatnonzero(name == b)
         values, skipped = per_query(scored(x), y.tolist(), [i for i in rows if asked[i]], rows.tolist(), (1, 10, 20))
         expected |= {f"{m}_level{l}": v for m, v in values.items()} | {f"skipped_level{l}": skipped}
-    means = {("mAP" if m == "AP" else m): sum(expected[f"{m}_level{l}"] for l in range(3)) / 3 for m in ("AP", "ASI", "R@1", "R@10", "R@20")}
+    means = {("mAP" if m == "AP" else m): sum(expected[f"{m}_level{l}"] for l in range(3)) / 3
+             for m in ("AP", "ASI", "R@1", "R@10", "R@20")}
     found = evaluate_protocol(x, labels, dict(benchmark=name, query=asked), {"kind": "dyml"})
     assert set(found) == set(expected | means)
     close(found, expected | means)
@@ -105,7 +108,8 @@ def test_dyml_one_gallery(data):
     for l in range(3):
         values, skipped = per_query(scored(x), y[:, l].tolist(), range(len(x)), range(len(x)), (1, 10, 20))
         expected |= {f"{m}_level{l}": v for m, v in values.items()} | {f"skipped_level{l}": skipped}
-    close(found, expected | {"mAP": np.mean([expected[f"AP_level{l}"] for l in range(3)]), "ASI": np.mean([expected[f"ASI_level{l}"] for l in range(3)])})
+    close(found, expected | {"mAP": np.mean([expected[f"AP_level{l}"] for l in range(3)]),
+                             "ASI": np.mean([expected[f"ASI_level{l}"] for l in range(3)])})
     assert not any(k in found for k in ("H-AP", "NDCG"))
 
 
@@ -114,7 +118,8 @@ def test_dyml_agrees_with_the_function_of_the_metrics():
     x, fine = torch.randn(90, 8), torch.arange(90) // 3
     y = torch.stack([fine, fine // 2, fine // 6], 1)
     found = evaluate_protocol(x, y, protocol="dyml", ks=(1, 2, 4, 8))  # other ks are added to the published ones
-    assert {k: found[k] for k in dyml(x, y)} == dyml(x, y) and found["R@4"] == pytest.approx(np.mean([found[f"R@4_level{l}"] for l in range(3)]))
+    assert {k: found[k] for k in dyml(x, y)} == dyml(x, y)
+    assert found["R@4"] == pytest.approx(np.mean([found[f"R@4_level{l}"] for l in range(3)]))
 
 
 def test_dyml_chosen_levels_metrics_and_queries():
@@ -125,10 +130,12 @@ def test_dyml_chosen_levels_metrics_and_queries():
     whole = evaluate_protocol(x, y, meta, "dyml", per_query=True)
     two = evaluate_protocol(x, y, meta, "dyml", levels=[0, 2])
     assert two["mAP"] == pytest.approx((whole["AP_level0"] + whole["AP_level2"]) / 2) and "AP_level1" not in two
-    assert evaluate_protocol(x, y, meta, "dyml", metrics="R@1").keys() == {"R@1"} | {f"{m}_level{l}" for m in ("R@1", "skipped") for l in range(3)}
+    names = {f"{m}_level{l}" for m in ("R@1", "skipped") for l in range(3)}
+    assert evaluate_protocol(x, y, meta, "dyml", metrics="R@1").keys() == {"R@1"} | names
     only = evaluate_protocol(x, y, meta, "dyml", metrics=("AP_level1", "R@1"))
     assert only["AP_level1"] == whole["AP_level1"] and "mAP" not in only and only["R@1"] == whole["R@1"]
-    assert whole["R@20"] == whole["R@10"] == 1. and whole["per_query"]["R@20_level2"].tolist() == [1.] * 5  # 9 can be found, so k = 9
+    # 9 can be found, so k = 9
+    assert whole["R@20"] == whole["R@10"] == 1. and whole["per_query"]["R@20_level2"].tolist() == [1.] * 5
     assert whole["per_query"]["AP_level1"].mean() == pytest.approx(whole["AP_level1"])
 
 
@@ -142,7 +149,8 @@ def test_draws(classes, seed, draw):
     assert sorted([*gallery.tolist(), *query.tolist()]) == known
     assert sorted(classes[i] for i in gallery) == sorted({classes[i] for i in known})
     again = random_gallery(torch.tensor(classes), seed, draw)
-    assert gallery.tolist() == again[0].tolist() == sorted(gallery.tolist()) and query.tolist() == sorted(query.tolist())
+    assert gallery.tolist() == again[0].tolist() == sorted(gallery.tolist())
+    assert query.tolist() == sorted(query.tolist())
 
 
 def test_draws_are_even_and_differ():
@@ -164,7 +172,8 @@ def test_random_gallery(data):
         assert per_query(scored(x), classes, q, g)[1] == 0  # each query has its positive
     found = evaluate_protocol(x, y, protocol={"kind": "random-gallery", "repeats": 3, "seed": 7})
     for m in ("AP", "R@1", "R@4"):
-        close(found, {f"{m}_level0": np.mean([r[m] for r in rows]), f"{m}_level0_std": np.std([r[m] for r in rows], ddof=1)})
+        close(found, {f"{m}_level0": np.mean([r[m] for r in rows]),
+                      f"{m}_level0_std": np.std([r[m] for r in rows], ddof=1)})
     assert found["skipped_level0"] == sum(c == -1 or classes.count(c) == 1 for c in classes)
 
 
@@ -180,7 +189,8 @@ def test_random_gallery_seeds_and_single_draw():
 def test_random_gallery_reads_coarser_levels_too():
     torch.manual_seed(0)
     fine = torch.arange(60) // 3
-    found = evaluate_protocol(torch.randn(60, 4), torch.stack([fine, fine // 4], 1), protocol={"kind": "random-gallery", "repeats": 2})
+    found = evaluate_protocol(torch.randn(60, 4), torch.stack([fine, fine // 4], 1),
+                              protocol={"kind": "random-gallery", "repeats": 2})
     assert found["R@1_level1"] > found["R@1_level0"] and {"H-AP", "H-AP_std", "skipped_level1"} <= set(found)
 
 
@@ -217,13 +227,16 @@ def test_landmarks(data, k, dtype):
     x, _, rng = data
     meta = landmarks(len(x), len(x) // 2, rng)
     values = landmarks_by_hand(x, meta, k)
-    parts = {f"_{p.lower()}": [v for q, v in values.items() if meta.usage[q] == p] for p in ("Public", "Private")} | {"": list(values.values())}
-    found = evaluate_protocol(x.to(dtype), torch.full((len(x),), -1), meta, {"kind": "landmarks", "k": k}, per_query=True)
+    parts = {f"_{p.lower()}": [v for q, v in values.items() if meta.usage[q] == p]
+             for p in ("Public", "Private")} | {"": list(values.values())}
+    found = evaluate_protocol(x.to(dtype), torch.full((len(x),), -1), meta, {"kind": "landmarks", "k": k},
+                              per_query=True)
     per = found.pop("per_query")[f"mAP@{k}"]
     assert set(found) == {f"mAP@{k}{p}" for p, v in parts.items() if v} | {"skipped_level0"}
     close(found, {f"mAP@{k}{p}": sum(v) / len(v) for p, v in parts.items() if v})
     queries = [n for n, p in enumerate(meta.part) if p == "query"]
-    assert found["skipped_level0"] == len(queries) - len(values) and [q for q, v in zip(queries, per) if v == v] == list(values)
+    assert found["skipped_level0"] == len(queries) - len(values)
+    assert [q for q, v in zip(queries, per) if v == v] == list(values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -233,9 +246,11 @@ def test_landmarks_larger_than_a_tile(dtype):
     meta = landmarks(1200, 400, rng, 200)
     values = landmarks_by_hand(x, meta, 100)
     big = evaluate_protocol(x, torch.zeros(1200, dtype=torch.long), meta, {"kind": "landmarks", "k": 100})
-    assert big["mAP@100"] == pytest.approx(sum(values.values()) / len(values), abs=1e-6 if dtype == torch.float32 else 1e-12)
+    assert big["mAP@100"] == pytest.approx(sum(values.values()) / len(values),
+                                           abs=1e-6 if dtype == torch.float32 else 1e-12)
     assert big == evaluate_protocol(x, torch.zeros(1200, dtype=torch.long), meta, "landmarks", max_memory="3MB")
-    with pytest.raises(ValueError, match="too small"): evaluate_protocol(x, torch.zeros(1200, dtype=torch.long), meta, "landmarks", max_memory="50kB")
+    with pytest.raises(ValueError, match="too small"):
+        evaluate_protocol(x, torch.zeros(1200, dtype=torch.long), meta, "landmarks", max_memory="50kB")
 
 
 def test_landmarks_reads_no_labels():
@@ -259,12 +274,15 @@ def test_memory_limit_changes_nothing_and_counts_copies():
     torch.manual_seed(0)
     x, y = torch.randn(600, 64), torch.arange(600) // 3
     part = dict(part=np.array(["query", "gallery", "gallery"] * 200))
-    assert evaluate_protocol(x, y, part, "query-gallery") == evaluate_protocol(x, y, part, "query-gallery", max_memory="1MB")
-    with pytest.raises(ValueError, match="queries and gallery alone take 1MB"): evaluate_protocol(x, y, part, "query-gallery", max_memory="100kB")
+    whole = evaluate_protocol(x, y, part, "query-gallery")
+    assert whole == evaluate_protocol(x, y, part, "query-gallery", max_memory="1MB")
+    with pytest.raises(ValueError, match="queries and gallery alone take 1MB"):
+        evaluate_protocol(x, y, part, "query-gallery", max_memory="100kB")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", ["leave-one-out", "query-gallery", "dyml", "random-gallery", "landmarks", "dyml, three"])
+@pytest.mark.parametrize("kind",
+                         ["leave-one-out", "query-gallery", "dyml", "random-gallery", "landmarks", "dyml, three"])
 def test_every_tensor_stays_on_its_device(kind, dtype):
     "Embeddings on a GPU, labels and meta where they were: the values are those of the CPU."
     rng = np.random.default_rng(0)
@@ -290,13 +308,16 @@ def test_types_arrays_and_frames(dtype):
     x, y, part = torch.randn(60, 4).to(dtype), torch.arange(60) // 6, ["query", "gallery"] * 30
     found = evaluate_protocol(x, y, {"part": part}, "query-gallery")
     frame = pd.DataFrame({"part": pd.Categorical(part)}, index=range(5, 65))  # the order of rows, not their names
-    assert found == evaluate_protocol(x.float() if dtype != torch.float64 else x, y.numpy(), frame, "query-gallery") and all(math.isfinite(v) for v in found.values())
+    assert found == evaluate_protocol(x.float() if dtype != torch.float64 else x, y.numpy(), frame, "query-gallery")
+    assert all(math.isfinite(v) for v in found.values())
 
 
 def test_another_protocol_can_be_added():
     @PROTOCOLS.register("halves")
     def halves(emb, labels, meta, args, first=2): return {"value": float(len(emb) / first)}
-    try: assert evaluate_protocol(torch.ones(4, 2), torch.zeros(4, dtype=torch.long), protocol={"kind": "halves", "first": 4}) == {"value": 1.}
+    try:
+        assert evaluate_protocol(torch.ones(4, 2), torch.zeros(4, dtype=torch.long),
+                                 protocol={"kind": "halves", "first": 4}) == {"value": 1.}
     finally: del PROTOCOLS._items["halves"]
 
 
@@ -336,7 +357,8 @@ def nan(i, x=X):
     ((X, THREE, BENCH | {"benchmark": ["fien"] * 12}, "dyml"), "Did you mean 'fine'"),
     ((X, THREE, {"benchmark": BENCH["benchmark"]}, "dyml"), "the column 'query'"),
     ((X, THREE, BENCH | {"query": ["yes"] * 12}, "dyml"), "'query' is 'yes' in row 0"),
-    ((X, THREE, BENCH | {"query": [True] * 4 + [False] * 4 + [True] * 4}, "dyml"), "benchmark 'middle' has 4 images and no query"),
+    ((X, THREE, BENCH | {"query": [True] * 4 + [False] * 4 + [True] * 4}, "dyml"),
+     "benchmark 'middle' has 4 images and no query"),
     ((X, THREE, BENCH | {"benchmark": ["fine"] * 12}, "dyml"), "no row of meta belongs to benchmark 'middle'"),
     ((X, torch.arange(36).view(12, 3), BENCH, "dyml"), "benchmark 'fine': no query of 4 has a positive"),
     ((X, torch.arange(36).view(12, 3), None, "dyml"), "no query of 12 has a positive"),
@@ -349,7 +371,8 @@ def nan(i, x=X):
     ((X, Y, None, {"kind": "random-gallery", "sed": 1}), "Did you mean 'seed'"),
     ((X, Y, None, {"kind": "random-galery"}), "Did you mean 'random-gallery'"),
     ((X, Y, None, {"repeats": 1}), "has no 'kind'"),
-    ((X, Y, INDEX | {"matches": ["b", "", ""] * 3 + ["zz", "", ""]}, "landmarks"), "query 'j' .row 9. matches 'zz', which is not in the gallery .1 such"),
+    ((X, Y, INDEX | {"matches": ["b", "", ""] * 3 + ["zz", "", ""]}, "landmarks"),
+     "query 'j' .row 9. matches 'zz', which is not in the gallery .1 such"),
     ((X, Y, INDEX | {"matches": ["a", "", ""] * 4}, "landmarks"), "matches 'a', which is not in the gallery"),
     ((X, Y, INDEX | {"matches": [""] * 12}, "landmarks"), "no query of 4 has a relevant image"),
     ((X, Y, INDEX | {"usage": ["Ignored"] * 12}, "landmarks"), "no query of 4 has a relevant image"),
@@ -364,9 +387,12 @@ def test_bad_input(args, message):
 
 
 @pytest.mark.parametrize("kw, message", [
-    (dict(level=[0]), "Did you mean 'levels'"), (dict(query_embeddings=X), "up to the protocol"), (dict(ks=(13,)), "larger than the gallery"),
-    (dict(protocol="random-gallery", per_query=True), "leave per_query out"), (dict(protocol="random-gallery", ks=(5,)), "larger than the gallery"),
-    (dict(labels=THREE, protocol="dyml", meta=BENCH, metrics=("H-AP",)), "H-AP needs all levels"), (dict(protocol="dyml", ks=(50,)), "larger than the gallery"),
+    (dict(level=[0]), "Did you mean 'levels'"), (dict(query_embeddings=X), "up to the protocol"),
+    (dict(ks=(13,)), "larger than the gallery"),
+    (dict(protocol="random-gallery", per_query=True), "leave per_query out"),
+    (dict(protocol="random-gallery", ks=(5,)), "larger than the gallery"),
+    (dict(labels=THREE, protocol="dyml", meta=BENCH, metrics=("H-AP",)), "H-AP needs all levels"),
+    (dict(protocol="dyml", ks=(50,)), "larger than the gallery"),
     (dict(labels=THREE, protocol="dyml", meta=BENCH, levels=[3]), "level 3 was asked for"),
 ])
 def test_bad_arguments(kw, message):

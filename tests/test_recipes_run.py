@@ -1,7 +1,8 @@
-"""Every recipe trains two steps (one in the warm-up, one after it) and is evaluated, on small trees in the official layouts.
+"""Every recipe trains two steps (one in the warm-up, one after it) and is evaluated, on small sets in their layouts.
 
-Network, loss, sampler, optimiser, transforms, memory and protocol are those of the recipe. What is smaller: images, batch, epochs; weights are
-random and precision is full, because the CPU has no float16. Variants that change only the loss run on the toy trunk."""
+Network, loss, sampler, optimiser, transforms, memory and protocol are those of the recipe. What is smaller: images,
+batch, epochs; weights are random and precision is full, because the CPU has no float16. Variants that change only the
+loss run on the toy trunk."""
 import itertools, json
 
 import layouts_fine, layouts_hier
@@ -19,7 +20,8 @@ from hapnb.train import make_accelerator
 SIZE = 32  # side of the crops
 BATCH = {"hierarchical": 16, "m_per_class": 8, "random": 8}
 NAMES = [n for n in RECIPES if not n.endswith("/emoji")]
-SMALL = ("-f", "-csl", "-nsm", "-smoothap", "-fastap", "-softbin", "-blackbox", "-xbm", "-tuned")  # they differ from a recipe with the real trunk in loss, constants or memory only
+# they differ from a recipe with the real trunk in loss, constants or memory only
+SMALL = ("-f", "-csl", "-nsm", "-smoothap", "-fastap", "-softbin", "-blackbox", "-xbm", "-tuned")
 
 
 def bigger_dyml(root, kind):
@@ -40,8 +42,10 @@ def bigger_dyml(root, kind):
     return root
 
 
-MAKE = {"cub": lambda d: layouts_fine.make_cub(d, 4), "cars": lambda d: layouts_fine.make_cars(d, per_class=4), "sop": lambda d: layouts_fine.make_sop(d, 4), "inshop": layouts_fine.make_inshop,
-        "inat-base": layouts_hier.make_inat, "inat-full": layouts_hier.make_inat, "vehicleid": layouts_hier.make_vehicleid, "gldv2": layouts_hier.make_gldv2,
+MAKE = {"cub": lambda d: layouts_fine.make_cub(d, 4), "cars": lambda d: layouts_fine.make_cars(d, per_class=4),
+        "sop": lambda d: layouts_fine.make_sop(d, 4), "inshop": layouts_fine.make_inshop,
+        "inat-base": layouts_hier.make_inat, "inat-full": layouts_hier.make_inat,
+        "vehicleid": layouts_hier.make_vehicleid, "gldv2": layouts_hier.make_gldv2,
         **{f"dyml-{k}": lambda d, k=k: bigger_dyml(d, k) for k in ("vehicle", "animal", "product")}}
 
 
@@ -73,17 +77,23 @@ def shortened(name, trees, **changes):
     c = r.config()
     side = {"resize": round(c.augment["resize"] * SIZE / c.image_size)} if "resize" in c.augment else {}
     trunk = dict(trunk="toy") if name.endswith(SMALL) else dict(trunk_args=thaw(c.trunk_args))
-    return r.config(data_dir=trees(c.dataset), dataset_args={"counts": False}, pretrained=False, image_size=SIZE, augment=side, batch_size=2 * c.sampler_args["m"] * 2 if c.sampler == "hierarchical" else BATCH[c.sampler],
-                    precision="no", epochs=2, warmup_epochs=min(c.warmup_epochs, 1), ks=[k for k in c.ks if k <= 20 and c.dataset.startswith("dyml") or k <= 4], **trunk, **changes)
+    return r.config(data_dir=trees(c.dataset), dataset_args={"counts": False}, pretrained=False, image_size=SIZE,
+                    augment=side, batch_size=2 * c.sampler_args["m"] * 2 if c.sampler == "hierarchical"
+                    else BATCH[c.sampler],
+                    precision="no", epochs=2, warmup_epochs=min(c.warmup_epochs, 1),
+                    ks=[k for k in c.ks if k <= 20 and c.dataset.startswith("dyml") or k <= 4], **trunk, **changes)
 
 
-WANTED = {"hist": ("R@1_level0", "mAP@R_level0"), "rehist": ("R@1_level0", "mAP@R_level0"), "happier": ("R@1_level0", "AP_level0", "AP_level1", "H-AP", "ASI", "NDCG"),
-          "roadmap": ("R@1_level0", "mAP@R_level0"), "smoothap": ("R@1_level0",), "pss": ("R@1_level0",), "suprank": ("mAP@100",)}
+WANTED = {"hist": ("R@1_level0", "mAP@R_level0"), "rehist": ("R@1_level0", "mAP@R_level0"),
+          "happier": ("R@1_level0", "AP_level0", "AP_level1", "H-AP", "ASI", "NDCG"),
+          "roadmap": ("R@1_level0", "mAP@R_level0"), "smoothap": ("R@1_level0",), "pss": ("R@1_level0",),
+          "suprank": ("mAP@100",)}
 
 
 def wanted(name):
     system, rest = name.split("/")
-    if rest.startswith("dyml"): return ("mAP", "ASI", "R@1", "R@10", "R@20", *(f"{m}_level{l}" for m in ("AP", "ASI", "R@1") for l in range(3)))
+    if rest.startswith("dyml"):
+        return ("mAP", "ASI", "R@1", "R@10", "R@20", *(f"{m}_level{l}" for m in ("AP", "ASI", "R@1") for l in range(3)))
     return WANTED[system]
 
 
@@ -106,7 +116,10 @@ def test_two_steps(name, trees):
     seen = [weights(trainer)]
     trainer.fit(OneStep(batches), after_epoch=lambda trainer, row: seen.append(weights(trainer)))
     learns = {k for k, v in seen[0].items() if v}
-    assert learns >= {"trunk"} | ({"head"} if cfg.embed_dim else set()) | ({"loss"} if name.endswith(("-csl", "-nsm")) or name.startswith(("hist", "rehist", "happier", "suprank")) else set())
+    assert learns >= {"trunk"} | ({"head"} if cfg.embed_dim
+                                  else set()) | ({"loss"} if name.endswith(("-csl", "-nsm"))
+                                                 or name.startswith(("hist", "rehist", "happier", "suprank"))
+                                                 else set())
     assert moved(seen[0], seen[1]) == (learns - {"trunk"} if cfg.warmup_epochs else learns)
     assert moved(seen[1], seen[2]) == learns
     history = pd.DataFrame(trainer.history)
@@ -127,19 +140,24 @@ def test_landmarks_train_with_levels_and_are_tested_on_the_whole_index(trees):
     train, test = load_splits(cfg)
     z = torch.randn(len(test), 4, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     plain = load_splits(cfg.replace(dataset_args={**cfg.dataset_args, "levels": ()}))[1]
-    assert train.labels.shape[1] == test.labels.shape[1] == 3 and (test.meta.part == "gallery").sum() == 18 and (test.labels == -1).any() and (train.labels >= 0).all()
+    assert train.labels.shape[1] == test.labels.shape[1] == 3 and (test.meta.part == "gallery").sum() == 18
+    assert (test.labels == -1).any() and (train.labels >= 0).all()
     found = [evaluate_run(cfg, read_data(cfg, (train, part)), z)["mAP@100"] for part in (test, plain)]
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("name", ["happier/dyml-vehicle-f", "happier/sop-csl", "roadmap/inat-resnet50-xbm", "roadmap/inshop-resnet50-smoothap"])
+@pytest.mark.parametrize("name",
+                         ["happier/dyml-vehicle-f", "happier/sop-csl", "roadmap/inat-resnet50-xbm",
+                          "roadmap/inshop-resnet50-smoothap"])
 def test_a_whole_run(name, trees, tmp_path):
     "All batches of two epochs, and what is written."
     changes = {"sampler_args": {"batches_per_pair": 1}} if recipe(name).fields["sampler"] == "hierarchical" else {}
     cfg = shortened(name, trees, **changes)
     result = T.run(cfg, tmp_path, device="cpu", progress=False, workers=0)
-    assert json.loads((result.path / "metrics.json").read_text()) == result.metrics and set(wanted(name)) <= set(result.metrics)
-    assert len(result.history) == 2 and T.RunConfig.from_dict(json.loads((result.path / "config.json").read_text())) == cfg
+    assert json.loads((result.path / "metrics.json").read_text()) == result.metrics
+    assert set(wanted(name)) <= set(result.metrics)
+    assert len(result.history) == 2
+    assert T.RunConfig.from_dict(json.loads((result.path / "config.json").read_text())) == cfg
     assert T.run(cfg, tmp_path, device="cpu", progress=False).key == result.key
 
 

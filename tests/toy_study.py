@@ -5,8 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import pandas as pd
+import psutil
 
 from hapnb.helpers import write_atomic, write_manifest
+
+METHODS = {"A": {"loss": "a"}, "B": {"loss": "b", "args": {"x": 1}}}
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,11 @@ class Toy:
     def key(self): return f"{self.loss}-{self.batch_size}-{self.seed}-{self.args.get('x', 0)}"
 
 
+def toy_rows(groups, **more):
+    "Rows of a grid: scores of methods, one per seed."
+    return pd.DataFrame([dict(method=m, seed=s, score=v, **more) for m, vs in groups.items() for s, v in enumerate(vs)])
+
+
 def toy_run(cfg, store, device, progress):
     "A run that notes its process and threads; `loss` says how it fails."
     import torch
@@ -28,10 +37,16 @@ def toy_run(cfg, store, device, progress):
     if cfg.loss == "bad" and cfg.seed == 1: raise ValueError("loss is NaN at epoch 3")
     if cfg.loss == "dies" and cfg.seed == 1: os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(cfg.wait)
-    metrics = {"H-AP": 0.3 + 0.01 * cfg.seed + 0.1 * (cfg.loss == "b"), "threads": torch.get_num_threads(), "pid": os.getpid()}
+    score = 0.3 + 0.01 * cfg.seed + 0.1 * (cfg.loss == "b")
+    metrics = {"H-AP": score, "threads": torch.get_num_threads(), "pid": os.getpid()}
     write_atomic(folder / "metrics.json", json.dumps(metrics))
     write_manifest(folder, ["metrics.json"])
     return SimpleNamespace(metrics=metrics)
+
+
+def tries(store):
+    "How many times each run was begun."
+    return {p.name: len(list(p.glob("try-*"))) for p in Path(store).iterdir() if p.is_dir()}
 
 
 def toy_gpu(task):
@@ -44,27 +59,54 @@ def toy_look(cfg, store, device, progress):
     "A run that notes what its process was given."
     prepared, tasks = int("hapnb.models" in sys.modules), Path(f"/proc/{os.getppid()}/task")
     import hapnb, torch
-    return SimpleNamespace(metrics={"prepared": prepared, "server_threads": len(list(tasks.iterdir())) if tasks.exists() else 0, "seen": len(os.environ.get("HAPNB_SEEN", "")), "threads": torch.get_num_threads(), "code": zlib.crc32(hapnb.__file__.encode())})
+    return SimpleNamespace(metrics={
+        "prepared": prepared, "server_threads": len(list(tasks.iterdir())) if tasks.exists() else 0,
+        "seen": len(os.environ.get("HAPNB_SEEN", "")), "threads": torch.get_num_threads(),
+        "code": zlib.crc32(hapnb.__file__.encode())})
 
 
-PARAMETERS = "seeds: int = 2  # how many\nlr: float = 0.1  # step\nflag: bool = False  # yes or no\nstore: str = 'runs'  # where\n"
-STUDY = ("profile: str = 'smoke'  # size\ndataset: str = 'emoji'  # data\ndata_dir: str = ''  # where\nseeds: int = 0  # 0: the profile's\n"
-         "device: str = 'auto'  # where to compute\nstore: str = 'runs'  # run store\nout: str = ''  # results\njobs: int = 0  # at a time\n")
+def started(p):
+    "Whether `run_grid` started this process: a worker, or the server that workers are forked from."
+    try: return any(w in " ".join(p.cmdline()) for w in ("spawn_main", "forkserver"))
+    except psutil.Error: return False
+
+
+def left_workers():
+    "Workers of this process; the server stays, and has no children when they are gone."
+    found = [c for c in psutil.Process().children(recursive=True) if started(c)]
+    return [c for c in found if "spawn_main" in " ".join(c.cmdline()) or c.ppid() != os.getpid()]
+
+
+PARAMETERS = """seeds: int = 2  # how many
+lr: float = 0.1  # step
+flag: bool = False  # yes or no
+store: str = 'runs'  # where
+"""
+STUDY = """profile: str = 'smoke'  # size
+dataset: str = 'emoji'  # data
+data_dir: str = ''  # where
+seeds: int = 0  # 0: the profile's
+device: str = 'auto'  # where to compute
+store: str = 'runs'  # run store
+out: str = ''  # results
+jobs: int = 0  # at a time
+"""
 
 
 def write_study(path, parameters=PARAMETERS, cells=(), tags=("parameters",), kernel="python3"):
     "Write a study notebook; returns its path."
     new, path = nbformat.v4, Path(path)
-    first = [new.new_markdown_cell("# A toy\n\n> Shows that it works.\n\nExpected time on 2 cores: smoke 0.1 min, quick 2 min.")]
+    title = "# A toy\n\n> Shows that it works.\n\nExpected time on 2 cores: smoke 0.1 min, quick 2 min."
     tagged = [new.new_code_cell(parameters, metadata={"tags": list(tags)})] if parameters is not None else []
-    nb = new.new_notebook(cells=first + tagged + [new.new_code_cell(c) for c in cells])
+    nb = new.new_notebook(cells=[new.new_markdown_cell(title), *tagged, *map(new.new_code_cell, cells)])
     nb.metadata["kernelspec"] = {"name": kernel, "display_name": kernel, "language": "python"}
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, path)
     return path
 
 
-if __name__ == "__main__":  # `python toy_study.py STORE`: a grid to be killed
+# `python toy_study.py STORE`: a grid to be killed
+if __name__ == "__main__":
     from toy_study import Toy, toy_run
     from hapnb.grids import grid, run_grid
     run_grid(grid(Toy(wait=1.0), seeds=4), store=sys.argv[1], jobs=2, device="cpu", runner=toy_run)

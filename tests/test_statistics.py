@@ -1,0 +1,152 @@
+"""Intervals, paired tests and equivalence, against scipy and against cases worked out by hand."""
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, strategies as st
+from scipy import stats
+
+from hapnb.statistics import equivalence, holm, interval, paired_test, summarise
+from hapnb.tables import claim_better, claim_equivalent
+from toy_study import toy_rows
+
+
+# intervals and corrections
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12), st.sampled_from([0.9, 0.95, 0.99]))
+def test_interval_is_scipys(x, level):
+    i = interval(x, level)
+    low, high = stats.t.interval(level, len(x) - 1, np.mean(x), stats.sem(x)) if np.ptp(x) > 0 else (x[0], x[0])
+    np.testing.assert_allclose([i.mean - i.half, i.mean + i.half], [low, high], atol=1e-9)
+
+
+def test_interval_of_few_and_bad_values():
+    assert np.isnan(interval([3.0]).half) and interval([3.0]).mean == 3.0 and interval([]).n == 0
+    assert "no interval" in str(interval([3.0]))
+    with pytest.raises(ValueError, match=r"values \[1\] of 2"): interval([1, np.nan])
+
+
+def test_holm_by_hand_and_monotone():
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, np.nan]), [0.03, 0.06, 0.06, np.nan])
+    np.testing.assert_allclose(holm([0.5, 0.9]), [1.0, 1.0])
+
+
+def test_summarise_counts_failures():
+    s = summarise(toy_rows({"b": [1., np.nan, 3.], "a": [np.nan]}), "method", "score")
+    assert s["method"].tolist() == ["b", "a"] and s["n"].tolist() == [2, 0] and s["failed"].tolist() == [1, 1]
+    assert s["mean"][0] == 2
+
+
+# paired tests
+
+@given(st.integers(2, 8), st.integers(0, 1000))
+def test_paired_test_is_scipys(n, seed):
+    r = np.random.default_rng(seed)
+    g = {m: r.normal(size=n) for m in "abc"}
+    t = paired_test(toy_rows(g).sample(frac=1, random_state=seed), "score", "method", "a").set_index("group")
+    p = {m: stats.ttest_rel(g[m], g["a"]) for m in "bc"}
+    np.testing.assert_allclose([t.p[m] for m in "bc"], [p[m].pvalue for m in "bc"], rtol=1e-9)
+    np.testing.assert_allclose([t.low["b"], t.high["b"]], p["b"].confidence_interval(), rtol=1e-9)
+    np.testing.assert_allclose(t.p_holm[list("bc")], holm([p[m].pvalue for m in "bc"]), rtol=1e-9)
+
+
+def test_paired_test_uses_common_seeds_and_says_what_is_wrong():
+    rows = toy_rows({"a": [1., 2., 3.], "b": [2., 3.5]})
+    test = lambda rows=rows, metric="score", baseline="a": paired_test(rows, metric, "method", baseline)
+    assert test().n[0] == 2
+    assert test(rows[rows.seed == 0]).verdict[0] == "one seed: not tested"
+    with pytest.raises(ValueError, match="Did you mean 'score'"): test(metric="scor")
+    with pytest.raises(ValueError, match="unknown baseline"): test(baseline="z")
+    with pytest.raises(ValueError, match="something else varies"): test(pd.concat([rows, rows]))
+    with pytest.raises(ValueError, match="share no seed"): test(rows[(rows.method == "a") == (rows.seed == 0)])
+
+
+def test_a_setting_whose_runs_all_failed_is_not_tested_and_the_others_are_kept():
+    rows = toy_rows({"a": [1., 2., 3.], "b": [np.nan] * 3, "c": [2., np.nan, 4.]})
+    t = paired_test(rows, "score", "method", "a").set_index("group")
+    assert t.n.to_dict() == {"b": 0, "c": 2} and t.verdict["b"] == "failed: not tested" and t.difference["c"] == 1
+    assert paired_test(rows, "score", "method", "b").verdict.tolist() == ["failed: not tested"] * 2
+    judge = lambda *pair: claim_better("P", "x", "score", rows, "score", "method", *pair)
+    for pair in (("a", "b"), ("b", "a")):
+        assert (judge(*pair).verdict, judge(*pair).value) == ("not tested here", "method b: 3 of 3 runs failed")
+    assert judge("c", "a").value.endswith("(2 seeds); method c: 1 of 3 runs failed")
+    with pytest.raises(ValueError, match="unknown setting of column 'method': 'z'"): judge("z", "a")
+
+
+def test_equal_scores_are_not_a_difference():
+    t = paired_test(toy_rows({"a": [1., 2.], "b": [1., 2.], "c": [2., 3.]}), "score", "method", "a")
+    assert list(t.p) == [1.0, 0.0] and list(t.verdict) == ["not distinguishable", "better"]
+
+
+# equivalence
+
+def settings(groups):
+    "Scores in percent of depths; one column `layers`."
+    return pd.DataFrame([dict(layers=k, seed=s, score=v / 100) for k, vs in groups.items() for s, v in enumerate(vs)])
+
+
+def alike(rows, **args):
+    "Judge the claim that all depths perform like depth 2."
+    return claim_equivalent("P", "any depth", "score", rows, "score", "layers", 2, **args)
+
+
+@given(st.integers(2, 6), st.integers(0, 1000))
+def test_equivalence_is_two_one_sided_tests(n, seed):
+    r = np.random.default_rng(seed)
+    a, b, margin = r.normal(0, .01, n), r.normal(.003, .01, n), .01
+    state = equivalence(settings({2: 100 * a, 3: 100 * b}), "score", "layers", 2, margin=margin).state[1]
+    p = lambda edge, side: stats.ttest_1samp(b - a, edge, alternative=side).pvalue
+    assert (state == "inside") == (max(p(-margin, "greater"), p(margin, "less")) < .025)
+    assert (state == "entirely outside") == (min(p(margin, "greater"), p(-margin, "less")) <= .025)
+
+
+def test_equivalence_of_hand_made_settings():
+    near = {1: [50.1, 51.2, 52.3], 2: [50, 51, 52]}
+    c = alike(settings(near | {3: [49.9, 51.0, 52.1]}))
+    assert c.verdict == "supported"
+    assert c.value == ("2 of 2 settings inside ±1 points of layers 2; farthest: layers 1, +0.20 points, "
+                       "95% interval -0.05 to +0.45 (3 seeds)")
+    c = alike(settings(near | {5: [47, 48.1, 48.9]}))
+    assert c.verdict == "not supported"
+    assert c.value.startswith("1 of 2 settings not inside ±1 points of layers 2 (3 seeds): layers 5: -3.00 points, "
+                              "95% interval -3.25 to -2.75, beyond by 2.25, entirely outside")
+    assert "layers 1" not in c.value and "undecided" not in c.value
+    scattered = settings({2: [50, 51, 52], 3: [50.5, 51.9, 52.1]})
+    c = alike(scattered)
+    assert c.verdict == "not supported" and c.value.endswith("undecided: no setting is shown to lie outside")
+    assert alike(scattered, margin=.02).verdict == "supported"
+
+
+def test_a_missing_difference_is_not_an_equivalence():
+    rows = settings({2: [50, 53], 3: [52, 51]})
+    assert paired_test(rows, "score", "layers", 2).verdict[0] == "not distinguishable"
+    assert alike(rows).verdict == "not supported"
+
+
+def test_entirely_outside_needs_more_with_more_settings():
+    one = {2: [50, 51, 52, 53], 9: [51.4, 52.6, 53.3, 54.7]}
+    many = one | {k: one[2] for k in range(3, 9)}
+    state = lambda g: equivalence(settings(g), "score", "layers", 2).set_index("group").state[9]
+    assert (state(one), state(many)) == ("entirely outside", "partly outside")
+
+
+def test_failed_runs_count_against_equivalence():
+    good = {2: [50, 51, 52], 3: [50.1, 51, 52]}
+    c = alike(settings(good | {4: [50, np.nan, 52]}))
+    assert c.verdict == "not supported" and "layers 4: 1 of 3 runs failed" in c.value
+    assert "layers 4: 3 of 3 runs failed" in alike(settings(good | {4: [np.nan] * 3})).value
+    c = alike(settings({2: [50, np.nan, 52], 3: [50, 51, 52]}))
+    assert c.verdict == "not supported" and "layers 2: 1 of 3 runs failed" in c.value and "(2 seeds)" in c.value
+    c = alike(settings({2: [np.nan] * 3, 3: [50, 51, 52]}))
+    assert (c.verdict, c.value) == ("not tested here", "layers 2, the reference, has no finished run")
+
+
+def test_equivalence_of_one_seed_and_wrong_names():
+    assert alike(settings({2: [50], 3: [50]})).verdict == "not tested here"
+    assert alike(settings({2: [50, 51], 3: [50]})).verdict == "not tested here"
+    rows = settings({2: [50, 51], 3: [50, 51], 10: [0, 1]})
+    assert alike(rows, others=[3]).verdict == "supported" and alike(rows).verdict == "not supported"
+    for bad in (dict(others=[11]), dict(others=[]), dict(margin=0)):
+        with pytest.raises(ValueError): alike(rows, **bad)
+    with pytest.raises(ValueError, match="unknown setting of column 'layers': 4"):
+        equivalence(rows, "score", "layers", 4)
+    with pytest.raises(ValueError, match="something else varies"): alike(pd.concat([rows, rows]))
