@@ -112,7 +112,8 @@ def _check_room(name, make):
 def _refuse_above_memory(what, size):
     "`UserError` if so many bytes are more than this machine has."
     have = psutil.virtual_memory().total
-    if size > have: raise UserError(f"{what} needs {size / 1e9:,.0f} GB of memory, and this machine has {have / 1e9:,.0f} GB.")
+    if size <= have: return
+    raise UserError(f"{what} needs {size / 1e9:,.0f} GB of memory, and this machine has {have / 1e9:,.0f} GB.")
 
 @contextlib.contextmanager
 def _room(what):
@@ -180,7 +181,8 @@ def _check_asked(cfg, loss, emb, labels):
     miner = _make_miner(cfg)
     found = miner(emb, labels)
     try: loss(emb, labels, indices_tuple=found)
-    except (TypeError, ValueError) as e: raise UserError(f"{cfg.loss} does not take the pairs of {cfg.miner}: {e}") from e
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{cfg.loss} does not take the pairs of {cfg.miner}: {e}") from e
     if part is not None: _check_both(cfg, part, miner, emb, labels)
 
 # %% ../nbs/33_build.ipynb #464d83f3
@@ -312,5 +314,6 @@ def embed_part(cfg: RunConfig, net: nn.Module, # the network of a run, or its he
 # %% ../nbs/33_build.ipynb #ab505741
 def prepare(cfg: RunConfig, device="auto", progress: bool = True):
     "Do what several runs share (a packed copy of the images, features of a frozen trunk)."
-    for dataset in load_splits(cfg) if cfg.packed is not None else (): _pack(cfg, dataset, progress)
-    for dataset in load_splits(cfg) if cfg.freeze == "trunk" else (): features_of(cfg, dataset, pick_device(device), progress)
+    for dataset in load_splits(cfg) if cfg.packed is not None or cfg.freeze == "trunk" else ():
+        if cfg.packed is not None: _pack(cfg, dataset, progress)
+        if cfg.freeze == "trunk": features_of(cfg, dataset, pick_device(device), progress)

@@ -108,7 +108,10 @@ class Registry:
 
 # %% ../nbs/90_helpers.ipynb #cbfd7c31
 LOSSES = Registry("loss", late={"pml/": "hapnb.external"})
-DATASETS, SAMPLERS, TRUNKS = Registry("dataset"), Registry("sampler"), Registry("trunk")
+DATASETS, SAMPLERS = Registry("dataset"), Registry("sampler")
+TRUNKS = Registry("trunk", late=dict.fromkeys(
+    ("googlenet", "bn_inception", "deit_small", "deit_base", "vit_small", "vit_base", "vit_small_dino", "vit_base_dino"),
+    "hapnb.trunks"))
 
 # %% ../nbs/90_helpers.ipynb #2744612f
 def late_names(here: str, # `__name__` of the module that gives the names
