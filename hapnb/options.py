@@ -7,7 +7,7 @@ __all__ = ['whole', 'number', 'json_value', 'json_object', 'names_of', 'settings
            'add_device', 'add_store', 'add_data', 'about', 'check_names', 'place', 'check_data', 'check_out', 'near',
            'find_run', 'open_run']
 
-# %% ../nbs/63_options.ipynb #a51bc550
+# %% ../nbs/63_options.ipynb #d64f772a
 import argparse, contextlib, importlib, json, re, sys, typing
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .helpers import LOSSES, SAMPLERS, Damaged, UserError, nearest, write_atomic
 from .schemas import plain
 from .study import from_root
 
-# %% ../nbs/63_options.ipynb #cca6c766
+# %% ../nbs/63_options.ipynb #91f6407f
 def _quote(text, most=60):
     "A value as a message shows it, shortened."
     return repr(text if len(text) <= most else text[:most - 3] + "...")
@@ -36,7 +36,7 @@ def whole(least: int = 1, # smallest value
         raise argparse.ArgumentTypeError(f"{_quote(text)} is not a whole number {_range(least, most)}")
     return read
 
-# %% ../nbs/63_options.ipynb #ba2995a7
+# %% ../nbs/63_options.ipynb #9085fa67
 def number(least: float, most: float): # a function text -> float
     "Make a reader of finite numbers."
     def read(text):
@@ -47,7 +47,7 @@ def number(least: float, most: float): # a function text -> float
         raise argparse.ArgumentTypeError(f"{_quote(text)} is not a number {_range(least, most)}")
     return read
 
-# %% ../nbs/63_options.ipynb #7560501a
+# %% ../nbs/63_options.ipynb #e871ea77
 def _once(pairs):
     "A JSON object whose names are all different."
     values = dict(pairs)
@@ -72,7 +72,7 @@ def json_object(text: str) -> dict:
     if isinstance(value, dict): return value
     raise argparse.ArgumentTypeError(f"{_quote(text)} is not a JSON object, such as '{{\"name\": 3}}'")
 
-# %% ../nbs/63_options.ipynb #4b291097
+# %% ../nbs/63_options.ipynb #811eff9a
 def names_of(schema) -> str: # "tau, level"
     "The names that a dictionary may have, for the help of an option."
     return ", ".join(schema.model_fields) or "none"
@@ -89,7 +89,7 @@ def settings_text(schema) -> str:
         lines.append(f"  {name:<17} {', '.join(facts)}{meaning}")
     return "\n".join(lines) or "  (none)"
 
-# %% ../nbs/63_options.ipynb #de542089
+# %% ../nbs/63_options.ipynb #e1974892
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number"}
 
 def _listed(text):
@@ -124,7 +124,7 @@ def field_reader(annotation, # type of a field, such as `int | None`
         return text if kind is str else _scalar(text, kind)
     return read
 
-# %% ../nbs/63_options.ipynb #e3dbab57
+# %% ../nbs/63_options.ipynb #cde8d391
 def command(options, # function that adds the command's options to a parser
             examples: str, # closes its help
             ):
@@ -139,7 +139,7 @@ def folder(text: str) -> str:
     if text.strip(): return text
     raise argparse.ArgumentTypeError("give the name of a folder")
 
-# %% ../nbs/63_options.ipynb #d7fdb0d7
+# %% ../nbs/63_options.ipynb #429e56b5
 def add_device(sub): # an `argparse.ArgumentParser`
     "Add `--device`."
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -155,7 +155,7 @@ def add_data(sub, default="emoji", usual="emoji"):
                      help=f"emoji (bundled), folder, table, or a registered name (default: {usual})")
     sub.add_argument("--data-dir", default="", metavar="DIR", help="where the data is, for sets that are not bundled")
 
-# %% ../nbs/63_options.ipynb #529b9cb4
+# %% ../nbs/63_options.ipynb #d2fecb4f
 @contextlib.contextmanager
 def about(what: str): # such as "--dataset sop"
     "Say what an error is about: `UserError` with `what` in front."
@@ -165,7 +165,7 @@ def about(what: str): # such as "--dataset sop"
     except (ValueError, OSError, ImportError) as e:
         raise UserError(str(e) if str(e).startswith(what) else f"{what}: {e}") from e
 
-# %% ../nbs/63_options.ipynb #82c613ae
+# %% ../nbs/63_options.ipynb #1afdba1c
 def check_names(dataset: str = None, loss: str = None, sampler: str = None):
     "Check names against the registries; the error has the nearest name."
     from hapnb.data import find_loader
@@ -177,7 +177,7 @@ def check_names(dataset: str = None, loss: str = None, sampler: str = None):
         importlib.import_module("hapnb.samplers")
         SAMPLERS.get(sampler)
 
-# %% ../nbs/63_options.ipynb #0257902a
+# %% ../nbs/63_options.ipynb #82005c00
 def place(data_dir: str, dataset: str = None): # a path, a name on the Hub, or None
     "Say where the data is, whatever folder becomes the current one."
     if not data_dir: return None
@@ -194,7 +194,7 @@ def check_data(dataset: str, data_dir: str, args: dict = None):
     where = place(data_dir, dataset)
     with about(f"--dataset {dataset}"): load(dataset, data_dir=where, **(args or {}))
 
-# %% ../nbs/63_options.ipynb #543ebc40
+# %% ../nbs/63_options.ipynb #095c103b
 def check_out(path: str, endings: list) -> Path:
     "Find out now whether a file can be written."
     path = Path(path).expanduser()
@@ -209,7 +209,7 @@ def near(path) -> Path:
     # it lies somewhere else
     except ValueError: return Path(path)
 
-# %% ../nbs/63_options.ipynb #a51f58a8
+# %% ../nbs/63_options.ipynb #4b584ddf
 def find_run(key: str, # a key, the beginning of one, or a folder
              store: Path, # the run store
              ) -> Path:
@@ -225,7 +225,7 @@ def find_run(key: str, # a key, the beginning of one, or a folder
     rest = f": {', '.join(hits[:5])}." if hits else f"; there are {len(keys)}.{nearest(key, keys)}"
     raise UserError(f"--run: {len(hits)} finished runs in {store} begin with {key!r}{rest}")
 
-# %% ../nbs/63_options.ipynb #1eb313a9
+# %% ../nbs/63_options.ipynb #4bcf174a
 def open_run(key: str, store: str): # a `hapnb.runs.Result`
     "Open a finished run; of an open-world run, its last training."
     from hapnb.runs import Result
