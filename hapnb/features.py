@@ -39,7 +39,7 @@ def _check_classes(y, names, class_names):
         if bool((bad := (y[:, i] < -1) | (y[:, i] > high)).any()):
             r = int(bad.nonzero()[0])
             raise UserError(f"row {r}: class {int(y[r, i])} at level {n!r}; classes are 0 to {high}, and -1 means "
-                             "unknown.")
+                            "unknown.")
 
 # %% ../nbs/45_features.ipynb #91f6f3df
 def _check_table_labels(t):
@@ -203,6 +203,7 @@ def _own(path, note, levels):
     labels = frame.drop(columns="path").to_numpy() if names else None
     return FeatureTable(x, labels, frame["path"].tolist(), tuple(names), classes, note.get("about", {}))
 
+# %% ../nbs/45_features.ipynb #0d804475
 def read_features(path, # .parquet, .npz, .npy or .safetensors
                   levels=None, # names of levels to read, finest first; default: all
                   ) -> FeatureTable:
@@ -255,8 +256,8 @@ def _as_table(z, dataset, keep, made):
     paths = [dataset.store.name(i) for i in dataset.index.tolist()]
     if len(bad := (~z.isfinite().all(1)).nonzero()[:, 0].tolist()):
         raise UserError(f"{len(bad)} of {len(z)} embeddings of {dataset.name}/{dataset.split} are NaN or infinite, "
-                         "first "
-                         f"row {bad[0]} ({paths[bad[0]]}). Did training diverge, or does precision overflow?")
+                        "first "
+                        f"row {bad[0]} ({paths[bad[0]]}). Did training diverge, or does precision overflow?")
     of = dict(name=dataset.name, split=dataset.split, fingerprint=dataset.fingerprint, images=len(dataset))
     where = {k: v for k, v in environment().items() if k in ("hapnb", "torch", "timm", "commit")}
     names, classes = (tuple(v[i] for i in keep) for v in (dataset.level_names, dataset.class_names))
@@ -294,10 +295,10 @@ def check_same_space(a: FeatureTable,
     wide = [t.embeddings.shape[1] for t in (a, b)]
     if wide[0] != wide[1]:
         raise UserError(f"{names[0]} has {wide[0]} dimensions and {names[1]} {wide[1]}: extract both with the same "
-                         "run "
-                         "or trunk.")
+                        "run "
+                        "or trunk.")
     made = [{k: t.about.get(k) for k in ("run", "trunk", "settings")} for t in (a, b)]
     if all(any(m.values()) for m in made) and made[0] != made[1]:
         what = " and other settings" if a.origin().split(",")[0] == b.origin().split(",")[0] else ""
         raise UserError(f"{names[0]} was made by {a.origin()} and {names[1]} by {b.origin()}{what}: "
-                         "their embeddings do not live in one space. Extract both with the same run or trunk.")
+                        "their embeddings do not live in one space. Extract both with the same run or trunk.")
