@@ -1,4 +1,4 @@
-"""Search: kept on disk, resumed after kill -9, shared by workers, on validation images only, the same for the same seed."""
+"""Search: kept on disk, resumed after kill -9, shared by workers, on validation images, the same for the same seed."""
 import functools, json, math, multiprocessing, os, shutil, signal, time
 from pathlib import Path
 
@@ -67,7 +67,8 @@ def test_paths_with_dots_in_keys():
     got = apply_params(base, {"groups.loss.hgnn.lr": 2.0, "groups.head.lr": 3.0,
                               "groups.loss.distributions.means.weight_decay": 4.0, "loss_args.relevance.alpha": 5.0,
                               "transform": {"resize": 40}, "lr": 6})
-    assert got.groups == {"loss.hgnn": {"lr": 2.0}, "head": {"lr": 3.0}, "loss.distributions.means": {"weight_decay": 4.0}}
+    assert got.groups == {"loss.hgnn": {"lr": 2.0}, "head": {"lr": 3.0},
+                          "loss.distributions.means": {"weight_decay": 4.0}}
     assert got.loss_args == {"relevance": {"kind": "pop", "alpha": 5.0}}
     assert got.lr == 6.0 and got.transform == {"resize": 40}
     assert base.groups == {"loss.hgnn": {"lr": 1.0}}
@@ -166,7 +167,7 @@ def test_every_trial_is_a_run_of_the_store(finished):
 
 
 def test_pruning_follows_the_median_rule(finished):
-    "By hand from the histories: a trial ends when its best score so far lies below the median of the complete ones before."
+    "From the histories: a trial ends when its best score so far lies below the median of the complete ones before."
     history = lambda key: pd.read_csv(store_of(finished) / key / "history.csv")[METRIC].tolist()
     curves = {t["trial"]: history(t["key"]) for t in finished.trials.to_dict("records")}
     states = finished.trials["state"].tolist()
@@ -247,7 +248,8 @@ def test_an_even_start(tmp_path):
     "The first ten trials by TPE have one value in each tenth of each range."
     s = toy_search(tmp_path, 10, pruner=None)
     tenth = lambda k, low, high: sorted(int(10 * math.log(v / low) / math.log(high / low)) for v in s.trials[k])
-    assert tenth("lr", 1e-4, 1.0) == tenth("loss_args.tau", 0.005, 0.2) == list(range(10)) and s.trials["sampler_args.m"].tolist().count(2) == 5
+    assert tenth("lr", 1e-4, 1.0) == tenth("loss_args.tau", 0.005, 0.2) == list(range(10))
+    assert s.trials["sampler_args.m"].tolist().count(2) == 5
     assert toy_search(tmp_path, 3, name="other", random=2).trials["lr"].tolist()[2] not in s.trials["lr"].tolist()
 
 
@@ -281,7 +283,8 @@ def test_diverged_trials_are_failures_with_a_reason(tmp_path, monkeypatch, poiso
 
 
 def test_the_search_keeps_away_from_where_runs_fail(tmp_path, poison):
-    s = toy_search(tmp_path, 30, pruner=None, sampler="tpe", space={"loss_args.tau": (0.005, 0.2, "log"), "lr": (1e-3, 1e-1, "log")})
+    space = {"loss_args.tau": (0.005, 0.2, "log"), "lr": (1e-3, 1e-1, "log")}
+    s = toy_search(tmp_path, 30, pruner=None, sampler="tpe", space=space)
     fails = (s.trials["state"] == "failed").to_numpy()
     assert fails[:10].sum() >= 3 and fails[-10:].sum() < fails[:10].sum()
 
@@ -301,7 +304,7 @@ def test_a_full_disk_ends_the_search_and_the_trial_is_repeated(tmp_path, monkeyp
         return real(*a, **k)
     monkeypatch.setattr(U, "run", full)
     with pytest.raises(OSError, match="No space left"): toy_search(tmp_path / "a")
-    assert Search(tmp_path / "a/searches/toy", 6).trials["state"].tolist() == ["complete", "complete", "open", "open", "open", "open"]
+    assert Search(tmp_path / "a/searches/toy", 6).trials["state"].tolist() == ["complete"] * 2 + ["open"] * 4
     s = toy_search(tmp_path / "a")
     assert s.trials["attempts"].tolist() == [1, 1, 2, 1, 1, 1]
     same(s, toy_search(tmp_path / "b"))
@@ -315,7 +318,8 @@ def test_damaged_files(tmp_path):
     assert len(toy_search(tmp_path, 4).trials) == 4
     lines = whole.splitlines(keepends=True)
     journal.write_bytes(b"".join([*lines[:4], b"\x00\x00\x00\n", *lines[4:]]))
-    with pytest.raises(ValueError, match="journal.jsonl, line 5, cannot be read.*Delete the folder"): toy_search(tmp_path, 3)
+    with pytest.raises(ValueError, match="journal.jsonl, line 5, cannot be read.*Delete the folder"):
+        toy_search(tmp_path, 3)
     journal.write_bytes(whole)
     asked.write_text(text[:40])
     with pytest.raises(ValueError, match="search.json is damaged"): toy_search(tmp_path, 3)
@@ -390,7 +394,8 @@ def test_a_trial_that_kills_its_worker_is_given_up(tmp_path):
     "Three times at the same epoch: recorded as failed, and the search goes on."
     for _ in range(3): assert ends(child(tmp_path, die=2, trials=2)) == [-signal.SIGKILL]
     s = toy_search(tmp_path, 2)
-    assert s.trials["state"].tolist() == ["failed", "complete"] and "died three times" in s.trials.loc[0, "error"] and s.trials["attempts"].tolist() == [3, 1]
+    assert s.trials["state"].tolist() == ["failed", "complete"] and s.trials["attempts"].tolist() == [3, 1]
+    assert "died three times" in s.trials.loc[0, "error"]
 
 
 def test_two_searches_share_the_work(tmp_path):
@@ -404,7 +409,8 @@ def test_two_searches_share_the_work(tmp_path):
 
 def test_one_of_two_is_killed(tmp_path):
     "The other takes its trial over."
-    assert ends(child(tmp_path, pause=0.05, trials=8), child(tmp_path, pause=0.05, die=12, trials=8)) == [-signal.SIGKILL, 0]
+    two = child(tmp_path, pause=0.05, trials=8), child(tmp_path, pause=0.05, die=12, trials=8)
+    assert ends(*two) == [-signal.SIGKILL, 0]
     t = Search(tmp_path / "searches/toy", 8).trials
     assert set(t["state"]) <= {"complete", "pruned"} and len(t) == 8 and t["attempts"].sum() == 9
 
@@ -422,25 +428,30 @@ def test_worker_processes_of_one_search(tmp_path):
 
 def test_importance_finds_what_matters(tmp_path):
     "The learning rate decides everything, the weight decay of a millionth nothing."
-    s = toy_search(tmp_path, 20, BASE, {"lr": (1e-5, 1.0, "log"), "weight_decay": (0.0, 1e-9)}, sampler="random", pruner=None)
+    space = {"lr": (1e-5, 1.0, "log"), "weight_decay": (0.0, 1e-9)}
+    s = toy_search(tmp_path, 20, BASE, space, sampler="random", pruner=None)
     for method in ("fanova", "ped-anova"):
         found = s.importance(method, seeds=3)
-        assert found["setting"][0] == "lr" and found["mean"].sum() == pytest.approx(1) and (found["low"] <= found["mean"]).all() and (found["mean"] <= found["high"]).all()
+        assert found["setting"][0] == "lr" and found["mean"].sum() == pytest.approx(1)
+        assert (found["low"] <= found["mean"]).all() and (found["mean"] <= found["high"]).all()
     assert s.importance("fanova", seeds=3)["mean"][0] > 0.7
 
 
 def test_pictures_draw_all_states(tmp_path, finished, poison):
     s = poisoned(tmp_path, pruner="median")
-    for fig in (plot_history(s), plot_parallel(s), plot_importance(finished, seeds=2), plot_importance(finished, "ped-anova"), plot_contour(finished, [("lr", "sampler_args.m")])):
+    for fig in (plot_history(s), plot_parallel(s), plot_importance(finished, seeds=2),
+                plot_importance(finished, "ped-anova"), plot_contour(finished, [("lr", "sampler_args.m")])):
         assert fig.axes and all(a.get_xlabel() or a.get_ylabel() or a.get_xticklabels() for a in fig.axes)
     with pytest.raises(ValueError, match="Did you mean 'lr'"): plot_contour(finished, [("rl", "sampler_args.m")])
     assert len(finished.to_optuna().trials) == 14
 
 
 def test_none_and_whole_numbers_stay_what_they_are(tmp_path):
-    s = toy_search(tmp_path, 6, space={"clip_norm": [None, 1.0], "embed_dim": (4, 16), "normalise": [True, False]}, pruner=None)
+    space = {"clip_norm": [None, 1.0], "embed_dim": (4, 16), "normalise": [True, False]}
+    s = toy_search(tmp_path, 6, space=space, pruner=None)
     for t in (s, Search(s.path, 9)):  # with open trials, whose settings are not known yet
-        assert set(t.trials["clip_norm"][:6]) == {None, 1.0} and type(t.best_params["embed_dim"]) is int and type(t.best_params["normalise"]) is bool
+        assert set(t.trials["clip_norm"][:6]) == {None, 1.0}
+        assert type(t.best_params["embed_dim"]) is int and type(t.best_params["normalise"]) is bool
         assert t.best.key() == t.best_trial["key"] and t.trials["state"].tolist()[6:] == ["open"] * (len(t.trials) - 6)
         plot_parallel(t), plot_contour(t, [("clip_norm", "normalise")]), t._repr_markdown_()
 
@@ -448,5 +459,6 @@ def test_none_and_whole_numbers_stay_what_they_are(tmp_path):
 def test_a_loss_in_a_dict_of_choices(tmp_path):
     space = {"loss_args": {"narrow": {"tau": 0.01}, "wide": {"tau": 0.1, "rho": 10.0}}}
     s = toy_search(tmp_path, 4, space=space)
-    assert s.best.loss_args in ({"tau": 0.01}, {"tau": 0.1, "rho": 10.0}) and set(s.trials["loss_args"]) <= {"narrow", "wide"}
+    assert s.best.loss_args in ({"tau": 0.01}, {"tau": 0.1, "rho": 10.0})
+    assert set(s.trials["loss_args"]) <= {"narrow", "wide"}
     assert Search(s.path).best == s.best
