@@ -268,6 +268,7 @@ def _kept(path, recipe, compute, say=None):
     "The features in a file; they are computed and written first if they are not there, damaged, or of another recipe."
     own = []
     def make(part):
+        "Compute and write."
         try: x = compute()
         # an image that cannot be read has a message of its own
         except OSError as e:
@@ -278,10 +279,10 @@ def _kept(path, recipe, compute, say=None):
     except (OSError, SafetensorError) as e:
         if e in own: raise
         why = getattr(e, "strerror", None) or e
-        explained = OSError(getattr(e, "errno", None), f"features cannot be kept in {path.parent} ({why}). Free some space, or "
-                            "choose another folder with cache_dir=..., or keep them in memory only with cache_dir=None")
-        own.append(explained)
-        raise explained from e
+        own.append(OSError(getattr(e, "errno", None), f"features cannot be kept in {path.parent} ({why}). Free some "
+                           "space, or choose another folder with cache_dir=..., or keep them in memory only with "
+                           "cache_dir=None"))
+        raise own[-1] from e
 
 # %% ../nbs/31_batches.ipynb #b054fcaf
 def cached_features(trunk, # a name for `make_trunk` (with its ImageNet weights), or a Trunk

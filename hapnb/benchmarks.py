@@ -244,9 +244,9 @@ def missing(name: str, # a published dataset
 # %% ../nbs/23_benchmarks.ipynb #35cf43ae
 add_source(Source(
     "cub", "CUB-200-2011", "C. Wah, S. Branson, P. Welinder, P. Perona, S. Belongie: The Caltech-UCSD Birds-200-2011 "
-                  "Dataset, CNS-TR-2011-001, 2011.",
+    "Dataset, CNS-TR-2011-001, 2011.",
     "https://www.vision.caltech.edu/datasets/cub_200_2011/", "1.1 GB",
-                  "unknown; the photographs are from Flickr, whose users keep their rights",
+    "unknown; the photographs are from Flickr, whose users keep their rights",
     """
 CUB_200_2011/
   images.txt                 1 001.Black_footed_Albatross/Black_Footed_Albatross_0046_18.jpg
@@ -326,9 +326,9 @@ def load_cub(split="test", data_dir=None,
 # %% ../nbs/23_benchmarks.ipynb #1ae6f282
 add_source(Source(
     "cars", "Cars-196", "J. Krause, M. Stark, J. Deng, L. Fei-Fei: 3D Object Representations for Fine-Grained "
-                  "Categorization, ICCV workshops 2013.",
+    "Categorization, ICCV workshops 2013.",
     "https://ai.stanford.edu/~jkrause/cars/car_dataset.html (the page is no longer there; other projects name "
-                  "http://ftp.cs.stanford.edu/cs/cvgl/CARS196.zip, which we have not tried)", "1.9 GB", "unknown",
+    "http://ftp.cs.stanford.edu/cs/cvgl/CARS196.zip, which we have not tried)", "1.9 GB", "unknown",
     """
 cars196/                       the older edition
   cars_annos.mat
@@ -340,7 +340,7 @@ stanford_cars/                 or the newer one
   cars_test/00001.jpg
 """, ("cars_annos.mat | devkit/cars_train_annos.mat | cars_train_annos.mat", "car_ims | cars_train"),
     {"train": dict(images=8054, classes=(98,)), "test": dict(images=8131, classes=(98,))}, (),
-                  ("cars196", "stanford_cars", "cars", "CARS196")));
+    ("cars196", "stanford_cars", "cars", "CARS196")));
 
 # %% ../nbs/23_benchmarks.ipynb #a4e6d6f1
 def read_mat(path, name: str):
@@ -373,8 +373,8 @@ def first_of(root, *paths) -> Path:
 def cars_frame(root) -> tuple: # frame, class names
     "Read either edition of Cars-196."
     if (root / "cars_annos.mat").is_file():
-        return read_annotations(root / "cars_annos.mat", "relative_im_path"), read_mat(root / "cars_annos.mat",
-                                                                                       "class_names")
+        file = root / "cars_annos.mat"
+        return read_annotations(file, "relative_im_path"), read_mat(file, "class_names")
     files = {"cars_train": first_of(root, "devkit/cars_train_annos.mat", "cars_train_annos.mat"),
              "cars_test": first_of(root, "cars_test_annos_withlabels.mat", "devkit/cars_test_annos_withlabels.mat")}
     if not files["cars_test"].is_file():
@@ -403,9 +403,9 @@ def load_cars(split="test", data_dir=None,
 # %% ../nbs/23_benchmarks.ipynb #f72a7065
 add_source(Source(
     "sop", "Stanford Online Products", "H. O. Song, Y. Xiang, S. Jegelka, S. Savarese: Deep Metric Learning via "
-                  "Lifted Structured Feature Embedding, CVPR 2016.",
+    "Lifted Structured Feature Embedding, CVPR 2016.",
     "https://cvgl.stanford.edu/projects/lifted_struct/", "2.9 GB", "unknown; the photographs belong to eBay and its "
-                  "sellers",
+    "sellers",
     """
 Stanford_Online_Products/
   Ebay_train.txt             image_id class_id super_class_id path

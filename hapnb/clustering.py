@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .core import check_embeddings
-from .helpers import Registry, check_number, nearest
+from .helpers import Registry, UserError, check_number, nearest
 from .schemas import Count, schema_of
 from .metrics import check_levels, check_pair
 from .retrieval import import_faiss, nearest_rows
@@ -32,11 +32,11 @@ def _checked(values, name):
     v = np.asarray(values.detach().cpu() if torch.is_tensor(values) else values)
     if v.ndim != 1:
         why = "; choose a level, such as labels[:, 0]." if v.ndim == 2 else "."
-        raise ValueError(f"{name} must have shape [N], got {v.shape}{why}")
-    if v.size and v.dtype.kind not in "iu": raise ValueError(f"{name} must be whole numbers, got {v.dtype}.")
+        raise UserError(f"{name} must have shape [N], got {v.shape}{why}")
+    if v.size and v.dtype.kind not in "iu": raise UserError(f"{name} must be whole numbers, got {v.dtype}.")
     if len(bad := np.flatnonzero((v < -1) | (v > np.iinfo(np.int64).max))):
         meaning = "unknown" if name == "labels" else "noise"
-        raise ValueError(f"{name}: row {bad[0]} is {v[bad[0]]}; they are 0 or more, and -1 means {meaning}.")
+        raise UserError(f"{name}: row {bad[0]} is {v[bad[0]]}; they are 0 or more, and -1 means {meaning}.")
     return v.astype(np.int64)
 
 def _compact(v):
@@ -58,10 +58,10 @@ def contingency(labels, # class of each point, integers [N]; -1 = unknown, left 
                 ) -> Contingency:
     "Count points by class and cluster, in O(N) memory; `ValueError` where the two do not fit or no label is known."
     y, c = _checked(labels, "labels"), _checked(clusters, "clusters")
-    if len(y) != len(c): raise ValueError(f"{len(y)} labels but {len(c)} clusters: they must be of the same points.")
-    if not len(y): raise ValueError("there are no points.")
+    if len(y) != len(c): raise UserError(f"{len(y)} labels but {len(c)} clusters: they must be of the same points.")
+    if not len(y): raise UserError("there are no points.")
     c = c[y >= 0]
-    if not len(c): raise ValueError(f"none of {len(y)} labels is known, so there is nothing to compare with.")
+    if not len(c): raise UserError(f"none of {len(y)} labels is known, so there is nothing to compare with.")
     noise, c = c < 0, c.copy()
     c[noise] = np.arange(noise.sum()) + c.max() + 1
     (y, _), (c, k) = _compact(y[y >= 0]), _compact(c)
@@ -136,7 +136,7 @@ def find_clusterer(method: str):
     if method not in CLUSTERERS and method in _LATER: importlib.import_module(_LATER[method])
     if method in CLUSTERERS: return CLUSTERERS.get(method)
     known = sorted({*CLUSTERERS.names(), *_LATER})
-    raise ValueError(f"unknown clusterer {method!r}.{nearest(method, known)} Known: {', '.join(known)}.")
+    raise UserError(f"unknown clusterer {method!r}.{nearest(method, known)} Known: {', '.join(known)}.")
 
 def _by_appearance(c):
     "Number clusters 0, 1, ... in the order in which they appear; noise stays -1."
@@ -163,14 +163,14 @@ def cluster(x: Tensor, # embeddings [N, D], floats; normalised here
             ) -> Tensor: # LongTensor [N] on x's device, numbered by first appearance; -1 = noise
     "Cluster embeddings by the method of a name; `ValueError` for bad rows, names, arguments or numbers of clusters."
     args, f, x = check_clusterer(method, args), find_clusterer(method), check_embeddings(x, unit=True)
-    if not len(x): raise ValueError("there are no embeddings to cluster.")
+    if not len(x): raise UserError("there are no embeddings to cluster.")
     if clusters is not None and check_number("clusters", clusters, least=1, whole=True) > len(x):
-        raise ValueError(f"{clusters} clusters were asked for, but there are {len(x)} embeddings; "
-                         f"choose 1 to {len(x)}.")
+        raise UserError(f"{clusters} clusters were asked for, but there are {len(x)} embeddings; "
+                        f"choose 1 to {len(x)}.")
     # with any method, one point is one cluster
     if len(x) == 1: return torch.zeros(1, dtype=torch.long, device=x.device)
     found = _checked(f(F.normalize(x.detach().float(), dim=1), clusters, seed, **args), f"clusters of {method!r}")
-    if len(found) != len(x): raise ValueError(f"clusterer {method!r} gave {len(found)} clusters for {len(x)} points.")
+    if len(found) != len(x): raise UserError(f"clusterer {method!r} gave {len(found)} clusters for {len(x)} points.")
     return torch.from_numpy(_by_appearance(found)).to(x.device)
 
 # %% ../nbs/46_clustering.ipynb #2d344105
@@ -194,7 +194,7 @@ def _kmeans(x, k, seed, iterations, backend, start=None):
         from sklearn.cluster import KMeans
         return KMeans(k, n_init=1, max_iter=iterations, random_state=seed).fit_predict(x)
     if backend != "faiss":
-        raise ValueError(f"unknown backend {backend!r}.{nearest(backend, ['faiss', 'sklearn'])} Known: faiss, sklearn.")
+        raise UserError(f"unknown backend {backend!r}.{nearest(backend, ['faiss', 'sklearn'])} Known: faiss, sklearn.")
     # without these limits faiss would warn about small clusters and drop points of large ones
     limits = dict(min_points_per_centroid=1, max_points_per_centroid=len(x) + 1)
     km = import_faiss().Kmeans(x.shape[1], k, niter=iterations, seed=seed, **limits)
@@ -213,8 +213,8 @@ def kmeans(x: Tensor, # unit vectors [N, D]
            ) -> np.ndarray: # integers [N]
     "Cluster around means; empty clusters are not counted."
     if (clusters is None) == (points_per_cluster is None):
-        raise ValueError("kmeans must be told the number of clusters: give either clusters or points_per_cluster "
-                         "(`choose` learns it from labelled data).")
+        raise UserError("kmeans must be told the number of clusters: give either clusters or points_per_cluster "
+                        "(`choose` learns it from labelled data).")
     if clusters is None: clusters = min(max(round(len(x) / points_per_cluster), 1), len(x))
     x = x.cpu().contiguous().numpy()
     if init == "random" or backend != "faiss": return _kmeans(x, int(clusters), seed, iterations, backend)
@@ -234,11 +234,11 @@ def nmi(embeddings: Tensor, # [N, D], floats; normalised here
     from sklearn.metrics import normalized_mutual_info_score
     emb, labels = check_pair(embeddings, labels, "embeddings")
     y = labels[:, check_levels([level], labels.shape[1])[0]].cpu()
-    if not bool((y >= 0).any()): raise ValueError(f"all labels at level {level} are unknown.")
+    if not bool((y >= 0).any()): raise UserError(f"all labels at level {level} are unknown.")
     x = F.normalize(emb.cpu()[y >= 0].float(), dim=1).contiguous().numpy()
     y = y[y >= 0].numpy()
     k = len(np.unique(y)) if clusters is None else clusters
-    if not 1 <= k <= len(y): raise ValueError(f"{k} clusters for {len(y)} images; choose 1 to {len(y)}.")
+    if not 1 <= k <= len(y): raise UserError(f"{k} clusters for {len(y)} images; choose 1 to {len(y)}.")
     return float(normalized_mutual_info_score(y, _kmeans(x, k, seed, iterations, backend)))
 
 # %% ../nbs/46_clustering.ipynb #4a601d64
@@ -288,7 +288,7 @@ def agglomerative(x: Tensor, # unit vectors [N, D]
                   neighbours: Count = None, # look at this many only; default: at all pairs, at 50 beyond 12,000 points
                   ) -> np.ndarray: # integers [N]
     "Join the nearest clusters by average linkage up to a number or a distance; `ValueError` if both are given."
-    if clusters is not None and threshold is not None: raise ValueError("give either clusters or threshold, not both.")
+    if clusters is not None and threshold is not None: raise UserError("give either clusters or threshold, not both.")
     if clusters is None and threshold is None: threshold = .5
     return _cut(*_tree(x, neighbours), clusters, threshold)
 
@@ -343,7 +343,7 @@ def hdbscan(x: Tensor, # unit vectors [N, D]
     "Cluster by density (scikit-learn's HDBSCAN); fewer points than `min_cluster_size` are all noise."
     from sklearn.cluster import HDBSCAN
     if clusters is not None:
-        raise ValueError("hdbscan finds the number of clusters by itself: leave clusters=None, set min_cluster_size.")
+        raise UserError("hdbscan finds the number of clusters by itself: leave clusters=None, set min_cluster_size.")
     size, dense = min_cluster_size, min_samples or min_cluster_size
     if len(x) < max(size, dense): return np.full(len(x), -1)
     x = x.cpu().contiguous().numpy()
@@ -394,14 +394,14 @@ def choose(x: Tensor, # embeddings [N, D] of labelled data
     "Find the constant of a clusterer that scores best on labelled data; `ValueError` for methods without one."
     for what, name, known in (("constant to choose for", method, _CONSTANTS), ("score", score, _SCORES)):
         if name not in known:
-            raise ValueError(f"there is no {what} {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
+            raise UserError(f"there is no {what} {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
     y, name, x = _checked(labels, "labels"), _CONSTANTS[method], check_embeddings(x, unit=True)
-    if len(y) != len(x): raise ValueError(f"{len(x)} embeddings but {len(y)} labels.")
-    if name in args: raise ValueError(f"{name} is what `choose` looks for: give the values to try as values=[...].")
+    if len(y) != len(x): raise UserError(f"{len(x)} embeddings but {len(y)} labels.")
+    if name in args: raise UserError(f"{name} is what `choose` looks for: give the values to try as values=[...].")
     if len(x) < 2 or not (y >= 0).any():
-        raise ValueError(f"two points or more with known labels are needed to choose {name}, got {(y >= 0).sum()}.")
+        raise UserError(f"two points or more with known labels are needed to choose {name}, got {(y >= 0).sum()}.")
     tried = list(_values(method, len(x), y) if values is None else values)
-    if not tried: raise ValueError("values is empty: give at least one value to try.")
+    if not tried: raise UserError("values is empty: give at least one value to try.")
     for v in tried: check_clusterer(method, {**args, name: v})
     found = _clusterings(x, method, name, tried, seed, args)
     table = pd.DataFrame([{name: v} | clustering_scores(y, c) for v, c in zip(tried, found)])

@@ -59,18 +59,20 @@ def thaw(v):
 # %% ../nbs/32_config.ipynb #bf03d6d5
 @dataclass(frozen=True)
 class _Data:
+    "Which images."
     dataset: str = "emoji" # a name that `hapnb.data.load` knows
     data_dir: str | None = None # where the images are; not part of the key, the data's fingerprint is
     dataset_args: dict = field(default_factory=dict) # further arguments of `load`
     split: str = "test" # "test": train on train, evaluate on test; "val": train on fit, evaluate on val
     levels: tuple | None = None # label columns to use, finest first; default: all
     decode: str = "full" # "shrink": JPEGs no larger than the transform needs
-    packed: int | None = None # shorter side in pixels of a packed copy to read, made once; default: the images themselves
+    packed: int | None = None # shorter side, in pixels, of a packed copy to read; default: the images themselves
     packed_format: str = "raw" # of the packed copy: "raw", "webp" (lossless), "jpeg" (quality 95) or such as "jpeg80"
 
 # %% ../nbs/32_config.ipynb #413cc1a5
 @dataclass(frozen=True)
 class _Network:
+    "What turns an image into an embedding."
     trunk: str = "tf_efficientnet_lite0" # a name that `hapnb.models.make_trunk` knows
     trunk_args: dict = field(default_factory=dict) # further arguments of timm's models
     pretrained: bool | str = True # True, False, or a file of weights
@@ -89,9 +91,10 @@ class _Network:
 # %% ../nbs/32_config.ipynb #c881a73e
 @dataclass(frozen=True)
 class _Training:
+    "What is minimised, over which batches, and how."
     loss: str = "HAPPIERLoss" # a registered loss, or "pml/NAME" of pytorch-metric-learning
     loss_args: dict = field(default_factory=dict) # arguments of the loss
-    memory: dict = field(default_factory=dict) # of embeddings: {"size": rows or "train", "start_epoch", "weight", "unique"}
+    memory: dict = field(default_factory=dict) # of embeddings: size (rows or "train"), start_epoch, weight, unique
     miner: str | None = None # "pml/NAME": a miner of pytorch-metric-learning, for its losses
     miner_args: dict = field(default_factory=dict) # arguments of the miner
     sampler: str = "m_per_class" # a registered sampler
@@ -104,7 +107,7 @@ class _Training:
     optimizer_args: dict = field(default_factory=dict) # further arguments, such as {"momentum": 0.9}
     lr: float = 1e-3 # learning rate at the start
     weight_decay: float = 0. # as the optimiser understands it
-    groups: dict = field(default_factory=dict) # "trunk", "head", "loss" or a piece such as "loss.hgnn" -> {"lr", "weight_decay", "min_lr"}
+    groups: dict = field(default_factory=dict) # "trunk", "head", "loss" or "loss.hgnn" -> lr, weight_decay, min_lr
     schedule: str = "cosine" # "constant", "cosine", "step" or "multistep"
     schedule_args: dict = field(default_factory=dict) # of the schedule, such as {"size": 20}
     clip_norm: float | None = None # largest norm of the gradient
@@ -114,6 +117,7 @@ class _Training:
 # %% ../nbs/32_config.ipynb #3c68dfcf
 @dataclass(frozen=True)
 class _Evaluation:
+    "What is measured."
     eval_every: int = 0 # epochs between evaluations; 0: only at the end
     metrics: tuple | None = None # as in `hapnb.metrics.evaluate`; default: all
     ks: tuple = (1, 2, 4, 8) # of recall at k
@@ -128,8 +132,9 @@ class RunConfig(_Evaluation, _Training, _Network, _Data): # fields in the order 
     def __post_init__(self): self._check()
 
 # %% ../nbs/32_config.ipynb #4e2dccb4
-_CHOICES = dict(split=("test", "val"), freeze=("none", "bn", "trunk"), precision=PRECISIONS, optimizer=tuple(OPTIMIZERS),
-                schedule=tuple(SCHEDULES), decode=("full", "shrink"), pooling=("avg", "max", "avg+max", "gem"),
+_CHOICES = dict(split=("test", "val"), freeze=("none", "bn", "trunk"), precision=PRECISIONS,
+                optimizer=tuple(OPTIMIZERS), schedule=tuple(SCHEDULES), decode=("full", "shrink"),
+                pooling=("avg", "max", "avg+max", "gem"),
                 norm=("layernorm", "l2", "after", None), init=("default", "kaiming", "whitening"))
 _RANGES = dict(batch_size=(2, 10**6), micro_batch=(1, 10**6), epochs=(0, 10**6), warmup_epochs=(0, 10**6),
                image_size=(1, 8192), embed_dim=(1, 65536), eval_every=(0, 10**6), freeze_blocks=(0, 1000),
@@ -211,9 +216,11 @@ def _check_together(self: RunConfig):
         _refuse("augment has no effect with freeze='trunk': features are computed once, without random crops. "
                 "Use freeze='bn' or 'none', or augment={}.")
     if self.freeze == "trunk" and self.freeze_blocks:
-        _refuse("freeze_blocks has no effect with freeze='trunk', where the whole trunk is frozen. Use freeze='bn' or 'none'.")
+        _refuse("freeze_blocks has no effect with freeze='trunk', where the whole trunk is frozen. "
+                "Use freeze='bn' or 'none'.")
     if (self.transform.get("resize") or self.image_size) < self.image_size:
-        _refuse(f"transform: resize={self.transform['resize']} is less than the crop of {self.image_size} pixels (image_size).")
+        _refuse(f"transform: resize={self.transform['resize']} is less than the crop of {self.image_size} pixels "
+                "(image_size).")
     if self.clip_norm is not None and self.clip_norm <= 0:
         _refuse(f"RunConfig.clip_norm must be above 0 or None, got {self.clip_norm}.")
     if isinstance(size, int) and size <= self.batch_size:
@@ -268,7 +275,8 @@ def replace(self: RunConfig, **changes):
 
 # %% ../nbs/32_config.ipynb #c1ca3e42
 def _check_args(function, args, where, skip):
-    "Arguments against a signature; what comes through a partial (pytorch-metric-learning) is checked where it is built."
+    "Compare arguments with a signature."
+    # a partial (pytorch-metric-learning) is checked where it is built
     if not inspect.isclass(function) and not inspect.isfunction(function): return
     schema = schema_of(function, skip)
     if schema.model_config["extra"] == "forbid":

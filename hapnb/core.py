@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .helpers import _full, _is_batched, _no_autocast, _rows, _to_numpy, check_number, nearest, readable, transforming
+from .helpers import (_full, _is_batched, _no_autocast, _rows, _to_numpy, check_number, nearest, readable,
+                           transforming)
 
 # %% ../nbs/00_core.ipynb #58618392
 def shared_levels(query_labels: Tensor, # LongTensor [Q, L] (or [Q])
@@ -45,7 +46,7 @@ def _few_rows(x, width=None):
     width = x.shape[1] if width is None else width
     return x.split(max(1, 2**18 // max(width, 1)) if x.device.type == "cpu" else max(len(x), 1))
 
-# %% ../nbs/00_core.ipynb #081fc5f6
+# %% ../nbs/00_core.ipynb #ba7c72ba
 def level_mask(shared: Tensor, # shared levels, integers [Q, N]
                low: int, high: int = None, # the levels wanted, both included; default of high: low
                ) -> Tensor: # BoolTensor [Q, N]
@@ -64,7 +65,7 @@ def level_counts(shared: Tensor, # shared levels, integers [Q, N]
 # %% ../nbs/00_core.ipynb #e40de98d
 @dataclass(frozen=True)
 class Relevance:
-    "What each number of shared levels is worth to a query (HAPPIER, ECCV 2022); a wrong kind, alpha or weight is a `ValueError`."
+    "What each number of shared levels is worth to a query (HAPPIER, ECCV 2022); wrong values are a `ValueError`."
     kind: str = "pop" # "pop": a level's weight is divided among its items; "map": gives the weighted mean of level APs
     alpha: float = 1.0 # pop only: exponent on (level / L); larger stresses fine levels
     weights: tuple = None # map only: w_1..w_L, coarsest first; default: equal
@@ -98,7 +99,8 @@ def table(self: Relevance,
         rel = (level / L) ** self.alpha / n.clamp(min=1)
         return rel * (level > 0) * (n > 0)
     if self.weights is not None and len(self.weights) != L:
-        raise ValueError(f"relevance has {len(self.weights)} weights for {L} levels; give one weight per level, coarsest first.")
+        raise ValueError(f"relevance has {len(self.weights)} weights for {L} levels; "
+                         "give one weight per level, coarsest first.")
     w = torch.as_tensor(self.weights or [1 / L] * L, dtype=dtype, device=counts.device)
     # items of level m or more, m = 1..L
     least = n.flip(-1).cumsum(-1).flip(-1)[..., 1:]
@@ -109,8 +111,9 @@ def __call__(self: Relevance,
              shared: Tensor, # shared levels, integers [Q, N]; negative = not in the retrieval set
              levels: int = None, # L; default: the number of weights, or the largest shared level seen
              ) -> Tensor: # relevance [Q, N], float64 (float32 on MPS); 0 for what is unrelated or not in the set
-    "Give the relevance of each item to each query, from the counts in `shared`; one weight for each level, or a `ValueError`."
-    if levels is None: levels = len(self.weights) if self.weights else max(int(shared.max()), 1) if shared.numel() else 1
+    "Give the relevance of each item to each query, from the counts in `shared`; needs one weight for each level."
+    seen = max(int(shared.max()), 1) if levels is None and shared.numel() else 1
+    if levels is None: levels = len(self.weights or ()) or seen
     return self.table(level_counts(shared, levels)).gather(1, shared.clamp(min=0).long())
 
 # %% ../nbs/00_core.ipynb #bf8288ec
@@ -118,10 +121,12 @@ def as_relevance(x) -> Relevance:
     "Make a `Relevance` from one, from a kind (`\"pop\"`), or from a dict of its fields (as JSON configs hold it)."
     if isinstance(x, Relevance): return x
     if isinstance(x, str): return Relevance(x)
-    if not isinstance(x, dict): raise ValueError(f"cannot make a relevance from {x!r}; give 'pop', 'map', a dict or a Relevance.")
+    if not isinstance(x, dict):
+        raise ValueError(f"cannot make a relevance from {x!r}; give 'pop', 'map', a dict or a Relevance.")
     known = [f.name for f in dataclasses.fields(Relevance)]
     for k in x:
-        if k not in known: raise ValueError(f"unknown field {k!r} of relevance.{nearest(k, known)} Known: {', '.join(known)}.")
+        if k not in known:
+            raise ValueError(f"unknown field {k!r} of relevance.{nearest(k, known)} Known: {', '.join(known)}.")
     return Relevance(**x)
 
 # %% ../nbs/00_core.ipynb #9bbcfb20
@@ -133,11 +138,12 @@ def check_labels(labels, # integers [N] or [N, L], column 0 finest; -1 = unknown
     if not readable(labels): return labels
     if labels.numel() and int(labels.min()) < -1:
         i, j = (labels < -1).nonzero()[0].tolist()
-        raise ValueError(f"{name}: row {i}, level {j} is {int(labels[i, j])}; classes are 0 or more, and -1 means unknown.")
+        raise ValueError(f"{name}: row {i}, level {j} is {int(labels[i, j])}; "
+                         "classes are 0 or more, and -1 means unknown.")
     if broken := _tree_break(labels):
         i, j, level = broken
-        raise ValueError(f"{name} are not a tree: rows {i} and {j} share class {int(labels[i, level])} at level {level} but have "
-                         f"{int(labels[i, level + 1])} and {int(labels[j, level + 1])} at level {level + 1}. "
+        raise ValueError(f"{name} are not a tree: rows {i} and {j} share class {int(labels[i, level])} at level {level} "
+                         f"but have {int(labels[i, level + 1])} and {int(labels[j, level + 1])} at level {level + 1}. "
                          "Equal at a level must mean equal (and known) at every coarser one; column 0 is the finest.")
     return labels
 
@@ -186,12 +192,13 @@ def _tree_break(labels):
 def check_embeddings(emb: Tensor, # floats [N, D]
                      name: str = "embeddings", # what to call them in a message
                      unit: bool = False, # True: their direction will be used, so a zero row is an error too
-                     products: bool = False, # True: products of rows will be used, so very short and very long rows are errors
+                     products: bool = False, # True: products of rows will be used, so extreme lengths are errors
                      ) -> Tensor: # the same tensor
     "Check shape, type and values of embeddings; `ValueError` names the rows at fault."
     if not torch.is_tensor(emb): raise ValueError(f"{name} must be a torch tensor, got {type(emb).__name__}.")
     if emb.ndim != 2: raise ValueError(f"{name} must have shape [N, D], got {tuple(emb.shape)}.")
-    if not emb.is_floating_point(): raise ValueError(f"{name} must be floats, got {emb.dtype}; convert them with .float().")
+    if not emb.is_floating_point():
+        raise ValueError(f"{name} must be floats, got {emb.dtype}; convert them with .float().")
     if emb.shape[1] == 0: raise ValueError(f"{name} have no dimensions: shape {tuple(emb.shape)}.")
     if not readable(emb) or not emb.numel(): return emb
     # NaN and inf survive amax, so one pass finds all faults
@@ -214,11 +221,12 @@ def _refuse_rows(size, bad, name, unit):
     if unit:
         raise ValueError(f"{name}: row(s) {_rows(bad)} of {n} are all zero (or below the smallest normal number) "
                          "and have no direction; drop them or use similarity='dot'.")
-    raise ValueError(f"{name}: the largest value of row {int(bad.nonzero()[0])} of {n} is {float(size[bad][0]):.1e}, and products "
+    first, value = int(bad.nonzero()[0]), float(size[bad][0])
+    raise ValueError(f"{name}: the largest value of row {first} of {n} is {value:.1e}, and products "
                      f"of such rows are too small or too large to be compared (it must lie between {_LENGTHS[0]:g} and "
                      f"{_LENGTHS[1]:g}). Normalise or rescale the embeddings; similarity='cosine' does it.")
 
-# %% ../nbs/00_core.ipynb #05134812
+# %% ../nbs/00_core.ipynb #9914edf1
 def unit_rows(x: Tensor, # floats [N, D], of any finite length
               ) -> Tensor: # [N, D], rows of length 1; a row of zeros stays one
     "Divide each row by its length, whatever the length is."
@@ -245,7 +253,7 @@ class Batch:
         return self.emb @ self.ref_emb.T
 
     def shared(self, level: int = None) -> Tensor:
-        "Shared levels, int8 `[Q, N]`; with `level`, 1 where that level is shared and 0 elsewhere; -1 = not in the retrieval set."
+        "Shared levels, int8 `[Q, N]`; with `level`, 1 where it is shared, else 0; -1 = not in the retrieval set."
         q, r = (self.labels, self.ref_labels) if level is None else (self.labels[:, level], self.ref_labels[:, level])
         # small integers, because passes over [Q, N] are the cost of small batches
         shared = shared_levels(q, r, torch.int8)
@@ -262,7 +270,8 @@ class EmbeddingLoss(nn.Module):
                  ):
         super().__init__()
         for value, known in ((similarity, ("cosine", "dot")), (reduction, ("mean", "none"))):
-            if value not in known: raise ValueError(f"unknown value {value!r}.{nearest(value, known)} Known: {', '.join(known)}.")
+            if value not in known:
+                raise ValueError(f"unknown value {value!r}.{nearest(value, known)} Known: {', '.join(known)}.")
         self.similarity, self.reduction, self._terms = similarity, reduction, {}
 
     def values(self, batch: Batch): raise NotImplementedError
@@ -291,7 +300,8 @@ def prepare(self: EmbeddingLoss, embeddings, labels, indices_tuple=None, ref_emb
     labels = check_labels(labels).to(emb.device)
     if len(emb) == 0: raise ValueError("the batch is empty.")
     if len(emb) != len(labels): raise ValueError(f"{len(emb)} embeddings but {len(labels)} labels.")
-    if (ref_emb is None) != (ref_labels is None): raise ValueError("ref_emb and ref_labels belong together: give both or none.")
+    if (ref_emb is None) != (ref_labels is None):
+        raise ValueError("ref_emb and ref_labels belong together: give both or none.")
     square = ref_emb is None or (ref_emb is embeddings and indices_tuple is None)
     if square: ref, ref_labels = emb, labels
     else: ref, ref_labels = self._prepare_refs(ref_emb, ref_labels, emb, labels)
@@ -312,13 +322,14 @@ def _prepare_refs(self: EmbeddingLoss, ref_emb, ref_labels, emb, labels):
     ref_labels = check_labels(ref_labels, "ref_labels").to(emb.device)
     if len(ref) == 0: raise ValueError("the reference set (ref_emb) is empty.")
     if len(ref) != len(ref_labels): raise ValueError(f"{len(ref)} ref_emb but {len(ref_labels)} ref_labels.")
-    if ref.shape[1] != emb.shape[1]: raise ValueError(f"embeddings have {emb.shape[1]} dimensions, ref_emb {ref.shape[1]}.")
+    if ref.shape[1] != emb.shape[1]:
+        raise ValueError(f"embeddings have {emb.shape[1]} dimensions, ref_emb {ref.shape[1]}.")
     if ref_labels.shape[1] != labels.shape[1]:
         raise ValueError(f"labels have {labels.shape[1]} levels, ref_labels {ref_labels.shape[1]}.")
     check_labels(torch.cat([labels, ref_labels]), "labels and ref_labels together")
     return ref, ref_labels
 
-# %% ../nbs/00_core.ipynb #91beaa44
+# %% ../nbs/00_core.ipynb #6896207b
 @patch
 def pick_level(self: EmbeddingLoss, batch: Batch, level: int) -> int:
     "Check that the labels have `level`."
@@ -328,7 +339,7 @@ def pick_level(self: EmbeddingLoss, batch: Batch, level: int) -> int:
 
 @patch
 def note(self: EmbeddingLoss, **terms):
-    "Keep named parts of the value for `terms`; inside torch.func nothing is kept, because no value exists outside of it."
+    "Keep named parts of the value for `terms`; inside torch.func nothing is kept, since no value exists outside."
     if not transforming(): self._terms.update({k: v.detach() for k, v in terms.items()})
 
 @patch(as_prop=True)
@@ -344,7 +355,7 @@ def extra_repr(self: EmbeddingLoss):
 
 # %% ../nbs/00_core.ipynb #a9d1c0e5
 class _Gram(torch.autograd.Function):
-    "Similarities of a set with itself. Its backward is one product; autograd's, for two separate factors, would be two."
+    "Similarities of a set with itself. Its backward is one product; autograd's, for two factors, would be two."
     @staticmethod
     def forward(x): return x @ x.T
 

@@ -111,7 +111,8 @@ def with_store(self: RetrievalDataset,
                fingerprint: str) -> RetrievalDataset:
     "Give the same rows and labels, read from another store."
     out = copy.copy(self)
-    out.store, out.index, out.fingerprint, out.cut, out.at_least, out._pixels = store, index, fingerprint, None, None, None
+    out.store, out.index, out.fingerprint = store, index, fingerprint
+    out.cut, out.at_least, out._pixels = None, None, None
     return out
 
 @patch

@@ -389,7 +389,7 @@ def attribution(table: pa.Table, sources: dict, size: int = 64) -> str: # Markdo
     return "\n".join([
         "# Attribution of the bundled images", "",
         "`emoji.parquet` is a collection. Every image keeps the licence of its own set; the columns `licence`, "
-                      "`author`, `url`, `source` and `icon` of its row say which. "
+        "`author`, `url`, `source` and `icon` of its row say which. "
         "The licence of the code does not extend to the images.", "",
         "| set | author | licence (SPDX) | npm package | images |", "|---|---|---|---|---:|", *rows, "",
         *(["**fxemoji**: Copyright 2015 Mozilla Foundation. Its "
@@ -398,12 +398,12 @@ def attribution(table: pa.Table, sources: dict, size: int = 64) -> str: # Markdo
            "the npm package, and so the column `licence`, names Apache-2.0 only. Keep to both: credit Mozilla, link "
            "to the licence, and say what you changed.", ""] if "fxemoji" in sources else []),
         f"**Changes made**: each SVG drawing was rendered at {size} x {size} pixels on a white square and stored as "
-                      f"lossless WebP. Images under CC-BY-SA-4.0, so changed, stay under CC-BY-SA-4.0.", "",
+        f"lossless WebP. Images under CC-BY-SA-4.0, so changed, stay under CC-BY-SA-4.0.", "",
         f"Names, subgroups and groups: [emojibase-data]({EMOJIBASE.url}) {EMOJIBASE.version} ({EMOJIBASE.licence}, "
-                      f"Copyright (c) {EMOJIBASE.author}). "
+        f"Copyright (c) {EMOJIBASE.author}). "
         "Packages of the drawings: the Iconify project (https://iconify.design).", "",
         "## Licences", "", *texts, "", "### MIT License", "", "Copyright (c) Microsoft Corporation (sets "
-                      "`fluent-emoji`, `fluent-emoji-flat`)  ",
+        "`fluent-emoji`, `fluent-emoji-flat`)  ",
         "Copyright (c) Miles Johnson (emojibase-data)", "", MIT_TEXT, ""])
 
 # %% ../nbs/21_emoji.ipynb #0aa8bed6
@@ -415,6 +415,17 @@ def pixel_sha256(table: pa.Table) -> str:
     return h.hexdigest()
 
 # %% ../nbs/21_emoji.ipynb #f31dc345
+_KNOW = (
+    "## Know before use", "",
+    "- Icons, not photographs: numbers on this set rank methods, they do not forecast accuracy on photographs.",
+    "- A few drawings are hard or impossible to tell apart by design: gender variants, clock faces, flags of "
+    "near-equal design.",
+    "- `fluent-emoji` and `fluent-emoji-flat` are two renderings by one company, `noto-v1` and `emojione-v1` are "
+    "earlier editions of `noto` and `emojione`: related, but drawn anew.",
+    "- Sets without code points were matched by name. The least similar of these were checked by eye and put "
+    "right (`FIXES` in the notebook); a few odd ones may remain.")
+
+# %% ../nbs/21_emoji.ipynb #0c2b0075
 def data_card(table: pa.Table, sha: str, size: int, drawn: int) -> str: # Markdown
     "Describe the data: what, how many, how split, what it is not good for."
     f = table.drop_columns(["image"]).to_pandas()
@@ -431,30 +442,23 @@ def data_card(table: pa.Table, sha: str, size: int, drawn: int) -> str: # Markdo
     return "\n".join([
         "# Data card: the bundled emoji images", "",
         f"{len(f):,} drawings of {f.concept.nunique():,} emoji from {f.source.nunique()} sets, {size} x {size} "
-                      f"pixels on white, lossless WebP in one parquet file. "
+        f"pixels on white, lossless WebP in one parquet file. "
         "Three levels of labels: concept (finest), subgroup, group, as Unicode sorts them. Each image has its own "
-                      "open licence, see `ATTRIBUTION.md`.", "",
+        "open licence, see `ATTRIBUTION.md`.", "",
         f"- SHA-256 of `emoji.parquet`: `{sha}`", f"- SHA-256 of the decoded pixels, in order: `{pixel_sha256(table)}`",
         f"- built with {versions} by `nbs/21_emoji.ipynb`; equal versions give equal bytes",
         f"- images per concept: {per.min()} to {per.max()}, median {per.median():.0f}; {(per >= 4).sum():,} of "
-                      f"{len(per):,} concepts have 4 or more", "",
+        f"{len(per):,} concepts have 4 or more", "",
         "## Splits", "", *head, *parts, "",
         "Concepts are dealt to train and test within each subgroup, in the order of the SHA-256 of their names, so "
-                      "each subgroup is cut in half. Every sixth training concept is validation. "
+        "each subgroup is cut in half. Every sixth training concept is validation. "
         "Train and test share no concept; they share the coarse levels, except for subgroups with a single concept.",
-                      "",
+        "",
         "Open world (parts of fit): every third concept is known, and three fifths of its images are labelled.", "",
-                      *head, *worlds, "",
+        *head, *worlds, "",
         "## What was left out", "",
         f"- {drawn - len(f):,} of {drawn:,} matched drawings: repeats of a drawing under another concept, drawings "
-                      f"of a concept that differ by less than 2 grey levels in the mean, and concepts with a single "
-                      f"image left.",
+        f"of a concept that differ by less than 2 grey levels in the mean, and concepts with a single "
+        f"image left.",
         "- Skin-tone variants and regional indicator letters. Flags are in.", "",
-        "## Know before use", "",
-        "- Icons, not photographs: numbers on this set rank methods, they do not forecast accuracy on photographs.",
-        "- A few drawings are hard or impossible to tell apart by design: gender variants, clock faces, flags of "
-                      "near-equal design.",
-        "- `fluent-emoji` and `fluent-emoji-flat` are two renderings by one company, `noto-v1` and `emojione-v1` are "
-                      "earlier editions of `noto` and `emojione`: related, but drawn anew.",
-        "- Sets without code points were matched by name. The least similar of these were checked by eye and put "
-                      "right (`FIXES` in the notebook); a few odd ones may remain.", ""])
+        *_KNOW, ""])

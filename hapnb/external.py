@@ -24,7 +24,8 @@ def _pml(part):
     "The module `part` of pytorch-metric-learning."
     try: return importlib.import_module(f"pytorch_metric_learning.{part}")
     except ImportError as e:
-        raise ImportError("losses and miners named pml/... need pytorch-metric-learning: pip install pytorch-metric-learning") from e
+        raise ImportError("losses and miners named pml/... need pytorch-metric-learning: "
+                          "pip install pytorch-metric-learning") from e
 
 def _classes(part):
     "Public classes of a part that can be modules: {name: class}."
@@ -37,7 +38,8 @@ def _lookup(part, name):
     known, kind = _classes(part), {"losses": "loss", "miners": "miner"}.get(part, part[:-1])
     name = str(name).removeprefix("pml/")
     if name in known: return known[name]
-    raise ValueError(f"unknown {kind} {name!r} of pytorch-metric-learning.{nearest(name, known)} Known: {', '.join(known)}.")
+    near = nearest(name, known)
+    raise ValueError(f"unknown {kind} {name!r} of pytorch-metric-learning.{near} Known: {', '.join(known)}.")
 
 # %% ../nbs/12_external.ipynb #458a8ec7
 def _parameters(cls):
@@ -64,13 +66,15 @@ def _said(e):
     return f"{text.rstrip('.') or 'the arguments do not fit together'}."
 
 # %% ../nbs/12_external.ipynb #7100ec9a
-_PARTS = dict(distance="distances", reducer="reducers", embedding_regularizer="regularizers", weight_regularizer="regularizers")
+_PARTS = dict(distance="distances", reducer="reducers", embedding_regularizer="regularizers",
+              weight_regularizer="regularizers")
 
 def _build(cls, args, label):
     "`cls(**args)`; whatever is wrong with the arguments is a `ValueError`."
     known = _parameters(cls)
     for k in args:
-        if k not in known: raise ValueError(f"{label} has no argument {k!r}.{nearest(k, known)} It takes: {', '.join(known)}.")
+        if k not in known:
+            raise ValueError(f"{label} has no argument {k!r}.{nearest(k, known)} It takes: {', '.join(known)}.")
     args = {k: _object(k, v, label) if k in _PARTS else v for k, v in args.items()}
     if lost := [n for n in _required(cls) if n not in args]: raise ValueError(f"{label} needs {', '.join(lost)}.")
     try: return cls(**args)
@@ -86,11 +90,12 @@ def _object(key, value, label):
 
 # %% ../nbs/12_external.ipynb #ed3c5d28
 def _known_rows(emb, labels, level, name, what):
-    "Checked embeddings in full precision and labels of one level, without unknown rows, and which rows these are (None: all)."
+    "Checked embeddings and labels of one level, without unknown rows, and which rows these are (None: all)."
     emb, of = _full(check_embeddings(emb, what, products=True)), "labels" if what == "embeddings" else "ref_labels"
     y = check_labels(labels, of)
     if level >= y.shape[1]:
-        raise ValueError(f"pml/{name} asks for level {level}, but the {of} have {y.shape[1]} level(s), 0 to {y.shape[1] - 1}.")
+        L = y.shape[1]
+        raise ValueError(f"pml/{name} asks for level {level}, but the {of} have {L} level(s), 0 to {L - 1}.")
     y = y[:, level].to(emb.device)
     if not len(emb): raise ValueError("the batch is empty." if what == "embeddings" else f"{what} is empty.")
     if len(emb) != len(y): raise ValueError(f"{len(emb)} {what} but {len(y)} labels.")
@@ -154,7 +159,8 @@ def forward(self: PMLLoss,
             ref_labels=None, # integers [N] or [N, L], with ref_emb
             ) -> Tensor: # the loss, a scalar
     "Compute the loss; what this loss cannot do (references, pairs of a miner) is a `ValueError`."
-    if (ref_emb is None) != (ref_labels is None): raise ValueError("ref_emb and ref_labels belong together: give both or none.")
+    if (ref_emb is None) != (ref_labels is None):
+        raise ValueError("ref_emb and ref_labels belong together: give both or none.")
     if ref_emb is embeddings and indices_tuple is None: ref_emb = ref_labels = None
     with _no_autocast(embeddings):
         emb, y, keep = _known_rows(embeddings, labels, self.level, self.name, "embeddings")
@@ -163,7 +169,8 @@ def forward(self: PMLLoss,
             if self.name in _OWN_BATCH: raise ValueError(_ONLY_ITSELF.format(self.name))
             ref, ref_y, ref_keep = _known_rows(ref_emb, ref_labels, self.level, self.name, "ref_emb")
             more = dict(ref_emb=_same_width(emb, ref), ref_labels=ref_y.to(emb.device))
-        if indices_tuple is not None: more["indices_tuple"] = _renumber(_tuple(indices_tuple, self.name), keep, ref_keep)
+        if indices_tuple is not None:
+            more["indices_tuple"] = _renumber(_tuple(indices_tuple, self.name), keep, ref_keep)
         value = self._value(emb, y, more)
     self._terms["loss"] = value.detach()
     return value
@@ -201,23 +208,24 @@ def _check_sizes(self: PMLLoss, emb, y):
     "Check the input against the classes and dimensions that the loss was made for."
     if readable(y) and self.num_classes is not None and len(y) and int(y.max()) >= self.num_classes:
         first = int(y[y >= self.num_classes][0])
-        raise ValueError(f"pml/{self.name} was made for {self.num_classes} classes, but a label at level {self.level} is {first}; "
-                         f"labels must be 0 to {self.num_classes - 1}.")
+        raise ValueError(f"pml/{self.name} was made for {self.num_classes} classes, but a label at level {self.level} "
+                         f"is {first}; labels must be 0 to {self.num_classes - 1}.")
     if self.embedding_size not in (None, emb.shape[1]):
-        raise ValueError(f"pml/{self.name} was made for embeddings of {self.embedding_size} dimensions, got {emb.shape[1]}.")
+        raise ValueError(f"pml/{self.name} was made for embeddings of {self.embedding_size} dimensions, "
+                         f"got {emb.shape[1]}.")
 
 # %% ../nbs/12_external.ipynb #869863e8
 # what their classes call the sizes
 _SIZES = dict(num_classes=["num_classes"], embedding_size=["embedding_size", "descriptors_dim", "l"])
 _NO_LABELS = {"ManifoldLoss", "VICRegLoss"}
 
-def pml_loss(name: str, # of a loss of pytorch-metric-learning, such as "TripletMarginLoss"; "pml/" before it does no harm
+def pml_loss(name: str, # of a loss of pytorch-metric-learning, such as "TripletMarginLoss" or "pml/TripletMarginLoss"
              num_classes: int = None, # given to losses that take it
              embedding_size: int = None, # given to losses that take it
              level: int = 0, # column of the labels
              **args, # everything else the loss takes; distance, reducer and regularizers also by name
              ) -> PMLLoss:
-    "Make a loss of pytorch-metric-learning from its name; unknown names and arguments are `ValueError`s with the nearest known one."
+    "Make a loss of pytorch-metric-learning from its name; unknown names and arguments are `ValueError`s."
     cls = _lookup("losses", name)
     _refuse(cls)
     known = _parameters(cls)
@@ -230,28 +238,29 @@ def pml_loss(name: str, # of a loss of pytorch-metric-learning, such as "Triplet
 
 @LOSSES.register("pml/")
 def pml_maker(name: str): # what follows "pml/", such as "TripletMarginLoss"
-    "Look up a loss and return a function of num_classes, embedding_size and its arguments that makes it; the registry of losses calls it."
+    "Look up a loss and return a function that makes it; the registry of losses calls this."
     return partial(pml_loss, _lookup("losses", name).__name__)
 
-# %% ../nbs/12_external.ipynb #16bc07ce
+# %% ../nbs/12_external.ipynb #dd8f0e49
 def _refuse(cls):
     "Refuse losses that a name does not describe."
     name = cls.__name__
     if {"loss", "losses"} & set(_required(cls)):
         raise ValueError(f"pml/{name} is made of other losses, so its name does not describe it. For a memory use "
-                         "hapnb.large_batches.CrossBatchMemory, for a sum hapnb.losses.SumLoss; for views of one image give them one label.")
-    if cls is _pml("losses").BaseMetricLossFunction:
-        raise ValueError(f"pml/{name} cannot be called as a loss of a labelled batch: this is a base for others, with no value of its own.")
-    if name in _NO_LABELS:
-        raise ValueError(f"pml/{name} cannot be called as a loss of a labelled batch: labels are not supported for this loss function.")
+                         "hapnb.large_batches.CrossBatchMemory, for a sum hapnb.losses.SumLoss; "
+                         "for views of one image give them one label.")
+    why = "labels are not supported for this loss function." if name in _NO_LABELS else ""
+    if cls is _pml("losses").BaseMetricLossFunction: why = "this is a base for others, with no value of its own."
+    if why: raise ValueError(f"pml/{name} cannot be called as a loss of a labelled batch: {why}")
 
 def _warn_of_smooth_ap(cls):
     "Warn where their Smooth-AP departs from the formula on three classes of four."
     x, y = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) // 4
     off = abs(float(cls()(x, y)) - float(SmoothAPLoss()(x, y)))
     if off > 1e-3:
-        warnings.warn(f"pml/SmoothAPLoss of this pytorch-metric-learning is not Smooth-AP: on a small batch it is off by {off:.3f}, because "
-                      "it mixes up the numbers of classes and of images per class. Use 'SmoothAPLoss', which is exact for any batch.", stacklevel=3)
+        warnings.warn("pml/SmoothAPLoss of this pytorch-metric-learning is not Smooth-AP: on a small batch it is "
+                      f"off by {off:.3f}, because it mixes up the numbers of classes and of images per class. "
+                      "Use 'SmoothAPLoss', which is exact for any batch.", stacklevel=3)
 
 # %% ../nbs/12_external.ipynb #1b19e138
 class PMLMiner(nn.Module):
@@ -259,12 +268,14 @@ class PMLMiner(nn.Module):
     def __init__(self, miner: nn.Module, # theirs
                  level: int = 0): # column of the labels
         super().__init__()
-        self.miner, self.level, self.name = miner, check_number("level", level, least=0, whole=True), type(miner).__name__
+        self.miner, self.name = miner, type(miner).__name__
+        self.level = check_number("level", level, least=0, whole=True)
 
     @torch.no_grad()
     def forward(self, embeddings: Tensor, labels, ref_emb: Tensor = None, ref_labels=None) -> tuple:
-        "Choose pairs (a, p, b, n) or triplets (a, p, n), as row numbers of the batch (a, b) and of the references (p, n)."
-        if (ref_emb is None) != (ref_labels is None): raise ValueError("ref_emb and ref_labels belong together: give both or none.")
+        "Choose pairs (a, p, b, n) or triplets (a, p, n), as rows of the batch (a, b) and of the references (p, n)."
+        if (ref_emb is None) != (ref_labels is None):
+            raise ValueError("ref_emb and ref_labels belong together: give both or none.")
         if ref_emb is embeddings: ref_emb = ref_labels = None
         with _no_autocast(embeddings):
             emb, y, keep = _known_rows(embeddings, labels, self.level, self.name, "embeddings")
@@ -274,7 +285,8 @@ class PMLMiner(nn.Module):
                 refs = _same_width(emb, ref), ref_y.to(emb.device)
             if self.name == "EmbeddingsAlreadyPackagedAsTriplets": self._check_threes(keep, refs)
             try: found = self.miner(emb, y, *refs)
-            except (ValueError, AssertionError, NotImplementedError) as e: raise ValueError(f"pml/{self.name}: {_said(e)}") from e
+            except (ValueError, AssertionError, NotImplementedError) as e:
+                raise ValueError(f"pml/{self.name}: {_said(e)}") from e
         rows = [None if k is None else k.nonzero()[:, 0] for k in (keep, ref_keep)]
         side = (0, 1, 1) if len(found) == 3 else (0, 1, 0, 1)
         found = [t.to(emb.device) for t in found]
@@ -286,7 +298,8 @@ def _check_threes(self: PMLMiner, keep, refs):
     "Refuse what does not fit a miner that counts rows in threes."
     if refs: raise ValueError(f"pml/{self.name} looks into the batch only: call it without ref_emb.")
     if keep is not None:
-        raise ValueError(f"pml/{self.name} takes rows in threes, but row {int((~keep).nonzero()[0, 0])} is of unknown class.")
+        first = int((~keep).nonzero()[0, 0])
+        raise ValueError(f"pml/{self.name} takes rows in threes, but row {first} is of unknown class.")
 
 def pml_miner(name: str, # of a miner, such as "MultiSimilarityMiner"
               level: int = 0, # column of the labels

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import check_embeddings, check_labels
-from .helpers import check_number, pick_device
+from .helpers import UserError, check_number, pick_device
 from .retrieval import nearest_rows
 
 # %% ../nbs/47_knn_graphs.ipynb #585341f9
@@ -93,7 +93,7 @@ def knn_graph(x: Tensor, # [N, D], any length; only the direction counts
     x = _unit_rows(x)
     if device is not None: x = x.to(pick_device(device))
     n = len(x)
-    if n < 2: raise ValueError(f"a graph of neighbours needs 2 points or more, got {n}.")
+    if n < 2: raise UserError(f"a graph of neighbours needs 2 points or more, got {n}.")
     k = min(int(k), n - 1)
     return _pick(x, _candidates(x, min(k + 1 + _EXTRA, n)), k)
 
@@ -103,7 +103,7 @@ def same_class(graph: Graph,
                ) -> Tensor: # BoolTensor [N, k]
     "Tell which neighbours are of a point's own class; an unknown class equals no other."
     y = check_labels(labels)[:, 0].to(graph.neighbours.device)
-    if len(y) != len(graph): raise ValueError(f"{len(y)} labels for a graph of {len(graph)} points.")
+    if len(y) != len(graph): raise UserError(f"{len(y)} labels for a graph of {len(graph)} points.")
     return (y[graph.neighbours] == y[:, None]) & (y >= 0)[:, None]
 
 def supervised_density(graph: Graph,
@@ -141,7 +141,7 @@ def find_roots(parents: Tensor, # LongTensor [N], -1 = a peak; no cycles
         if bool((nxt == up).all()): break
         up = nxt
     if bool((parents[up] >= 0).any()):
-        raise ValueError("the parents form a cycle; densities must rise along every edge.")
+        raise UserError("the parents form a cycle; densities must rise along every edge.")
     return up
 
 # %% ../nbs/47_knn_graphs.ipynb #83759442
@@ -199,7 +199,7 @@ def canonical_order(x: Tensor, # [N, D], any length
                     ) -> tuple: # unit rows [n, D], each once; LongTensor [N]: place of each row; [n]: its first row
     "Sort unit rows by their bytes and merge exact copies; the table is the same for every order of the rows."
     rows = torch.as_tensor(x).detach().cpu().float()
-    if len(check_embeddings(rows, "x", unit=True)) == 0: raise ValueError("x has no rows: there is nothing to order.")
+    if len(check_embeddings(rows, "x", unit=True)) == 0: raise UserError("x has no rows: there is nothing to order.")
     # adding 0.0 turns -0.0 into 0.0: the two are equal, and differ in a byte
     first, place = _unique_rows(rows + 0.0)
     unit = F.normalize(rows[first], dim=1) + 0.0

@@ -108,7 +108,10 @@ class Registry:
 
 # %% ../nbs/90_helpers.ipynb #cbfd7c31
 LOSSES = Registry("loss", late={"pml/": "hapnb.external"})
-DATASETS, SAMPLERS, TRUNKS = Registry("dataset"), Registry("sampler"), Registry("trunk")
+DATASETS, SAMPLERS = Registry("dataset"), Registry("sampler")
+TRUNKS = Registry("trunk", late=dict.fromkeys(
+    ("googlenet", "bn_inception", "deit_small", "deit_base", "vit_small", "vit_base", "vit_small_dino", "vit_base_dino"),
+    "hapnb.trunks"))
 
 # %% ../nbs/90_helpers.ipynb #2744612f
 def late_names(here: str, # `__name__` of the module that gives the names
@@ -186,7 +189,8 @@ def pick_device(device: str = "auto", # "auto": CUDA, else MPS, else CPU; or a n
     except RuntimeError as e: raise ValueError(f"unknown device {device!r}; try 'auto', 'cpu', 'cuda' or 'mps'.") from e
     if d.type not in ("cpu", "cuda", "mps", "xpu"):
         raise UserError(f"nothing can be trained on device {device!r}; use 'auto', 'cpu', 'cuda' or 'mps'.")
-    if (d.type == "cuda" and not cuda) or (d.type == "mps" and not mps):
+    missing = d.type == "cuda" and (d.index or 0) >= max(torch.cuda.device_count(), cuda)
+    if missing or (d.type == "mps" and not mps):
         raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} finds none here; "
                          "use 'auto' or 'cpu'.")
     return d

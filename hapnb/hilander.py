@@ -97,16 +97,16 @@ def _training_set(x, labels):
     "Checked unit rows and labels, those with unknown labels left out."
     x = check_embeddings(torch.as_tensor(x), "x", unit=True).detach().cpu().float()
     y = check_labels(labels)[:, 0].cpu()
-    if len(x) != len(y): raise ValueError(f"{len(x)} rows but {len(y)} labels.")
+    if len(x) != len(y): raise UserError(f"{len(x)} rows but {len(y)} labels.")
     x, y = F.normalize(x[y >= 0], dim=1), y[y >= 0]
-    if len(x) < 2: raise ValueError(f"Hi-LANDER learns from neighbours; {len(x)} labelled row(s) are too few.")
+    if len(x) < 2: raise UserError(f"Hi-LANDER learns from neighbours; {len(x)} labelled row(s) are too few.")
     classes, counts = y.unique(return_counts=True)
-    if len(classes) < 2: raise ValueError(f"all {len(y)} labelled rows are of class {int(classes[0])}; Hi-LANDER "
-                                          "learns to tell classes apart and needs at least two.")
-    if counts.max() < 2: raise ValueError(f"each of the {len(classes)} classes has one row; Hi-LANDER learns what "
-                                          "belongs together and needs classes of two rows or more.")
-    if bool((x == x[0]).all()): raise ValueError(f"all {len(x)} labelled rows are identical, so their neighbours mean "
-                                                 "nothing; check the features.")
+    if len(classes) < 2: raise UserError(f"all {len(y)} labelled rows are of class {int(classes[0])}; Hi-LANDER "
+                                         "learns to tell classes apart and needs at least two.")
+    if counts.max() < 2: raise UserError(f"each of the {len(classes)} classes has one row; Hi-LANDER learns what "
+                                         "belongs together and needs classes of two rows or more.")
+    if bool((x == x[0]).all()): raise UserError(f"all {len(x)} labelled rows are identical, so their neighbours mean "
+                                                "nothing; check the features.")
     return x, y
 
 # %% ../nbs/48_hilander.ipynb #d0c5eb1f
@@ -339,8 +339,8 @@ def _one_level(model, u, nodes, roots, k, tau, distance, batch_size, device):
     if model.options["cluster_features"]: x = torch.cat([x, cluster_means(u, roots, nodes)], 1)
     p, density = predict_edges(model, x, graph, batch_size, device)
     if not bool(density.isfinite().all()):
-        raise ValueError("the model predicts densities that are not finite: its weights are damaged or it diverged; "
-                         "train again.")
+        raise UserError("the model predicts densities that are not finite: its weights are damaged or it diverged; "
+                        "train again.")
     far = 1 - (p if distance == "prob" else graph.similarity)
     return graph, density, find_parents(graph, density, far, below=1 - tau)
 
@@ -353,10 +353,10 @@ def check_decode(args: dict, # of `cluster_hilander`
 def _check_points(model, x):
     "Rows that the model can read."
     x = check_embeddings(torch.as_tensor(x), "x", unit=True)
-    if len(x) == 0: raise ValueError("x has no rows: there is nothing to cluster.")
+    if len(x) == 0: raise UserError("x has no rows: there is nothing to cluster.")
     dim = model.options["dim"]
-    if x.shape[1] != dim: raise ValueError(f"x has {x.shape[1]} dimensions, but the model was trained on {dim}; use "
-                                           "features of the same kind, or train again.")
+    if x.shape[1] != dim: raise UserError(f"x has {x.shape[1]} dimensions, but the model was trained on {dim}; use "
+                                          "features of the same kind, or train again.")
     return x
 
 # %% ../nbs/48_hilander.ipynb #f1ad67f0
@@ -412,11 +412,11 @@ def load(self: _Training, path, key):
     again = "give another path, or delete it to start again."
     try: state = load_state(path)
     except Exception as e:
-        raise ValueError(f"{path} is no readable state of a training ({type(e).__name__}: {str(e)[:120]}); "
-                         "delete it to start again.") from e
+        raise UserError(f"{path} is no readable state of a training ({type(e).__name__}: {str(e)[:120]}); "
+                        "delete it to start again.") from e
     if not isinstance(state, dict) or state.get("kind") != "hilander":
-        raise ValueError(f"{path} is no state of a Hi-LANDER training; {again}")
-    if state["key"] != key: raise ValueError(f"{path} belongs to other features, labels or settings; {again}")
+        raise UserError(f"{path} is no state of a Hi-LANDER training; {again}")
+    if state["key"] != key: raise UserError(f"{path} belongs to other features, labels or settings; {again}")
     self.model.load_state_dict(state["model"])
     self.opt.load_state_dict(state["opt"])
     self.epoch, self.model.history = state["epoch"], list(state["history"])
@@ -452,9 +452,9 @@ def _read_parts(folder):
         about, weights = json.loads((folder / _FILES[0]).read_text()), (folder / _FILES[1]).read_bytes()
         sums = about.pop("sha256")
         for name, found in _sums(about, weights).items():
-            if sums[name] != found: raise ValueError(f"{name} differs from what was saved")
+            if sums[name] != found: raise UserError(f"{name} differs from what was saved")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{folder} holds a damaged Hi-LANDER model ({type(e).__name__}: {e}); train again.") from e
+        raise UserError(f"{folder} holds a damaged Hi-LANDER model ({type(e).__name__}: {e}); train again.") from e
     return about, weights
 
 def load_hilander(folder) -> HiLander: # on the CPU, ready to use
@@ -482,8 +482,8 @@ def hilander(x: Tensor, # [N, D]
              ) -> Tensor: # LongTensor [N]
     "Cluster by a trained Hi-LANDER; a wanted number of clusters and a missing model are a `ValueError`."
     if clusters is not None:
-        raise ValueError(f"hilander finds the number of clusters by itself and cannot be told {clusters}; leave it out "
-                         "and set tau.")
-    if model is None: raise ValueError("hilander needs model=: a model of train_hilander, or the folder of one.")
+        raise UserError(f"hilander finds the number of clusters by itself and cannot be told {clusters}; leave it out "
+                        "and set tau.")
+    if model is None: raise UserError("hilander needs model=: a model of train_hilander, or the folder of one.")
     model = model if isinstance(model, HiLander) else load_hilander(model)
     return cluster_hilander(model, x, k, tau, distance, max_levels, early_stop, batch_size, device).labels

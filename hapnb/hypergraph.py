@@ -200,7 +200,7 @@ def class_distances(x: Tensor, # embeddings [N, D], any length
 
 # %% ../nbs/04_hypergraph.ipynb #68831fbd
 class ClassDistributions(nn.Module):
-    "One Gaussian per class with a diagonal covariance (HIST, CVPR 2022): parameters `means`, `log_vars`, both `[C, D]`."
+    "One Gaussian per class with a diagonal covariance (HIST, CVPR 2022): parameters `means`, `log_vars` `[C, D]`."
     def __init__(self,
                  num_classes: int, # C
                  embedding_size: int, # D

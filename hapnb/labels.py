@@ -466,6 +466,7 @@ def _as_floats(x, where):
     if out.ndim != 2 or not out.shape[0]: raise UserError(f"{where} must have shape [N, D], got {list(x.shape)}.")
     return out
 
+# %% ../nbs/17_labels.ipynb #b2d35b50
 def read_embeddings(path, # .npz, .npy, .safetensors or .parquet
                     labels=None, # a file of labels; default: those beside the embeddings
                     levels=None, # names of the levels, finest first; default: all

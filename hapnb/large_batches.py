@@ -37,6 +37,7 @@ def _random_state(devices):
 
 # %% ../nbs/26_large_batches.ipynb #e863a813
 def _set_random_state(state, devices):
+    "Go back to a state of `_random_state`."
     cpu, own, python = state
     torch.set_rng_state(cpu)
     for s, d in zip(own, devices):

@@ -16,7 +16,7 @@ from .helpers import LOSSES, check_number
 
 # %% ../nbs/02_pairs.ipynb #3fdba996
 def _pairs(loss, batch: Batch):
-    "Scores `[Q, N]` and masks of the positive and the negative pairs at the loss's level; a query is no pair with itself."
+    "Scores `[Q, N]` and masks of positive and negative pairs at the loss's level; a query is no pair with itself."
     shared = batch.shared(loss.pick_level(batch, loss.level))
     if batch.square: shared.fill_diagonal_(-1)
     return batch.scores(), shared == 1, shared == 0

@@ -195,6 +195,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _see(self, t, size):
+        "Count a storage that is seen for the first time, until it is freed."
         s = t.untyped_storage()
         key = s._cdata
         if key in self.seen: return

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ProxyLoss', 'NormSoftmaxLoss', 'CrossEntropyLoss', 'AMSoftmaxLoss', 'ProxyAnchorLoss', 'CSLLoss']
 
-# %% ../nbs/02b_proxies.ipynb #edfdec83
+# %% ../nbs/02b_proxies.ipynb #f25e375b
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -50,8 +50,8 @@ def targets(self: ProxyLoss, batch: Batch) -> Tensor: # LongTensor [Q], -1 = unk
     "Read the classes at the loss's level; `ValueError` names rows that have no proxy."
     target, C = batch.labels[:, self.pick_level(batch, self.level)], self.num_classes
     if readable(target) and bool((beyond := target >= C).any()):
-        raise ValueError(f"labels: row(s) {_rows(beyond)} have classes up to {int(target.max())} at level {self.level}, "
-                         f"but {type(self).__name__} has {C} proxies, 0 to {C - 1}; "
+        raise ValueError(f"labels: row(s) {_rows(beyond)} have classes up to {int(target.max())} at level "
+                         f"{self.level}, but {type(self).__name__} has {C} proxies, 0 to {C - 1}; "
                          "re-index the classes or raise num_classes.")
     return target
 
@@ -64,7 +64,8 @@ def _wide(emb, weight):
 def _same_size(loss, emb):
     "Check the width of the embeddings against the proxies."
     here, there = emb.shape[1], loss.weight.shape[1]
-    if here != there: raise ValueError(f"embeddings have {here} dimensions, the proxies of {type(loss).__name__} {there}.")
+    if here != there:
+        raise ValueError(f"embeddings have {here} dimensions, the proxies of {type(loss).__name__} {there}.")
 
 # %% ../nbs/02b_proxies.ipynb #2a154b95
 @LOSSES.register()

@@ -105,7 +105,7 @@ class Part:
 
 # %% ../nbs/01_ranking.ipynb #d61d55e7
 def _pack(scores, mask, n, dense=0.7):
-    "Scores where `mask` (`n` per row), packed to the left [Q, width]; the filled slots; their columns (None: all, in place)."
+    "Scores where `mask` (`n` per row), packed to the left [Q, width]; filled slots; their columns (None: in place)."
     Q, N = scores.shape
     # reading a value waits for the device
     width = int(n.max()) if readable(mask) else N
@@ -122,9 +122,9 @@ def _flat(mask):
     if mask.device.type == "cpu" and not transforming(): return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.flatten().nonzero()[:, 0]
 
-# %% ../nbs/01_ranking.ipynb #aa7d6439
+# %% ../nbs/01_ranking.ipynb #3ed9d994
 def _by_cube(scores, shared, levels, parts, combine, counts):
-    "The score of each query by ordinary operations on all differences, differentiable any number of times; memory O(Q P N)."
+    "The score of each query by ordinary operations on all differences, always differentiable; memory O(Q P N)."
     total, index = scores[:, :0].sum(1), torch.arange(len(scores), device=scores.device)
     for a in range(levels, 0, -1):
         k, live, _ = _pack(scores, level_mask(shared, a), counts[:, a])
@@ -136,7 +136,7 @@ def _by_cube(scores, shared, levels, parts, combine, counts):
         total = total + torch.where(live, worth, 0.).sum(1)
     return total
 
-# %% ../nbs/01_ranking.ipynb #26438c5a
+# %% ../nbs/01_ranking.ipynb #0f6c0c96
 # what empty slots lie below all others
 HUGE = 2.0 ** 100
 
@@ -161,7 +161,7 @@ def _scratches(like, n, keep):
 
 def _out(scratch, name, sj, sk): return None if scratch is None else scratch(name, *sk.shape[:2], sj.shape[2])
 
-# %% ../nbs/01_ranking.ipynb #6f157241
+# %% ../nbs/01_ranking.ipynb #a702751f
 @patch
 def sums(self: Step, sj: Tensor, sk: Tensor, scratch=None):
     "Count the items that score at least as high."
@@ -180,7 +180,7 @@ def derivative(self: Sigmoid, s: Tensor, scratch=None):
     "The derivative at each triple of a block, over `scale`."
     return torch.addcmul(s, s, s, value=-1, out=_out(scratch, "derivative", s, s))
 
-# %% ../nbs/01_ranking.ipynb #794aaec0
+# %% ../nbs/01_ranking.ipynb #1c9136fe
 @patch
 def sums(self: Sup, sj: Tensor, sk: Tensor, scratch=None):
     "Sum the bound over a block, `[q, p]`, and keep what `derivative` needs."
@@ -204,7 +204,7 @@ def derivative(self: Sup, saved, scratch=None):
     s, over = saved
     return torch.addcmul(s, s, s, value=-1, out=_out(scratch, "derivative", s, s)).add_(over, alpha=self.pieces[-1])
 
-# %% ../nbs/01_ranking.ipynb #6a2ab6e7
+# %% ../nbs/01_ranking.ipynb #df0889fd
 @patch
 def sums(self: Leaky, sj: Tensor, sk: Tensor, scratch=None):
     "Sum the leaky step over a block, `[q, p]`, and keep what `derivative` needs."
@@ -224,7 +224,7 @@ def derivative(self: Leaky, saved, scratch=None):
 def _block_size(device): return 2**18 if device.type == "cpu" else 2**24
 
 def _blocks(counts, widest, block):
-    "Cut queries, those with most positives first, into blocks of about `block` triples: slices of queries and of positives."
+    "Cut queries, those with most positives first, into blocks of about `block` triples: slices of both."
     first = 0
     while first < len(counts) and counts[first]:
         p = min(counts[first], max(1, block // widest))
@@ -244,7 +244,7 @@ def _gather(scores, shared, counts, parts, scratches):
     return out
 
 def _order(n, width, packed):
-    "Queries with most positives first (None: as they are), and how many slots each needs (all, where nothing is packed)."
+    "Queries with most positives first (None: as they are), and how many slots each needs."
     if not packed: return None, [width] * len(n)
     n, order = n.sort(descending=True, stable=True)
     n = n.tolist()
@@ -252,7 +252,7 @@ def _order(n, width, packed):
 
 # %% ../nbs/01_ranking.ipynb #6e3a90b2
 def _level(scores, shared, counts, index, a, parts, combine, block, total, grad, scratches):
-    "Add what positives of level `a` contribute to `total`, and its derivatives to `grad`; `index`: numbers of these queries."
+    "Add what positives of level `a` contribute to `total`, its derivatives to `grad`; `index`: these queries."
     k, live, kcol = _pack(scores, level_mask(shared, a), counts[:, a])
     if not k.shape[1]: return
     k, groups = k.masked_fill(~live, 0.), _gather(scores, shared, counts, parts, scratches)
@@ -276,7 +276,7 @@ def _spread(grad, q, found):
 
 # %% ../nbs/01_ranking.ipynb #051bd92e
 def _block(k, live, groups, combine, need, dk, ds, scratches):
-    "Sum and combine a block of positives `k [q, p]`, add the derivative to `dk` and `ds`, and give the queries' scores `[q]`."
+    "Sum and combine a block of positives `k [q, p]`, add derivatives to `dk` and `ds`, and give scores `[q]`."
     sums, saved = zip(*(f.sums(s[:, None, :], k[:, :, None], scratch) for (s, f), scratch in zip(groups, scratches)))
     worth, outer = combine(sums)
     for (_, f), keep, o, d, scratch in zip(groups, saved, outer, ds, scratches) if need else []:

@@ -39,7 +39,8 @@ def environment(accelerator=None, # or a device; default: the CPU
                 ) -> dict:
     "Describe what computes: versions, commit, device, threads."
     from importlib.metadata import PackageNotFoundError, version
-    out = dict(python=platform.python_version(), system=platform.platform(), host=socket.gethostname(), commit=_commit())
+    out = dict(python=platform.python_version(), system=platform.platform(), host=socket.gethostname())
+    out["commit"] = _commit()
     for name in ("hapnb", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "faiss-gpu"):
         try: out[name] = version(name)
         except PackageNotFoundError: out[name] = None
@@ -69,7 +70,8 @@ def _why_again(path):
     if (path / "metrics.json").stat().st_mtime < _forced_at(): return ""
     try: found = check_files(path, None, "it is made again.")
     except Damaged as e: return str(e)
-    return None if found.get("key") == path.name else f"{path / MANIFEST} belongs to run {found.get('key')}: it is made again."
+    if found.get("key") == path.name: return None
+    return f"{path / MANIFEST} belongs to run {found.get('key')}: it is made again."
 
 # %% ../nbs/33_runs.ipynb #1bd43120
 _REMEDY = "`hapnb train` with the same settings, or run(cfg), makes it again."
@@ -79,7 +81,8 @@ class Result:
     def __init__(self, path): # the run's folder
         self.path = Path(path)
         if not is_finished(self.path):
-            raise FileNotFoundError(f"{self.path} holds no finished run (no {MANIFEST}). Run it (again) with hapnb.train.run.")
+            raise FileNotFoundError(f"{self.path} holds no finished run (no {MANIFEST}). "
+                                    "Run it (again) with hapnb.train.run.")
         self.key = read_manifest(self.path, _REMEDY).get("key") or self.path.name
         self.metrics = self._json("metrics.json")
 
@@ -93,7 +96,10 @@ class Result:
     @functools.cached_property
     def config(self): return RunConfig.from_dict(self._json("config.json"))
     @functools.cached_property
-    def history(self): return pd.read_csv(self._file("history.csv"))
+    def history(self):
+        path = self._file("history.csv")
+        # a run of no epochs has no rows
+        return pd.read_csv(path) if path.stat().st_size > 1 else pd.DataFrame()
     @functools.cached_property
     def environment(self): return self._json("environment.json")
 
@@ -138,7 +144,9 @@ def model(self: Result) -> nn.Module:
         if own or part == "head": getattr(net, part).load_state_dict(own)
     return net.eval()
 
-def _part_of(weights, part): return {k.removeprefix(part + "."): v for k, v in weights.items() if k.startswith(part + ".")}
+def _part_of(weights, part):
+    "The weights of one part, under the names that they have inside it."
+    return {k.removeprefix(part + "."): v for k, v in weights.items() if k.startswith(part + ".")}
 
 # %% ../nbs/33_runs.ipynb #65737264
 @patch
@@ -146,8 +154,9 @@ def dataset(self: Result):
     "Load the evaluation part; row i belongs to embedding i. `UserError` if the data is not what the run saw."
     found, seen = load_splits(self.config)[1], self.environment["data"]
     if found.fingerprint == seen["fingerprint"]: return found
-    raise UserError(f"run {self.key} was evaluated on {seen['images']} images of {seen['name']}/{seen['split']}, which are "
-                    "not what its config loads now: the data changed, or the run was given `data`. Load that data by hand.")
+    raise UserError(f"run {self.key} was evaluated on {seen['images']} images of {seen['name']}/{seen['split']}, "
+                    "which are not what its config loads now: the data changed, or the run was given `data`. "
+                    "Load that data by hand.")
 
 # %% ../nbs/33_runs.ipynb #2ddf1049
 @patch
@@ -163,8 +172,8 @@ def trainer(self: Result,
     for part, module in parts.items():
         try: module.load_state_dict(_part_of(kept, part))
         except RuntimeError as e:
-            raise UserError(f"run {self.key}: the weights of its {part} do not fit what its config builds now: the data "
-                            f"changed, or the run was given `data` ({e}).") from e
+            raise UserError(f"run {self.key}: the weights of its {part} do not fit what its config builds now: "
+                            f"the data changed, or the run was given `data` ({e}).") from e
     return found, batches
 
 # %% ../nbs/33_runs.ipynb #a0d558c4
@@ -203,7 +212,8 @@ def _resume(trainer, path, progress) -> bool: # False: the trainer may be half c
     try: trainer.load_state_dict(load_state(path / "state.pt", key=path.name))
     # torch raises many types where a checkpoint of another version does not fit
     except Exception as e:
-        why = e if isinstance(e, Damaged) else f"{path / 'state.pt'} cannot be used ({type(e).__name__}: {str(e)[:200]})."
+        why = f"{path / 'state.pt'} cannot be used ({type(e).__name__}: {str(e)[:200]})."
+        if isinstance(e, Damaged): why = e
         warnings.warn(f"{why} The run starts again.", RuntimeWarning)
         return False
     if progress: print(f"going on with {path} at {trainer.where()}", flush=True)
@@ -217,7 +227,7 @@ def run(cfg: RunConfig, # what to do
         save_every: float = 30., # seconds between checkpoints, more where writing takes long; 0: after each step
         workers: int = None, # processes that load images; default: one per core, at most 8
         data: tuple = None, # (training part, evaluation part) instead of the named dataset
-        on_epoch = None, # called (in the first process) with each row of the history; what it raises ends the run for now
+        on_epoch = None, # called (in the first process) with each row of the history; may raise to end the run for now
         ) -> Result:
     "Train, evaluate and keep a run; read a finished one back, go on with an interrupted one."
     parts = data or load_splits(cfg)
@@ -233,7 +243,8 @@ def run(cfg: RunConfig, # what to do
         for part in parts if cfg.packed is not None and not is_finished(path) else (): _pack(cfg, part, progress)
         # the others follow when the first process has the lock
         accelerator.wait_for_everyone()
-        if not is_finished(path): _make_run(cfg, path, data, made, accelerator, progress and main, save_every, workers, on_epoch)
+        if not is_finished(path):
+            _make_run(cfg, path, data, made, accelerator, progress and main, save_every, workers, on_epoch)
         accelerator.wait_for_everyone()
     return Result(path)
 
@@ -309,6 +320,7 @@ class _Reporter:
         self.began = self.told = time.monotonic()
 
     def __call__(self, row):
+        "After an epoch."
         now, epoch = time.monotonic(), self.trainer.epoch
         if self.progress and (now - self.told >= 5 or epoch == self.cfg.epochs):
             self.told = now
@@ -327,7 +339,8 @@ class _Reporter:
             raise
 
 # %% ../nbs/33_runs.ipynb #160a6487
-_FILES = ("config.json", "history.csv", "weights.safetensors", "embeddings.safetensors", "environment.json", "metrics.json")
+_FILES = ("config.json", "history.csv", "weights.safetensors", "embeddings.safetensors", "environment.json",
+          "metrics.json")
 
 def _finish(cfg, path, data, trainer, z, began):
     "Write the result and its manifest."

@@ -111,7 +111,7 @@ def _true_ranks(scores: Tensor, pos: Tensor) -> tuple:
     pos_below = (mine.cumsum(1) - mine.long()).gather(1, below)
     return scores.shape[1] - below, pos.sum(1, keepdim=True) - pos_below
 
-# %% ../nbs/03_surrogates.ipynb #7d4e7065
+# %% ../nbs/03_surrogates.ipynb #87505cb9
 def _black_box_ap(scores, pos, lam, eps, left_out=None):
     "One minus the average precision of each query; its gradient is the finite difference of two rankings."
     # what is left out lies below everything, and is never moved

@@ -180,7 +180,11 @@ class Diverged(RuntimeError): "The loss or a gradient became NaN or infinite."
 # %% ../nbs/30_train.ipynb #85eac071
 PRECISIONS = ("no", "bf16", "fp16")
 def _launched(): return int(os.environ.get("WORLD_SIZE", 1)) > 1
-def _world(): return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+def _world():
+    "Number of this process, and of all."
+    ready = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if ready else (0, 1)
 
 def make_accelerator(device: str = "auto", # as in `pick_device`
                      precision: str = "no", # "no", "bf16" or "fp16"
@@ -190,7 +194,8 @@ def make_accelerator(device: str = "auto", # as in `pick_device`
     from accelerate.state import AcceleratorState
     device = pick_device(device)
     if precision not in PRECISIONS:
-        raise UserError(f"unknown precision {precision!r}.{nearest(precision, PRECISIONS)} Known: {', '.join(PRECISIONS)}.")
+        near = nearest(precision, PRECISIONS)
+        raise UserError(f"unknown precision {precision!r}.{near} Known: {', '.join(PRECISIONS)}.")
     if precision == "fp16" and device.type == "cpu":
         raise UserError("precision='fp16' needs a GPU; on a CPU use 'bf16' or 'no'.")
     if device.type == "cuda" and device.index is not None and not _launched(): torch.cuda.set_device(device)
@@ -274,7 +279,8 @@ def _backward(self: Trainer, x, labels, rows=None):
     "Compute the gradients of a batch; give the loss, and the embeddings of all processes."
     if self.micro_batch:
         value = functools.partial(self._value, rows=rows)
-        return gradcache_backward(self.model, value, x, labels, self.micro_batch, backward=self._push, gather=gather_rows)
+        return gradcache_backward(self.model, value, x, labels, self.micro_batch, backward=self._push,
+                                  gather=gather_rows)
     emb = gather_rows(self.model(x))
     value = self._value(emb, labels, rows)
     self._push(value)
@@ -300,8 +306,9 @@ def _norm(self: Trainer):
     "The norm of the gradient, clipped if asked for; in the warm-up the backbone has none."
     if not self.opt: return torch.zeros((), device=self.device)
     self.accelerator.unscale_gradients(self.opt)
-    frozen = [g for g in self.opt.param_groups if self.epoch < self.warmup_epochs and g["name"].split(".")[0] == "trunk"]
-    for p in [p for g in frozen for p in g["params"]]: p.grad = None
+    for g in self.opt.param_groups if self.epoch < self.warmup_epochs else []:
+        if g["name"].split(".")[0] != "trunk": continue
+        for p in g["params"]: p.grad = None
     grads = [p.grad for p in self.params if p.grad is not None]
     if not grads: return torch.zeros((), device=self.device)
     if self.clip_norm is not None: return nn.utils.clip_grad_norm_(self.params, self.clip_norm)

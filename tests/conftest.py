@@ -12,10 +12,19 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 torch.set_num_threads(1)
-settings.register_profile("hapnb", deadline=None, derandomize=True, print_blob=False, database=None,
-                          phases=[Phase.explicit, Phase.generate],  # no shrinking: a failure is reported in seconds, with its case
-                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
-settings.load_profile("hapnb")
+# `quick` is the default: the same examples each time, and failures are reported as they come, without shrinking. `deep` draws new
+# examples, ten times as many, and shrinks: HYPOTHESIS_PROFILE=deep pytest tests/test_properties.py
+_common = dict(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+settings.register_profile("quick", derandomize=True, print_blob=False, phases=[Phase.explicit, Phase.generate], **_common)
+settings.register_profile("deep", print_blob=True, max_examples=1000, **_common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+def examples(n):
+    "Settings for a test: `n` examples in the profile `quick`, ten times as many in `deep`."
+    deep = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+    return settings(max_examples=10 * n if deep else n)
+
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 

@@ -1,4 +1,5 @@
-"""Derivatives of every loss beyond the first gradient, and embeddings of extreme length: each right, or an error that says why."""
+"""Derivatives of every loss beyond the first gradient, and embeddings of extreme length: each right, or an error that
+says why."""
 import inspect
 import subprocess
 import sys
@@ -50,10 +51,13 @@ def test_second_derivative_is_that_of_the_gradient(name, reduction):
     assert torch.allclose(found, numeric(f, x, v), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["SmoothAPLoss", "SupAPLoss", "HAPLoss", "SupRecallLoss", "SmoothNDCGLoss", "ROADMAPLoss", "HISTLoss"])
+@pytest.mark.parametrize("name",
+                         ["SmoothAPLoss", "SupAPLoss", "HAPLoss", "SupRecallLoss", "SmoothNDCGLoss", "ROADMAPLoss",
+                          "HISTLoss"])
 def test_gradgradcheck_with_references(name):
     loss, refs = by_name(name), points(2).requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda q, r: loss(q, TREE, ref_emb=r, ref_labels=OTHER), (points().requires_grad_(), refs))
+    assert torch.autograd.gradgradcheck(lambda q, r: loss(q, TREE, ref_emb=r, ref_labels=OTHER),
+                                        (points().requires_grad_(), refs))
 
 
 @pytest.mark.parametrize("distance", [d for d in DISTANCES if d != "manhattan"])
@@ -68,7 +72,8 @@ TRANSFORMS = {
     "jacrev": lambda f, x, v: (torch.func.jacrev(f)(x), gradient(f, x)[0]),
     "hessian": lambda f, x, v: ((torch.func.hessian(f)(x) * v).sum((-1, -2)), numeric(f, x, v)),
     "vmap": lambda f, x, v: (torch.vmap(f)(torch.stack([x, v])), torch.stack([f(x), f(v)]).detach()),
-    "vmap of grad": lambda f, x, v: (torch.vmap(torch.func.grad(f))(torch.stack([x, v])), torch.stack([gradient(f, e)[0] for e in (x, v)])),
+    "vmap of grad": lambda f, x,
+    v: (torch.vmap(torch.func.grad(f))(torch.stack([x, v])), torch.stack([gradient(f, e)[0] for e in (x, v)])),
 }
 
 
@@ -102,7 +107,8 @@ def test_batched_jacobian(name):
 
 def test_bad_input_is_found_inside_torch_func():
     loss = SupAPLoss()
-    with pytest.raises(ValueError, match="row 1, level 0 is -2"): torch.func.grad(lambda e: loss(e, [0, -2] * 4))(points())
+    with pytest.raises(ValueError, match="row 1, level 0 is -2"):
+        torch.func.grad(lambda e: loss(e, [0, -2] * 4))(points())
     with pytest.raises(ValueError, match="NaN"): torch.func.grad(lambda e: loss(e / 0, TREE))(torch.zeros(8, 4))
 
 
@@ -126,7 +132,8 @@ def test_value_does_not_depend_on_lengths_under_cosine(name, dtype):
             value = loss(leaf, TREE)
             value.backward()
             directions = e.double() / e.double().abs().amax(1, keepdim=True)
-            if name == "HISTLoss": assert loss.terms["distribution"] == pytest.approx(hist_distribution(loss, directions), rel=1e-4)
+            if name == "HISTLoss":
+                assert loss.terms["distribution"] == pytest.approx(hist_distribution(loss, directions), rel=1e-4)
             else: assert value.item() == pytest.approx(loss(directions, TREE).item(), rel=1e-4, abs=1e-5)
             if 1e-31 < scale < 1e31 and dtype != torch.float16: assert leaf.grad.isfinite().all()
 
@@ -157,7 +164,8 @@ def test_a_row_without_direction_is_an_error_in_every_type(dtype):
 
 def test_rows_of_ordinary_length_are_normalised_to_the_same_bits():
     for dtype in (torch.float32, torch.float64):
-        x = torch.randn(64, 16, dtype=dtype, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 64, dtype=dtype)[:, None]
+        x = torch.randn(64, 16, dtype=dtype,
+                        generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 64, dtype=dtype)[:, None]
         assert torch.equal(unit_rows(x), torch.nn.functional.normalize(x, dim=1))
 
 
@@ -166,8 +174,10 @@ def test_rows_of_ordinary_length_are_normalised_to_the_same_bits():
 
 WRONG = [("HAPLoss", dict(with_hrank="no"), "True or False"), ("AMSoftmaxLoss", dict(plain="no"), "True or False"),
          ("HISTLoss", dict(drop_underflow="no"), "True or False"), ("SupAPLoss", dict(strict=1), "True or False"),
-         ("BlackBoxAPLoss", dict(noise=3), "function"), ("NormSoftmaxLoss", dict(num_classes=10**13), "NormSoftmaxLoss: "),
-         ("SupRecallLoss", dict(ks=None), "SupRecallLoss"), ("HISTLoss", dict(level=-1), "level must be a whole number"),
+         ("BlackBoxAPLoss", dict(noise=3), "function"),
+         ("NormSoftmaxLoss", dict(num_classes=10**13), "NormSoftmaxLoss: "),
+         ("SupRecallLoss", dict(ks=None), "SupRecallLoss"),
+         ("HISTLoss", dict(level=-1), "level must be a whole number"),
          ("HAPLoss", dict(relevance={"kind": "map", "weights": 5}), "HAPLoss")]
 
 
@@ -187,16 +197,20 @@ def test_labels_come_from_frames_and_any_array():
     import pandas as pd
     frame = pd.DataFrame({"fine": [9, 0, 1], "coarse": [3, 0, 0], "split": list("abb")})
     rows = frame[frame.split == "b"]
-    assert check_labels(rows.fine).tolist() == [[0], [1]] and check_labels(rows[["fine", "coarse"]]).tolist() == [[0, 0], [1, 0]]
-    assert check_labels(np.arange(3)[::-1]).tolist() == check_labels(np.arange(3, dtype=">i8")[::-1]).tolist() == [[2], [1], [0]]
-    for names in (["a", "b"], np.array(["a", "b"]), [1, None], pd.Series([1, None], dtype="Int64"), pd.Series(["a"]), [[0, 1], [2]], "ab"):
+    assert check_labels(rows.fine).tolist() == [[0], [1]]
+    assert check_labels(rows[["fine", "coarse"]]).tolist() == [[0, 0], [1, 0]]
+    for reversed_numbers in (np.arange(3)[::-1], np.arange(3, dtype=">i8")[::-1]):
+        assert check_labels(reversed_numbers).tolist() == [[2], [1], [0]]
+    for names in (["a", "b"], np.array(["a", "b"]), [1, None], pd.Series([1, None], dtype="Int64"), pd.Series(["a"]),
+                  [[0, 1], [2]], "ab"):
         with pytest.raises(ValueError, match="labels must"): check_labels(names)
 
 
 # --- what importing the losses costs
 
 
-HEAVY = {"accelerate", "matplotlib", "optuna", "pandas", "PIL", "pyarrow", "pydantic", "pytorch_metric_learning", "scipy", "sklearn", "timm", "torchvision"}
+HEAVY = {"accelerate", "matplotlib", "optuna", "pandas", "PIL", "pyarrow", "pydantic", "pytorch_metric_learning",
+         "scipy", "sklearn", "timm", "torchvision"}
 
 
 def test_importing_the_losses_imports_nothing_of_training():

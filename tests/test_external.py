@@ -21,11 +21,14 @@ from test_metrics import Far, TwoDevices
 
 pytestmark = pytest.mark.filterwarnings("ignore:pml/SmoothAPLoss", "ignore:Values of Tp or Tn")
 EVERY = list(external._classes("losses"))
-REFUSED = {"BaseLossWrapper", "BaseMetricLossFunction", "CrossBatchMemory", "GenericPairLoss", "ManifoldLoss", "MultipleLosses",
+REFUSED = {"BaseLossWrapper", "BaseMetricLossFunction", "CrossBatchMemory", "GenericPairLoss", "ManifoldLoss",
+           "MultipleLosses",
            "SelfSupervisedLoss", "VICRegLoss"}
-# one of each kind: pairs, triplets, a softmax with weights, one without references and miners, one that keeps a histogram, one that needs
+# one of each kind: pairs, triplets, a softmax with weights, one without references and miners, one that keeps a
+# histogram, one that needs
 # arguments, one that ranks
-NAMES = ["ContrastiveLoss", "TripletMarginLoss", "ArcFaceLoss", "P2SGradLoss", "DynamicSoftMarginLoss", "RankedListLoss", "SmoothAPLoss"]
+NAMES = ["ContrastiveLoss", "TripletMarginLoss", "ArcFaceLoss", "P2SGradLoss", "DynamicSoftMarginLoss",
+         "RankedListLoss", "SmoothAPLoss"]
 NO_REFERENCES = {"ArcFaceLoss", "P2SGradLoss", "RankedListLoss", "SmoothAPLoss"}
 NO_PAIRS = {"P2SGradLoss", "RankedListLoss"}
 MINERS = [n for n in external._classes("miners") if n != "BaseMiner"]
@@ -40,7 +43,8 @@ def batch(n=24, seed=0, dtype=torch.float32):
 
 def made(name, **args):
     torch.manual_seed(0)
-    return make_loss(f"pml/{name}", num_classes=6, embedding_size=8, proxy_labels=TREE[::4], **EXTRA.get(name, {}), **args)
+    return make_loss(f"pml/{name}", num_classes=6, embedding_size=8, proxy_labels=TREE[::4], **EXTRA.get(name, {}),
+                     **args)
 
 
 def value(loss, *args, **kw):
@@ -81,7 +85,9 @@ def test_references_are_looked_at_or_refused(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_value_as_theirs(name):
-    for level in range(3): assert value(made(name, level=level), batch(), TREE) == pytest.approx(value(theirs(name), batch(), TREE[:, level].contiguous()), rel=1e-6)
+    for level in range(3):
+        assert value(made(name, level=level), batch(),
+                     TREE) == pytest.approx(value(theirs(name), batch(), TREE[:, level].contiguous()), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,12 +106,15 @@ def test_unknown_rows_do_not_matter(name):
 def test_references_or_an_error(name):
     ref, y = batch(30, 1), TREE[torch.arange(30) % 24]
     if name in NO_REFERENCES:
-        with pytest.raises(ValueError, match="compares a batch with itself only"): made(name)(batch(), TREE, ref_emb=ref, ref_labels=y)
+        with pytest.raises(ValueError, match="compares a batch with itself only"):
+            made(name)(batch(), TREE, ref_emb=ref, ref_labels=y)
     else:
         found = value(made(name), batch(), TREE, ref_emb=ref, ref_labels=y)
         assert found == pytest.approx(value(theirs(name), batch(), FINE, None, ref, y[:, 0].contiguous()), rel=1e-6)
         y[3], keep = -1, torch.arange(30) != 3
-        assert value(made(name), batch(), TREE, ref_emb=ref, ref_labels=y) == pytest.approx(value(made(name), batch(), TREE, ref_emb=ref[keep], ref_labels=y[keep]), rel=1e-6)
+        assert value(made(name), batch(), TREE, ref_emb=ref,
+                     ref_labels=y) == pytest.approx(value(made(name), batch(), TREE, ref_emb=ref[keep],
+                                                          ref_labels=y[keep]), rel=1e-6)
     x = batch()
     assert value(made(name), x, TREE, ref_emb=x, ref_labels=TREE) == value(made(name), x, TREE)  # the batch itself
 
@@ -117,16 +126,20 @@ def test_pairs_of_miners(name, miner):
     pairs = pml_miner(miner)(batch(), TREE)
     if name in NO_PAIRS:
         with pytest.raises(ValueError, match="indices_tuple is not supported"): made(name)(batch(), TREE, pairs)
-    else: assert value(made(name), batch(), TREE, pairs) == pytest.approx(value(theirs(name), batch(), FINE, pairs), rel=1e-6)
+    else:
+        assert value(made(name), batch(), TREE,
+                     pairs) == pytest.approx(value(theirs(name), batch(), FINE, pairs), rel=1e-6)
 
 
 def test_pairs_that_touch_unknown_rows_are_dropped():
     y = FINE.clone()
     y[0] = -1
-    loss, (a, p, n) = made("TripletMarginLoss", margin=1.), torch.tensor([[0, 4, 4, 5, 8], [1, 5, 0, 6, 9], [8, 9, 8, 0, 1]])
+    loss, (a, p, n) = made("TripletMarginLoss",
+                           margin=1.), torch.tensor([[0, 4, 4, 5, 8], [1, 5, 0, 6, 9], [8, 9, 8, 0, 1]])
     good = torch.tensor([1, 4])
     assert value(loss, batch(), y, (a, p, n)) == pytest.approx(value(loss, batch(), FINE, (a[good], p[good], n[good])))
-    assert value(loss, batch(), y, (a, p, a, n)) == pytest.approx(value(loss, batch(), y, (a[[1, 3, 4]], p[[1, 3, 4]], a[[1, 2, 4]], n[[1, 2, 4]])))
+    wanted = value(loss, batch(), y, (a[[1, 3, 4]], p[[1, 3, 4]], a[[1, 2, 4]], n[[1, 2, 4]]))
+    assert value(loss, batch(), y, (a, p, a, n)) == pytest.approx(wanted)
 
 
 # miners
@@ -151,7 +164,8 @@ def test_packed_triplets():
     miner = pml_miner("EmbeddingsAlreadyPackagedAsTriplets")
     assert [t.tolist() for t in miner(batch(6), FINE[:6])] == [[0, 3], [1, 4], [2, 5]]
     with pytest.raises(ValueError, match="looks into the batch only"): miner(batch(6), FINE[:6], batch(9), FINE[:9])
-    with pytest.raises(ValueError, match="row 1 is of unknown class"): miner(batch(6), torch.tensor([0, -1, 1, 0, 0, 1]))
+    with pytest.raises(ValueError, match="row 1 is of unknown class"):
+        miner(batch(6), torch.tensor([0, -1, 1, 0, 0, 1]))
 
 
 @pytest.mark.parametrize("name", MINERS)
@@ -170,7 +184,8 @@ def test_bfloat16_within_a_hundredth(name):
     x16 = x.bfloat16().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16): v = loss(x16, TREE)
     v.backward()
-    assert v.dtype == torch.float32 and x16.grad.isfinite().all() and {p.dtype for p in loss.parameters()} <= {torch.float32}
+    assert v.dtype == torch.float32 and x16.grad.isfinite().all()
+    assert {p.dtype for p in loss.parameters()} <= {torch.float32}
     assert v.item() == pytest.approx(value(made(name), x16.float(), TREE), rel=1e-6)
     if name != "SmoothAPLoss": assert v.item() == pytest.approx(value(made(name), x, TREE), rel=1e-2, abs=1e-2)
 
@@ -179,7 +194,8 @@ def test_bfloat16_within_a_hundredth(name):
 def test_double(name):
     loss, x = made(name).double(), batch(dtype=torch.float64)
     v = loss(x, TREE)
-    assert v.dtype == (torch.float32 if name == "SmoothAPLoss" else torch.float64) and all(p.dtype == torch.float64 for p in loss.parameters())
+    assert v.dtype == (torch.float32 if name == "SmoothAPLoss" else torch.float64)
+    assert all(p.dtype == torch.float64 for p in loss.parameters())
     assert v.item() == pytest.approx(value(made(name), x.float(), TREE), rel=1e-3, abs=1e-5)
     assert made(name).double()(x.float(), TREE).isfinite()  # mixed: the wider type wins
 
@@ -192,7 +208,8 @@ def test_every_tensor_stays_on_its_device(name):
     loss = made(name)
     with torch.no_grad(), TwoDevices():
         for m in loss.modules():
-            for table, wrap in ((m._parameters, lambda t: torch.nn.Parameter(t, requires_grad=False)), (m._buffers, lambda t: t)):
+            for table, wrap in ((m._parameters, lambda t: torch.nn.Parameter(t, requires_grad=False)),
+                                (m._buffers, lambda t: t)):
                 for k, t in [i for i in table.items() if i[1] is not None]: table[k] = wrap(Far(t.detach()))
         torch.manual_seed(1)
         v = loss(Far(batch()), TREE)
@@ -220,7 +237,8 @@ def test_a_loss_that_keeps_a_histogram_resumes():
 
 
 def test_sizes_go_where_they_are_wanted():
-    assert made("ArcFaceLoss").loss.W.shape == (8, 6) and made("P2SGradLoss").loss.weight.shape == (8, 6) and made("CosFaceLoss", margin=.2).loss.margin == .2
+    assert made("ArcFaceLoss").loss.W.shape == (8, 6) and made("P2SGradLoss").loss.weight.shape == (8, 6)
+    assert made("CosFaceLoss", margin=.2).loss.margin == .2
     assert not list(made("TripletMarginLoss").parameters())
     beta = dict(made("MarginLoss", learn_beta=True).named_parameters())
     assert list(beta) == ["loss.beta"] and beta["loss.beta"].shape == (6,)
@@ -231,14 +249,18 @@ def test_sizes_go_where_they_are_wanted():
 
 
 def test_parts_by_name():
-    loss = made("TripletMarginLoss", distance={"name": "LpDistance", "p": 1}, reducer="MeanReducer", embedding_regularizer="LpRegularizer")
-    assert type(loss.loss.distance).__name__ == "LpDistance" and loss.loss.distance.p == 1 and math.isfinite(value(loss, batch(), TREE))
-    assert type(pml_miner("TripletMarginMiner", distance="CosineSimilarity").miner.distance).__name__ == "CosineSimilarity"
+    loss = made("TripletMarginLoss", distance={"name": "LpDistance", "p": 1}, reducer="MeanReducer",
+                embedding_regularizer="LpRegularizer")
+    assert type(loss.loss.distance).__name__ == "LpDistance" and loss.loss.distance.p == 1
+    assert math.isfinite(value(loss, batch(), TREE))
+    assert type(pml_miner("TripletMarginMiner",
+                          distance="CosineSimilarity").miner.distance).__name__ == "CosineSimilarity"
 
 
 def test_table_of_losses_knows_them():
     assert isinstance(LOSSES.get("pml/ArcFaceLoss")(num_classes=2, embedding_size=3), PMLLoss)
-    assert type(make_loss("pml/CircleLoss", level=1).loss).__name__ == "CircleLoss" and LOSSES.get("SmoothAPLoss") is SmoothAPLoss
+    assert type(make_loss("pml/CircleLoss", level=1).loss).__name__ == "CircleLoss"
+    assert LOSSES.get("SmoothAPLoss") is SmoothAPLoss
     assert pickle.loads(pickle.dumps(LOSSES.get("pml/CircleLoss")))().name == "CircleLoss"
 
 
@@ -258,7 +280,8 @@ def test_smooth_ap_warns_by_measuring(monkeypatch):
 
 
 @pytest.mark.parametrize("made, message", [
-    (lambda: make_loss("pml/TripletMargin"), "unknown loss 'TripletMargin' of pytorch-metric-learning. Did you mean 'TripletMarginLoss'"),
+    (lambda: make_loss("pml/TripletMargin"),
+     "unknown loss 'TripletMargin' of pytorch-metric-learning. Did you mean 'TripletMarginLoss'"),
     (lambda: LOSSES.get("pml/nothing"), "unknown loss 'nothing'"),
     (lambda: pml_miner("TripletMargin"), "Did you mean 'TripletMarginMiner'"),
     (lambda: make_loss("pml/TripletMarginLoss", mrgin=1), "has no argument 'mrgin'. Did you mean 'margin'"),
@@ -273,18 +296,23 @@ def test_smooth_ap_warns_by_measuring(monkeypatch):
     (lambda: pml_loss("MultipleLosses", losses=[]), "made of other losses"),
     (lambda: pml_loss("VICRegLoss"), "labels are not supported"),
     (lambda: pml_loss("ManifoldLoss", embedding_size=8), "labels are not supported"),
-    (lambda: pml_loss("CircleLoss", distance="LpDistance"), "CircleLoss requires the distance metric to be CosineSimilarity"),
-    (lambda: pml_loss("TripletMarginLoss", distance="Cosine"), "unknown distance 'Cosine'.*Did you mean 'CosineSimilarity'"),
+    (lambda: pml_loss("CircleLoss", distance="LpDistance"),
+     "CircleLoss requires the distance metric to be CosineSimilarity"),
+    (lambda: pml_loss("TripletMarginLoss", distance="Cosine"),
+     "unknown distance 'Cosine'.*Did you mean 'CosineSimilarity'"),
     (lambda: pml_loss("TripletMarginLoss", distance={"p": 1}), "has no 'name'"),
-    (lambda: pml_loss("TripletMarginLoss", reducer={"name": "ThresholdReducer", "lw": 1}), "has no argument 'lw'. Did you mean 'low'"),
+    (lambda: pml_loss("TripletMarginLoss", reducer={"name": "ThresholdReducer", "lw": 1}),
+     "has no argument 'lw'. Did you mean 'low'"),
     (lambda: pml_loss("PNPLoss", variant="X"), "variant=X but must be one of"),
     (lambda: pml_loss("CircleLoss", level=-1), "level must be a whole number"),
     (lambda: pml_miner("BaseMiner")(batch(), FINE), "this is a base for others"),
-    (lambda: pml_loss("CircleLoss", level=3)(batch(), TREE), "pml/CircleLoss asks for level 3, but the labels have 3 level"),
+    (lambda: pml_loss("CircleLoss", level=3)(batch(), TREE),
+     "pml/CircleLoss asks for level 3, but the labels have 3 level"),
     (lambda: pml_loss("CircleLoss")(batch(), FINE[:5]), "24 embeddings but 5 labels"),
     (lambda: pml_loss("CircleLoss")(batch(), FINE, ref_emb=batch(3)), "ref_emb and ref_labels belong together"),
     (lambda: pml_loss("CircleLoss")(batch(), FINE, ref_emb=batch(3), ref_labels=FINE[:2]), "3 ref_emb but 2 labels"),
-    (lambda: pml_loss("CircleLoss")(batch(), FINE, ref_emb=torch.ones(2, 5), ref_labels=FINE[:2]), "8 dimensions, ref_emb 5"),
+    (lambda: pml_loss("CircleLoss")(batch(), FINE, ref_emb=torch.ones(2, 5), ref_labels=FINE[:2]),
+     "8 dimensions, ref_emb 5"),
     (lambda: pml_loss("CircleLoss")(batch() / 0, FINE), "NaN or infinite values in row"),
     (lambda: pml_loss("CircleLoss")(batch() * 1e-30, FINE), "too small or too large"),
     (lambda: pml_loss("CircleLoss")(batch(), FINE, "pairs"), "indices_tuple must be 3 tensors"),
@@ -298,8 +326,10 @@ def test_bad_input(made, message):
 
 
 def test_without_the_package(monkeypatch):
-    for name in [m for m in sys.modules if m.startswith("pytorch_metric_learning")]: monkeypatch.delitem(sys.modules, name)
+    for name in [m for m in sys.modules if m.startswith("pytorch_metric_learning")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pytorch_metric_learning", None)
-    for call in (lambda: make_loss("pml/CircleLoss"), lambda: LOSSES.get("pml/CircleLoss"), lambda: pml_miner("HDCMiner")):
+    for call in (lambda: make_loss("pml/CircleLoss"), lambda: LOSSES.get("pml/CircleLoss"),
+                 lambda: pml_miner("HDCMiner")):
         with pytest.raises(ImportError, match="pip install pytorch-metric-learning"): call()
     assert make_loss("SmoothAPLoss") is not None

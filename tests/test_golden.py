@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import GOLDEN, golden_inputs
 from hapnb.core import Relevance
-from hapnb.losses import (CalibrationLoss, CSLLoss, HAPLoss, HAPPIERLoss, NormSoftmaxLoss, PairLoss, ROADMAPLoss, SmoothAPLoss, SmoothHAPLoss,
+from hapnb.losses import (CalibrationLoss, CSLLoss, HAPLoss, HAPPIERLoss, NormSoftmaxLoss, PairLoss, ROADMAPLoss,
+                          SmoothAPLoss, SmoothHAPLoss,
                           SmoothNDCGLoss, SmoothRecallLoss, SupAPLoss, SupNDCGLoss, SupRecallLoss)
 
 CASES = {c["id"]: c for c in GOLDEN["cases"]}
@@ -15,7 +16,8 @@ close = dict(rel=1e-6, abs=1e-9)
 
 
 RECALL = {"suprank.SupRecallLoss": SupRecallLoss, "suprank.SmoothRecallLoss": SmoothRecallLoss}
-TREES = {"suprank.SupNDCGLoss": SupNDCGLoss, "suprank.SmoothNDCGLoss": SmoothNDCGLoss, "suprank.SmoothHAPLoss": SmoothHAPLoss}
+TREES = {"suprank.SupNDCGLoss": SupNDCGLoss, "suprank.SmoothNDCGLoss": SmoothNDCGLoss,
+         "suprank.SmoothHAPLoss": SmoothHAPLoss}
 
 
 def surrogate(p): return {k: p[k] for k in ("tau", "rho", "delta", "offset", "start") if k in p}
@@ -35,17 +37,24 @@ def build(name, p, case, labels, similarity):
     # delta=None is one straight line from zero, whose value there is the official offset argument.
     # offset=None is the value that makes the curve continuous at delta. The default, 1.44, jumps there, as published.
     if kind == "roadmap.SupAP": return SupAPLoss(**surrogate(p), similarity=similarity), 1
-    if kind == "suprank.SupAPLoss": return SupAPLoss(**surrogate(p), level=p["hierarchy_level"], similarity=similarity), 2
-    if kind.endswith("RecallLoss"): return RECALL[kind](ks=p["at_k"], temperature=p["temp"], **surrogate(p), similarity=similarity), 1
+    if kind == "suprank.SupAPLoss":
+        return SupAPLoss(**surrogate(p), level=p["hierarchy_level"], similarity=similarity), 2
+    if kind.endswith("RecallLoss"):
+        return RECALL[kind](ks=p["at_k"], temperature=p["temp"], **surrogate(p), similarity=similarity), 1
     if kind in TREES: return TREES[kind](**surrogate(p), similarity=similarity), p["levels"]
     # The official code averages over non-zero pairs, the paper over all: average="nonzero" is the default.
-    if kind == "roadmap.CalibrationLoss": return CalibrationLoss(p["pos_margin"], p["neg_margin"], similarity=similarity), 1
-    # The query is left out by index. The official code leaves out whatever is more similar than 1 - 1e-5; here the same.
+    if kind == "roadmap.CalibrationLoss":
+        return CalibrationLoss(p["pos_margin"], p["neg_margin"], similarity=similarity), 1
+    # The query is left out by index. The official code leaves out whatever is more similar than 1 - 1e-5; here the
+    # same.
     if kind == "roadmap.PairLoss": return PairLoss(p["margin"], similarity=similarity), 1
-    # Levels, not relevances, say who is "less relevant"; pop divides by L where the code divides by L - 1 (H-AP ignores scale).
+    # Levels, not relevances, say who is "less relevant"; pop divides by L where the code divides by L - 1 (H-AP ignores
+    # scale).
     if kind == "happier.HAPLoss":
-        rel = Relevance("pop", p["alpha"]) if p["relevance_type"] == "pop" else Relevance("map", weights=tuple(p["alpha"]))
-        return HAPLoss(**surrogate(p), relevance=rel, with_hrank=p["with_hrank"], beta=p["beta"], gamma=p["gamma"], leak=p["leak"],
+        rel = Relevance("pop",
+                        p["alpha"]) if p["relevance_type"] == "pop" else Relevance("map", weights=tuple(p["alpha"]))
+        return HAPLoss(**surrogate(p), relevance=rel, with_hrank=p["with_hrank"], beta=p["beta"], gamma=p["gamma"],
+                       leak=p["leak"],
                        similarity=similarity), p["levels"]
     if kind == "happier.ClusterLoss":
         l = p["hierarchy_level"]
@@ -54,7 +63,8 @@ def build(name, p, case, labels, similarity):
     assert kind == "happier.CSLLoss", name
     levels = len(p["margins"])
     table = labels[::case["m"], :levels]
-    return proxies(CSLLoss(table, case["D"], p["margins"], p["scale"], similarity=similarity), 2000 + case["seed"]), levels
+    return proxies(CSLLoss(table, case["D"], p["margins"], p["scale"], similarity=similarity),
+                   2000 + case["seed"]), levels
 
 
 def value_and_grad(loss, emb, labels):
@@ -99,12 +109,13 @@ def test_labels_of_one_level_may_be_a_vector(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_sums(case):
-    "ROADMAP adds its two terms with weight 1 each (the code; the paper halves both); HAPPIER is (1 - lambda) H-AP + lambda NSM."
+    """ROADMAP adds its two terms with weight 1 each (the code; the paper halves both); HAPPIER is (1 - lambda) H-AP +
+    lambda NSM."""
     case = CASES[case]
     emb, labels = golden_inputs(case)
     want = {k: v["value"] for k, v in case["losses"].items()}
-    sup, cal, hap, nsm = (want[k] for k in ("roadmap.SupAP", "roadmap.CalibrationLoss", "happier.HAPLoss:default:L2:pop:alpha=1",
-                                            "happier.ClusterLoss:level0"))
+    sup, cal = want["roadmap.SupAP"], want["roadmap.CalibrationLoss"]
+    hap, nsm = want["happier.HAPLoss:default:L2:pop:alpha=1"], want["happier.ClusterLoss:level0"]
     assert ROADMAPLoss()(emb, labels).item() == pytest.approx(sup + cal, **close)
     assert ROADMAPLoss(weight=(0.9, 0.1))(emb, labels).item() == pytest.approx(0.9 * sup + 0.1 * cal, **close)
     for lam in (0.1, 0.5):
@@ -114,7 +125,8 @@ def test_sums(case):
         assert loss(emb, labels[:, :2]).item() == pytest.approx((1 - lam) * hap + lam * nsm, **close)
 
 
-# Batch of 32 equal embeddings, 4 a class, classes paired twice: the released H-AP loss prefers collapse to random embeddings.
+# Batch of 32 equal embeddings, 4 per class, classes paired twice: the official H-AP loss prefers collapse to random
+# embeddings.
 # We keep its formula (ties with a less relevant item count one half) and so the same values.
 def test_collapse_is_valued_as_published():
     fine = torch.arange(32) // 4
@@ -129,7 +141,8 @@ def test_six_vectors_on_a_circle():
     angle = torch.tensor([0, 10, 50, 45, 100, 110], dtype=torch.float64).deg2rad()
     emb, labels = torch.stack([angle.cos(), angle.sin()], 1), torch.tensor([0, 0, 0, 1, 1, 1])
     for loss, want in ((SmoothAPLoss(), 0.185706), (SupAPLoss(offset=None), 0.351831), (SupAPLoss(), 0.350772),
-                       (SupAPLoss(start=0., offset=1.), 0.341215), (CalibrationLoss(), 0.490054), (CalibrationLoss(average="all"), 0.284189)):
+                       (SupAPLoss(start=0., offset=1.), 0.341215), (CalibrationLoss(), 0.490054),
+                       (CalibrationLoss(average="all"), 0.284189)):
         assert loss(emb, labels).item() == pytest.approx(want, abs=1e-6), loss
 
 
@@ -147,4 +160,5 @@ def test_metrics(case, levels):
     for other in want["H-AP_other_relevances"]:
         a = other["alpha"]
         rel = Relevance("pop", a) if other["relevance_type"] == "pop" else Relevance("map", weights=tuple(a))
-        assert evaluate(emb, labels[:, :levels], relevance=rel)["H-AP"] == pytest.approx(other["H-AP_multi"], **close), rel
+        assert evaluate(emb, labels[:, :levels],
+                        relevance=rel)["H-AP"] == pytest.approx(other["H-AP_multi"], **close), rel

@@ -1,4 +1,4 @@
-"""HISTLoss against loops written from its formulas, against values of the official code, and its parts against what they claim:
+"""HISTLoss against loops written from its formulas and values of the official code, and its parts against their claims:
 distances, propagation, memory, bad input."""
 import copy
 import math
@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, golden_inputs
-from hapnb.hypergraph import (HGNN, ClassDistributions, HISTLoss, HypergraphConv, class_distances, hyperedges, log_incidence, normalised,
+from hapnb.hypergraph import (HGNN, ClassDistributions, HISTLoss, HypergraphConv, class_distances, hyperedges,
+                              log_incidence, normalised,
                               oversmoothing, propagate)
 from hapnb.losses import make_loss
 from torch.utils.weak import WeakIdKeyDictionary
@@ -42,7 +43,8 @@ def golden_loss(case, p, **args):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("case", CASES)
 def test_golden(case, mode, drop):
-    "In float64 nothing underflows in these cases, so the safe default and the official rule agree with the official values."
+    """In float64 nothing underflows in these cases, so the safe default and the official rule agree with the official
+    values."""
     case, want = CASES[case], CASES[case]["hist"][f"hist.HIST:bn_{mode}"]
     emb, labels = golden_inputs(case)
     loss, leaf = golden_loss(case, want["params"], drop_underflow=drop), emb.clone().requires_grad_()
@@ -102,7 +104,8 @@ def by_hand(loss, emb, target):
     means, log_vars = loss.distributions.means, loss.distributions.log_vars
     d = [[distance_by_hand(x, m, v, loss.distributions.distance) for m, v in zip(means, log_vars)] for x in emb]
     present = sorted({t for t in target if t >= 0})
-    H = torch.stack([torch.stack([torch.ones_like(d[i][c]) if t == c else (-loss.alpha * d[i][c]).exp() for c in present]) for i, t in enumerate(target)])
+    def member(i, t, c): return torch.ones_like(d[i][c]) if t == c else (-loss.alpha * d[i][c]).exp()
+    H = torch.stack([torch.stack([member(i, t, c) for c in present]) for i, t in enumerate(target)])
     G, x = dense_g(H), emb
     for i, conv in enumerate(loss.hgnn.convs):
         x = G @ (x @ conv.theta.weight.T + conv.theta.bias)
@@ -125,15 +128,20 @@ def problem(C=5, D=4, n=9, seed=0, **args):
         loss.distributions.log_vars.normal_(1.5, 4)
         loss.distributions.means.mul_(3)
         for bn in loss.hgnn.norms:
-            bn.running_mean.normal_(); bn.running_var.uniform_(.5, 2); bn.weight.normal_(1, .3); bn.bias.normal_()
-    return loss, torch.randn(n, D, dtype=torch.float64) * torch.linspace(.2, 3, n, dtype=torch.float64)[:, None], torch.randint(0, C, (n,))
+            bn.running_mean.normal_()
+            bn.running_var.uniform_(.5, 2)
+            bn.weight.normal_(1, .3)
+            bn.bias.normal_()
+    lengths = torch.linspace(.2, 3, n, dtype=torch.float64)[:, None]
+    return loss, torch.randn(n, D, dtype=torch.float64) * lengths, torch.randint(0, C, (n,))
 
 
 def compare(loss, emb, labels, rtol=1e-9):
     leaves = [emb.requires_grad_(), *loss.parameters()]
     got, want = loss(emb, labels), by_hand(loss, emb, labels.tolist())
     assert got.item() == pytest.approx(want.item(), rel=rtol)
-    for a, b in zip(torch.autograd.grad(got, leaves, allow_unused=True), torch.autograd.grad(want, leaves, allow_unused=True)):
+    for a, b in zip(torch.autograd.grad(got, leaves, allow_unused=True),
+                    torch.autograd.grad(want, leaves, allow_unused=True)):
         assert (a is None) == (b is None)
         if a is not None: torch.testing.assert_close(a, b, rtol=rtol, atol=1e-11)
 
@@ -183,23 +191,27 @@ def test_one_value_an_image():
 # --- the toy of three images and three classes
 
 
-TOY = dict(x=[[1, 0], [0, 1], [.6, .8]], y=[0, 1, 1], mu=[[1, 0], [0, 1], [-1, 0]], v=[[0, 0], [math.log(2), 0], [-3, 7]])
+TOY = dict(x=[[1, 0], [0, 1], [.6, .8]], y=[0, 1, 1], mu=[[1, 0], [0, 1], [-1, 0]],
+           v=[[0, 0], [math.log(2), 0], [-3, 7]])
 
 
 def toy(**args):
     loss = HISTLoss(3, 2, hidden=4, **args).double()
-    loss.distributions.means.data, loss.distributions.log_vars.data = (torch.tensor(TOY[k], dtype=torch.float64) for k in ("mu", "v"))
+    loss.distributions.means.data = torch.tensor(TOY["mu"], dtype=torch.float64)
+    loss.distributions.log_vars.data = torch.tensor(TOY["v"], dtype=torch.float64)
     return loss, torch.tensor(TOY["x"], dtype=torch.float64), torch.tensor(TOY["y"])
 
 
 def test_toy():
     loss, x, y = toy(tau=2.)
     d = loss.distributions(x)
-    torch.testing.assert_close(d, torch.tensor([[0, 1.5, 4], [2, 0, 1.0025], [.8, .22, 2.5616]], dtype=torch.float64), rtol=0, atol=5e-5)
+    torch.testing.assert_close(d, torch.tensor([[0, 1.5, 4], [2, 0, 1.0025], [.8, .22, 2.5616]], dtype=torch.float64),
+                               rtol=0, atol=5e-5)
     loss(x, y)
     assert loss.terms["distribution"] == pytest.approx(.156987, abs=5e-7)
     H, classes = loss.incidence(x, y)
-    torch.testing.assert_close(H, torch.tensor([[1, .2592], [.1653, 1], [.4868, 1]], dtype=torch.float64), rtol=0, atol=5e-5)
+    torch.testing.assert_close(H, torch.tensor([[1, .2592], [.1653, 1], [.4868, 1]], dtype=torch.float64), rtol=0,
+                               atol=5e-5)
     B = normalised(H.log(), torch.ones(2, dtype=torch.bool))
     G = torch.tensor([[.5043, .1773, .2992], [.1773, .3940, .3733], [.2992, .3733, .3942]], dtype=torch.float64)
     torch.testing.assert_close(B @ B.T, G, rtol=0, atol=5e-5)
@@ -220,7 +232,8 @@ def test_distances_and_finite_differences(distance, size):
     assert torch.autograd.gradcheck(lambda *a: class_distances(*a, distance, size), leaves, eps=1e-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)])
+@pytest.mark.parametrize("needs",
+                         [(True, False, False), (False, True, False), (False, False, True), (False, True, True)])
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_blocks_give_only_the_gradients_that_are_wanted(distance, needs):
     g = torch.Generator().manual_seed(2)
@@ -239,7 +252,8 @@ def test_blocks_give_only_the_gradients_that_are_wanted(distance, needs):
 @pytest.mark.parametrize("scale", [0., 1e-6, 1e-4, 1e-2, 1.])
 @pytest.mark.parametrize("distance", ["mahalanobis", "euclidean", "cosine"])
 def test_products_lose_no_more_than_rounding(distance, scale):
-    "float32 in 512 dimensions against the expanded formula in float64: absolute error below 1e-6, never negative, slopes too."
+    """float32 in 512 dimensions against the expanded formula in float64: absolute error below 1e-6, never negative,
+    gradients too."""
     g = torch.Generator().manual_seed(3)
     m, v = torch.randn(64, 512, generator=g), torch.randn(64, 512, generator=g)
     x = (F.normalize(m, dim=1) + scale * F.normalize(torch.randn(64, 512, generator=g), dim=1)).requires_grad_()
@@ -258,14 +272,16 @@ def test_products_lose_no_more_than_rounding(distance, scale):
 def test_unknown_distance():
     x, m = torch.randn(2, 5), torch.randn(3, 5)
     for call in (lambda: class_distances(x, m, m, "euclid"), lambda: ClassDistributions(3, 5, "euclid")):
-        with pytest.raises(ValueError, match="unknown distance 'euclid'. Did you mean 'euclidean'.*Known: mahalanobis"): call()
+        with pytest.raises(ValueError, match="unknown distance 'euclid'. Did you mean 'euclidean'.*Known: mahalanobis"):
+            call()
 
 
 def test_class_distributions_start():
     torch.manual_seed(0)
     made = ClassDistributions(800, 64)
     for p in made.parameters():
-        assert p.shape == (800, 64) and p.std().item() == pytest.approx((2 / 800) ** .5, rel=.02) and abs(p.mean().item()) < 1e-3
+        assert p.shape == (800, 64) and p.std().item() == pytest.approx((2 / 800) ** .5, rel=.02)
+        assert abs(p.mean().item()) < 1e-3
 
 
 # --- hypergraph and propagation
@@ -303,7 +319,8 @@ def test_both_orders_of_a_convolution(widths):
     torch.manual_seed(0)
     conv, x = HypergraphConv(*widths).double(), torch.randn(5, widths[0], dtype=torch.float64)
     B = normalised(torch.randn(5, 4, dtype=torch.float64), torch.tensor([True, False, True, True]))
-    torch.testing.assert_close(conv(x, B), B @ B.T @ (x @ conv.theta.weight.T + conv.theta.bias), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(conv(x, B), B @ B.T @ (x @ conv.theta.weight.T + conv.theta.bias), rtol=1e-12,
+                               atol=1e-14)
 
 
 @pytest.mark.parametrize("alpha", [-1e4, -100., -40., 0., 100., 1e4])
@@ -390,21 +407,28 @@ def test_bad_input():
     for call, message in ((lambda: loss(emb, bad), r"row\(s\) 2, 7 have classes up to 11.*0 to 4"),
                           (lambda: loss(emb, labels.index_fill(0, torch.tensor([3]), -2)), "row 3, level 0 is -2"),
                           (lambda: loss.incidence(emb, bad), r"2, 7"), (lambda: loss.node_states(emb, bad), r"2, 7"),
-                          (lambda: loss(torch.where(torch.arange(9)[:, None] == 4, math.nan, emb), labels), r"row\(s\) 4"),
-                          (lambda: loss(emb * (torch.arange(9)[:, None] != 6), labels), r"row\(s\) 6 of 9 are all zero"),
-                          (lambda: loss(emb[:, :3], labels), "3 dimensions.*4"), (lambda: loss(emb, labels[:5]), "9 embeddings but 5"),
+                          (lambda: loss(torch.where(torch.arange(9)[:, None] == 4, math.nan, emb), labels),
+                           r"row\(s\) 4"),
+                          (lambda: loss(emb * (torch.arange(9)[:, None] != 6), labels),
+                           r"row\(s\) 6 of 9 are all zero"),
+                          (lambda: loss(emb[:, :3], labels), "3 dimensions.*4"),
+                          (lambda: loss(emb, labels[:5]), "9 embeddings but 5"),
                           (lambda: copy.deepcopy(loss).half()(emb, labels), "float16")):
         with pytest.raises(ValueError, match=message): call()
 
 
 @pytest.mark.parametrize("args, message", [
-    (dict(distance="manhatan"), "Did you mean 'manhattan'"), (dict(distance="l2"), "mahalanobis, euclidean, cosine, manhattan"),
-    (dict(layers=0), "layers"), (dict(layers=2.5), "layers"), (dict(layers=True), "layers"), (dict(hidden=0), "hidden"), (dict(tau=0), "tau"),
-    (dict(tau=math.inf), "tau"), (dict(alpha=math.nan), "alpha"), (dict(lambda_s=-1), "lambda_s"), (dict(reduction="sum"), "mean"),
+    (dict(distance="manhatan"), "Did you mean 'manhattan'"),
+    (dict(distance="l2"), "mahalanobis, euclidean, cosine, manhattan"),
+    (dict(layers=0), "layers"), (dict(layers=2.5), "layers"), (dict(layers=True), "layers"), (dict(hidden=0), "hidden"),
+    (dict(tau=0), "tau"),
+    (dict(tau=math.inf), "tau"), (dict(alpha=math.nan), "alpha"), (dict(lambda_s=-1), "lambda_s"),
+    (dict(reduction="sum"), "mean"),
     (dict(similarity="cosine"), "similarity"), (dict(num_classes=0), "num_classes must be a whole number, 1 or more"),
     (dict(embedding_size=2.5), "embedding_size must be a whole number")])
 def test_bad_arguments(args, message):
-    with pytest.raises(ValueError, match=message): make_loss("HISTLoss", **{**dict(num_classes=3, embedding_size=2), **args})
+    with pytest.raises(ValueError, match=message):
+        make_loss("HISTLoss", **{**dict(num_classes=3, embedding_size=2), **args})
 
 
 def test_names_of_the_state():
@@ -412,7 +436,8 @@ def test_names_of_the_state():
     loss = HISTLoss(7, 4, hidden=6, layers=3)
     assert {k: tuple(p.shape) for k, p in loss.named_parameters()} == {
         "distributions.means": (7, 4), "distributions.log_vars": (7, 4),
-        "hgnn.convs.0.theta.weight": (6, 4), "hgnn.convs.0.theta.bias": (6,), "hgnn.convs.1.theta.weight": (6, 6), "hgnn.convs.1.theta.bias": (6,),
+        "hgnn.convs.0.theta.weight": (6, 4), "hgnn.convs.0.theta.bias": (6,), "hgnn.convs.1.theta.weight": (6, 6),
+        "hgnn.convs.1.theta.bias": (6,),
         "hgnn.convs.2.theta.weight": (7, 6), "hgnn.convs.2.theta.bias": (7,),
         "hgnn.norms.0.weight": (6,), "hgnn.norms.0.bias": (6,), "hgnn.norms.1.weight": (6,), "hgnn.norms.1.bias": (6,)}
     assert isinstance(loss.hgnn.norms[0], torch.nn.BatchNorm1d) and isinstance(loss.hgnn, HGNN)
@@ -433,7 +458,9 @@ def test_node_states(training):
     loss(emb, labels)
     assert F.cross_entropy(after[-1], labels).item() == pytest.approx(loss.terms["hypergraph"], rel=1e-12)
     bn = loss.hgnn.norms[1]
-    m, s = (raw[2].mean(0), raw[2].var(0, unbiased=False)) if training else (before["hgnn.norms.1.running_mean"], before["hgnn.norms.1.running_var"])
+    m, s = (raw[2].mean(0),
+            raw[2].var(0, unbiased=False)) if training else (before["hgnn.norms.1.running_mean"],
+                                                             before["hgnn.norms.1.running_var"])
     want = F.leaky_relu((raw[2] - m) / (s + bn.eps).sqrt() * bn.weight + bn.bias, .1)
     torch.testing.assert_close(after[2], want)
 
@@ -443,7 +470,8 @@ def test_oversmoothing():
     u = F.normalize(x, dim=1)
     pairs = [(u[i] * u[j]).sum().item() for i in range(7) for j in range(7) if i != j]
     opposite = torch.cat([x[:1], -x[:1]])
-    assert oversmoothing([x, 3 * x[:1].repeat(4, 1), opposite, 0 * x]) == pytest.approx([sum(pairs) / len(pairs), 1, -1, 0])
+    assert oversmoothing([x, 3 * x[:1].repeat(4, 1), opposite,
+                          0 * x]) == pytest.approx([sum(pairs) / len(pairs), 1, -1, 0])
     with pytest.raises(ValueError, match="1 node"): oversmoothing([x, x[:1]])
 
 
@@ -489,7 +517,8 @@ def test_the_measure_of_memory():
 
 
 def test_memory_at_the_size_of_stanford_online_products():
-    "32 images, 11,318 classes, 512 dimensions, in tensors that have shapes only: the published form needs 49 times the memory."
+    """32 images, 11,318 classes, 512 dimensions, in tensors that have shapes only: the published form needs 49 times
+    the memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     N, C, D = 32, 11318, 512
     with FakeTensorMode():
@@ -504,6 +533,7 @@ def test_memory_at_the_size_of_stanford_online_products():
         assert whole.most * 49 < plain.most, (whole.most, plain.most)
         assert beyond(whole, [x, *loss.parameters()]) * 300 < beyond(plain, [x, means, log_vars])
         for distance in DISTANCES:
-            mode = peak(lambda: class_distances(x, means, log_vars, distance).sum(), [x, means] + [log_vars] * (distance == "mahalanobis"))
+            mode = peak(lambda: class_distances(x, means, log_vars, distance).sum(),
+                        [x, means] + [log_vars] * (distance == "mahalanobis"))
             assert mode.most * 50 < plain.most, (distance, mode.most, plain.most)
             assert mode.largest <= 4 * C * D, distance

@@ -705,7 +705,7 @@ def others(emb, labels):
     (E[:, 0], Y, "shape"),
     (E[:0], Y[:0], "gallery is empty"),
     (E, Y.float(), "integers"),
-    (E, torch.stack([Y, torch.arange(12)], 1), "not a tree")])
+    (E, torch.stack([Y, torch.arange(12)], 1), "not a tree|one label column")])
 def test_bad_input_elsewhere(emb, labels, words):
     for call in others(emb, labels):
         with pytest.raises(ValueError, match=words): call()

@@ -1,14 +1,6 @@
 """Trunks, poolings, heads, frozen parts and the feature cache. No network is used."""
 import argparse
-import errno
-import json
-import os
-import signal
-import subprocess
 import sys
-import time
-import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,13 +9,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-import hapnb.core
-from hapnb import models
+from hapnb import batches, models
 from hapnb.helpers import TRUNKS
 from hapnb.models import (
     GeMPool, Head, RetrievalNet, Trunk, TrunkInfo, lite0_state, load_weights, make_pooling, make_trunk, read_weights,
     train_transform, trunk_info, trunk_stages)
-from hapnb.batches import cached_features, fold_batchnorm, weights_hash
+from hapnb.batches import cached_features, weights_hash
 
 prepare = models.test_transform
 LITE0 = "tf_efficientnet_lite0"
@@ -44,14 +35,6 @@ def tiny_trunk(seed=0):
         torch.manual_seed(seed)
         net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, 2))
     return Trunk(net, TrunkInfo("tiny", 12, image_size=32)).eval()
-
-
-@pytest.fixture
-def small_chunks(monkeypatch): monkeypatch.setattr(models, "CHUNK", 6)
-
-
-def features(folder, data=None, trunk=None, **kw):
-    return cached_features(trunk or tiny_trunk(), Fake() if data is None else data, image_size=32, cache_dir=folder, progress=False, **kw)
 
 
 # ---- trunks and weights
@@ -367,203 +350,9 @@ def test_transforms():
     with pytest.raises(ValueError, match="crop_pct"): prepare(info, 32, crop_pct=1.5)
 
 
-def test_a_batch_of_bytes_is_prepared_like_single_images():
-    for t in (prepare(LITE0, 32), prepare("resnet34", 32), prepare("bn_inception", 32)):
-        each, last = models._split_transform(t)
-        assert torch.equal(last(torch.stack([each(Fake().image(i)) for i in range(5)])), torch.stack([t(Fake().image(i)) for i in range(5)]))
-    odd = torch.nn.Identity()
-    assert models._split_transform(odd) == (odd, None)
-
-
 # ---- folding
 
-@pytest.mark.parametrize("name", [LITE0, "resnet34", "timm/resnet26", "timm/mobilenetv3_small_050", "bn_inception", "googlenet"])
-def test_folding_keeps_the_function(name):
-    torch.manual_seed(0)
-    trunk = make_trunk(name, pretrained=name == LITE0).eval()
-    for m in trunk.modules():
-        if isinstance(m, nn.BatchNorm2d) and name != LITE0:  # fresh statistics would hide mistakes
-            m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.5, 2), m.weight.data.uniform_(0.5, 1.5), m.bias.data.normal_(0, 0.1)
-    folded = fold_batchnorm(trunk)
-    x = torch.randn(2, 3, 64, 64)
-    with torch.inference_mode(): a, b = trunk(x), folded(x)
-    assert (a - b).abs().max() <= 1e-4 * max(1, a.abs().max())
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) < sum(isinstance(m, nn.BatchNorm2d) for m in trunk.modules())
-
-
-def test_a_wrong_fold_is_never_used(monkeypatch):
-    trunk = make_trunk("resnet34", False).eval()
-    monkeypatch.setattr(models, "fold_batchnorm", lambda t: tiny_trunk())
-    x = torch.randn(1, 3, 64, 64)
-    with torch.inference_mode(): assert torch.equal(models._quick(trunk)(x), trunk(x))
-
-
 # ---- cached features
-
-def test_a_second_call_reads_the_file(tmp_path, monkeypatch):
-    x = features(tmp_path)
-    assert x.shape == (20, 12) and x.dtype == torch.float32 and not x.is_inference()
-    monkeypatch.setattr(models, "_extract", lambda *a: pytest.fail("computed again"))
-    assert torch.equal(features(tmp_path), x)
-    assert not list(tmp_path.glob("*.parts"))
-
-
-def test_features_are_those_of_the_plain_network(tmp_path):
-    trunk = make_trunk()
-    x = cached_features(trunk, Fake(5), image_size=64, cache_dir=None, progress=False)
-    t = prepare(trunk, 64)
-    with torch.inference_mode(): y = trunk.eval()(torch.stack([t(Fake().image(i)) for i in range(5)])).mean((2, 3))
-    assert torch.allclose(x, y, atol=1e-3)
-
-
-def dies_at_third_chunk(monkeypatch):
-    "Let the third extraction of a chunk be interrupted; the list of calls grows by one at each."
-    real, calls = models._extract, []
-    def dies(*a):
-        calls.append(1)
-        if len(calls) == 3: raise KeyboardInterrupt
-        return real(*a)
-    monkeypatch.setattr(models, "_extract", dies)
-    return calls
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, None])
-def test_interruption_changes_nothing(tmp_path, small_chunks, monkeypatch, batch_size):
-    whole = features(None, batch_size=batch_size)
-    calls = dies_at_third_chunk(monkeypatch)
-    with pytest.raises(KeyboardInterrupt): features(tmp_path, batch_size=batch_size)
-    assert len(list(tmp_path.glob("*.parts/*.safetensors"))) == 2 and not list(tmp_path.glob("*.json"))
-    assert torch.equal(features(tmp_path, batch_size=batch_size), whole)
-    assert len(calls) == 3 + 2  # 20 images in chunks of 6: only the two missing chunks were computed
-
-
-def test_kill_9(tmp_path):
-    """A process killed without warning leaves chunks that the next one uses; the features are the same."""
-    code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-            "import time, torch, test_models as t\nfrom hapnb import models\nmodels.CHUNK = 6\n"
-            "class Slow(t.Fake):\n    def image(self, i):\n        time.sleep(0.03)\n        return super().image(i)\n"
-            "t.features(sys.argv[1], Slow())\n")
-    job = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(hapnb.core.__file__).parents[1])
-    end = time.time() + 50
-    while time.time() < end and job.poll() is None and not list(tmp_path.glob("*.parts/[0-9]*.safetensors")): time.sleep(0.01)
-    job.send_signal(signal.SIGKILL)
-    job.wait()
-    assert list(tmp_path.glob("*.parts/[0-9]*.safetensors")) and not list(tmp_path.glob("*.json"))
-    old, models.CHUNK = models.CHUNK, 6
-    try: assert torch.equal(features(tmp_path), features(None))
-    finally: models.CHUNK = old
-
-
-@pytest.mark.parametrize("harm", ["cut", "flip", "gone", "json", "recipe"])
-def test_damage_is_reported_and_repaired(tmp_path, harm):
-    x = features(tmp_path)
-    file, side = next(tmp_path.glob("*.safetensors")), next(tmp_path.glob("*.json"))
-    data = bytearray(file.read_bytes())
-    if harm == "cut": file.write_bytes(data[:-7])
-    if harm == "flip":
-        data[-5] ^= 1
-        file.write_bytes(data)
-    if harm == "gone": file.unlink()
-    if harm == "json": side.write_text(side.read_text()[:-20])
-    if harm == "recipe":
-        note = json.loads(side.read_text())
-        note["recipe"]["weights"] = "others"
-        side.write_text(json.dumps(note))
-    words = {"cut": "damaged", "flip": "damaged", "gone": "missing", "json": "damaged", "recipe": "stale"}[harm]
-    with pytest.warns(RuntimeWarning, match=f"cached features not used.*{words}"): assert torch.equal(features(tmp_path), x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(features(tmp_path), x)
-
-
-def test_a_damaged_chunk_is_computed_again(tmp_path, small_chunks, monkeypatch):
-    x = features(None)
-    calls = dies_at_third_chunk(monkeypatch)
-    with pytest.raises(KeyboardInterrupt): features(tmp_path)
-    chunk = sorted(tmp_path.glob("*.parts/*.safetensors"))[0]
-    data = bytearray(chunk.read_bytes())
-    data[-3] ^= 4
-    chunk.write_bytes(data)
-    with pytest.warns(RuntimeWarning, match="00000.safetensors is damaged or stale"): assert torch.equal(features(tmp_path), x)
-
-
-def test_another_recipe_is_another_file(tmp_path):
-    features(tmp_path)
-    other = Fake()
-    other.fingerprint = "def"
-    features(tmp_path, other)
-    features(tmp_path, Fake(19))
-    features(tmp_path, trunk=tiny_trunk(1))
-    features(tmp_path, pooling="max")
-    features(tmp_path, crop_pct=1.0)
-    assert len(list(tmp_path.glob("*.json"))) == 6
-
-
-def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    features(None)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk(tmp_path, monkeypatch):
-    def full(*a): raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="features cannot be kept in .*No space left.*cache_dir=None"): features(tmp_path)
-    monkeypatch.undo()
-    assert features(tmp_path).shape == (20, 12)
-
-
-def test_a_folder_that_is_a_file(tmp_path):
-    (tmp_path / "cache").write_text("in the way")
-    with pytest.raises(OSError, match="cannot be kept in"): features(tmp_path / "cache")
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write into read-only folders")
-def test_a_read_only_folder(tmp_path):
-    ready = tmp_path / "ready"
-    x = features(ready)
-    ready.chmod(0o500)
-    try:
-        assert torch.equal(features(ready), x)  # finished features can still be read
-        with pytest.raises(OSError, match="cannot be kept in"): features(ready, Fake(3))
-    finally: ready.chmod(0o700)
-
-
-def test_two_processes_take_turns(tmp_path):
-    pytest.importorskip("fcntl")
-    import threading
-    real, calls, gate = models._extract, [], threading.Event()
-    def slow(*a):
-        calls.append(1)
-        gate.wait(5)
-        return real(*a)
-    models._extract = slow
-    try:
-        got, trunk = [], tiny_trunk()
-        jobs = [threading.Thread(target=lambda: got.append(features(tmp_path, trunk=trunk))) for _ in range(2)]
-        for j in jobs: j.start()
-        time.sleep(0.3)
-        gate.set()
-        for j in jobs: j.join()
-    finally: models._extract = real
-    assert len(calls) == 1 and torch.equal(*got)
-
-
-def test_features_input_errors(tmp_path):
-    with pytest.raises(ValueError, match="has no images"): features(tmp_path, Fake(0))
-    with pytest.raises(ValueError, match="unknown pooling"): features(tmp_path, pooling="mean")
-    class Anonymous:
-        def __call__(self, image): return image
-    with pytest.raises(ValueError, match="repr must say"): features(tmp_path, transform=Anonymous())
-    class Broken(Fake):
-        def image(self, i):
-            if i == 7: raise OSError("cannot read image 7 of fake/train, 7.png: truncated")
-            return super().image(i)
-    with pytest.raises(OSError, match="^cannot read image 7"): features(tmp_path, Broken())
-    sick = tiny_trunk()
-    sick.net[3].bias.data[0] = float("nan")
-    with pytest.raises(ValueError, match="features of image 0 of fake/train are not finite"): features(tmp_path, trunk=sick)
-
 
 # ---- a GPU that is not there
 
@@ -953,7 +742,7 @@ def test_features_of_the_further_trunks(tmp_path, name, args):
     with torch.inference_mode(): y = make_pooling("avg")(trunk(torch.stack([t(Fake().image(i)) for i in range(5)])))
     torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3 * float(y.abs().max()))
     assert torch.equal(cached_features(trunk, Fake(5), image_size=64, cache_dir=tmp_path, progress=False), x) and len(list(tmp_path.glob("*.json"))) == 1
-    if name == "googlenet": assert not any(isinstance(m, nn.BatchNorm2d) for m in models._quick(trunk).modules())
+    if name == "googlenet": assert not any(isinstance(m, nn.BatchNorm2d) for m in batches._quick(trunk).modules())
 
 
 @pytest.mark.parametrize("name, args", [("googlenet", {}), ("deit_small", SMALL), ("timm/resnet10t", {})])
@@ -990,7 +779,6 @@ def test_all_trunks_on_a_fake_gpu(name, size, head):
 
 
 def test_no_trunk_is_forgotten():
-    import hapnb.trunks  # registers the transformers
     from hapnb.helpers import TRUNKS
     ours = {n for n in TRUNKS.names() if TRUNKS.get(n).__module__ in ("hapnb.models", "hapnb.trunks")}
     assert ours == {case[0] for case in test_all_trunks_on_a_fake_gpu.pytestmark[0].args[1]}

@@ -421,9 +421,9 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         quiet(dataset(), 50, tmp_path / "file" / "below")
 
 
-# --- finished copies that somebody damages ---
+# --- finished copies that are damaged ---
 @pytest.mark.parametrize("form", FORMATS)
-def test_damage_that_nobody_noticed(tmp_path, form):
+def test_damage_without_a_trace_is_found_when_the_image_is_read(tmp_path, form):
     ds = dataset()
     pk = quiet(ds, 50, tmp_path, format=form)
     want, path = pixels(pk), pk.store.path

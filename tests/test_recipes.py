@@ -61,14 +61,22 @@ def test_all_are_here():
     assert set(RECIPES) == set(HIST) | roadmap | happier | others
 
 
-# keys with the fingerprints "a" and "b" for the two parts of the data: runs in a store must be found again
-KEYS = {"hist/cub-resnet50": "fc5b61f5383d19bc", "hist/cars-resnet50": "93569176d96263a3",
-        "hist/sop-resnet50": "5ebf24958f6892f0", "hist/cub-bninception": "2b594346b0f79f0a",
-        "hist/cars-bninception": "2ca09e1169226e5b", "hist/sop-bninception": "04f6783bbc3202a5",
-        "rehist/cub-resnet50-tuned": "64b73bddb6dbb78c", "rehist/cars-resnet50-tuned": "71d3fa20b4fad922",
-        "rehist/sop-resnet50-tuned": "61e9024bec6cebfe", "rehist/cub-bninception-tuned": "1f8821f936d55fc8",
-        "rehist/cars-bninception-tuned": "3b97f95b28291ff7",
-        "rehist/sop-bninception-tuned": "04c5b17c17cc139e", "hist/emoji": "2206a35c21e33fb4"}
+# keys of schema 2, with the fingerprints "a" and "b" for the two parts of the data: runs in a store must be found again
+KEYS = {
+    "hist/cub-resnet50": "714a0d983332a00c",
+    "hist/cars-resnet50": "3ba9789b3f03cf6b",
+    "hist/sop-resnet50": "184ad0db0ad067d1",
+    "hist/cub-bninception": "9d3219cc1c2c25c4",
+    "hist/cars-bninception": "b9fb892e6b5ac272",
+    "hist/sop-bninception": "c9c75a3f8801ee23",
+    "rehist/cub-resnet50-tuned": "f20c0fab8d701baf",
+    "rehist/cars-resnet50-tuned": "604b16fd5ca7518c",
+    "rehist/sop-resnet50-tuned": "2f439b2b71d1c642",
+    "rehist/cub-bninception-tuned": "f4233b9cb438e01e",
+    "rehist/cars-bninception-tuned": "a6ccb8df398701e9",
+    "rehist/sop-bninception-tuned": "cd4d199c3e8d51d4",
+    "hist/emoji": "f8eff9f651d41694",
+}
 
 
 def test_keys_of_hist_are_what_they_were():

@@ -1,4 +1,4 @@
-"""FastAP, SoftBin-AP and BlackBox-AP: against values of the official code, against loops over Python floats written from the formulas,
+"""FastAP, SoftBin-AP and BlackBox-AP: against values of the official code, against loops written from the formulas,
 against bad input, and where they will be used."""
 import copy
 import json
@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 from brute import dots, mean, shared, to_embeddings
-from conftest import GOLDEN, golden_inputs
+from conftest import GOLDEN, examples, golden_inputs
 from hapnb.helpers import LOSSES
 from hapnb.surrogates import BlackBoxAPLoss, FastAPLoss, SoftBinAPLoss
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 CASES = {c["id"]: c for c in GOLDEN["cases"]}
 NAMES = sorted(next(iter(CASES.values()))["surrogates"])
-MAKE = {"FastAPLoss": FastAPLoss, "SoftBinAPLoss": SoftBinAPLoss, "BlackBoxAPLoss": lambda **k: BlackBoxAPLoss(margin=0., **k)}
+MAKE = {"FastAPLoss": FastAPLoss, "SoftBinAPLoss": SoftBinAPLoss,
+        "BlackBoxAPLoss": lambda **k: BlackBoxAPLoss(margin=0., **k)}
 close = dict(rel=1e-6, abs=1e-9)
 
 
@@ -44,7 +45,8 @@ def test_golden(case, name, similarity):
     assert value.item() == pytest.approx(want["value"], rel=1e-9, abs=1e-12)
     grad, = torch.autograd.grad(value, leaf)
     tangent = grad - (grad * emb).sum(1, keepdim=True) * emb
-    # FastAP always normalises, so its gradient is the tangent one. SoftBin-AP has the query on a corner: only the tangent part means
+    # FastAP always normalises, so its gradient is the tangent one. SoftBin-AP has the query on a corner: only the
+    # tangent part means
     # something. BlackBox-AP with "dot" gives the whole gradient as well.
     checks = [(tangent, "grad_tangent")] + [(grad, "grad")] * ("BlackBox" in name and similarity == "dot")
     for g, part in checks:
@@ -56,8 +58,10 @@ def test_golden_noise_by_the_generator(monkeypatch):
     "Without a noise function the loss asks torch.randn_like, as the official code does."
     case = next(iter(CASES.values()))
     emb, labels = golden_inputs(case)
-    monkeypatch.setattr(torch, "randn_like", lambda t: torch.tensor(np.random.RandomState(4000 + case["seed"]).standard_normal(tuple(t.shape))))
-    assert BlackBoxAPLoss()(emb, labels).item() == pytest.approx(case["surrogates"]["roadmap.BlackBoxAP"]["value"], rel=1e-9)
+    def noise(t): return torch.tensor(np.random.RandomState(4000 + case["seed"]).standard_normal(tuple(t.shape)))
+    monkeypatch.setattr(torch, "randn_like", noise)
+    assert BlackBoxAPLoss()(emb, labels).item() == pytest.approx(case["surrogates"]["roadmap.BlackBoxAP"]["value"],
+                                                                 rel=1e-9)
 
 
 # brute force
@@ -71,7 +75,8 @@ def histograms(scores, positive, nodes):
 
 
 def histogram_ap(scores, positive, nodes):
-    "1 - AP of one query and its slopes by the scores: AP = sum_j h+_j H+_j / H_j / N+, by the chain rule over the bins."
+    """1 - AP of one query and its derivatives by the scores: AP = sum_j h+_j H+_j / H_j / N+, by the chain rule over the
+    bins."""
     n, width = sum(positive), 2 / (nodes - 1)
     if n == 0: return None, [0.] * len(scores)
     hp, hn = histograms(scores, positive, nodes)
@@ -96,12 +101,14 @@ def rank(scores, k): return sum(t >= scores[k] for t in scores)
 
 
 def blackbox(rows, positives, lam=4., eps=1e-5):
-    "1 - AP of each query, and N (rank(s + lam g) - rank(s)) / lam with g the slope of the mean by the ranks over N."
+    "1 - AP of each query, and N (rank(s + lam g) - rank(s)) / lam with g the derivative of the mean by the ranks over N."
     queries = sum(any(p) for p in positives)
     values, slopes = [], []
     for s, p in zip(rows, positives):
         if not any(p):
-            values.append(None); slopes.append([0.] * len(s)); continue
+            values.append(None)
+            slopes.append([0.] * len(s))
+            continue
         N, n, ap, g = len(s), sum(p) + eps, 0., [0.] * len(s)
         for k in range(N):
             if not p[k]: continue
@@ -120,7 +127,8 @@ def by_hand(name, scores, positive, square, arg):
     for q, (s, p) in enumerate(zip(scores, positive)):
         own = q if square and name == "FastAPLoss" else None
         v, g = histogram_ap([x for k, x in enumerate(s) if k != own], [x for k, x in enumerate(p) if k != own], nodes)
-        values.append(v); slopes.append(g if own is None else g[:own] + [0.] + g[own:])
+        values.append(v)
+        slopes.append(g if own is None else g[:own] + [0.] + g[own:])
     return values, slopes
 
 
@@ -141,7 +149,8 @@ def compare(name, problem, arg, cosine=True, level=0, dtype=torch.float64, rel=1
     q, ql, r, rl = problem
     if not cosine: q, r = q * .4, r if r is None else r * .4  # some scores beyond one, most within
     keys = ("num_bins",) if name != "BlackBoxAPLoss" else ("lambda_val", "eps")
-    loss = MAKE[name](**dict(zip(keys, np.atleast_1d(arg).tolist())), level=level, similarity="cosine" if cosine else "dot")
+    loss = MAKE[name](**dict(zip(keys, np.atleast_1d(arg).tolist())), level=level,
+                      similarity="cosine" if cosine else "dot")
     a = torch.tensor(q, dtype=dtype, requires_grad=True)
     b = None if r is None else torch.tensor(r, dtype=dtype, requires_grad=True)
     got = loss(a, torch.tensor(ql), ref_emb=b, ref_labels=None if r is None else torch.tensor(rl))
@@ -151,7 +160,8 @@ def compare(name, problem, arg, cosine=True, level=0, dtype=torch.float64, rel=1
     want, slopes = mean(*by_hand(name, scores, positive, r is None, arg))
     assert got.dtype == dtype and got.item() == pytest.approx(want, rel=rel, abs=rel * 1e-2)
     for leaf, grad in zip((a, b), to_embeddings(slopes, q, r, cosine)):
-        if leaf is not None: assert np.abs(leaf.grad.numpy() - grad).max() <= rel * max(np.abs(grad).max(), 1e-2), "gradient"
+        if leaf is not None:
+            assert np.abs(leaf.grad.numpy() - grad).max() <= rel * max(np.abs(grad).max(), 1e-2), "gradient"
 
 
 ARGS = {"FastAPLoss": (1, 2, 10), "SoftBinAPLoss": (2, 3, 20), "BlackBoxAPLoss": ((4., 1e-5), (.5, 0.), (50., 1e-5))}
@@ -160,7 +170,7 @@ each = pytest.mark.parametrize("name", MAKE)
 
 @each
 @given(problem=problems(), which=st.integers(0, 2), cosine=st.booleans(), level=st.integers(0, 1))
-@settings(max_examples=60)
+@examples(60)
 def test_brute_force(name, problem, which, cosine, level): compare(name, problem, ARGS[name][which], cosine, level)
 
 
@@ -180,7 +190,8 @@ def test_fastap_is_that_of_pytorch_metric_learning(seed):
     for bins in (3, 10, 25):
         a, b = emb.clone().requires_grad_(), emb.clone().requires_grad_()
         ours, theirs = FastAPLoss(bins)(a, y), Theirs(num_bins=bins)(b, y)
-        ours.backward(); theirs.backward()
+        ours.backward()
+        theirs.backward()
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
         assert torch.allclose(a.grad, b.grad, rtol=1e-8, atol=1e-12)
 
@@ -201,7 +212,8 @@ def test_order_of_the_batch_does_not_matter(name):
     order = torch.randperm(17, generator=torch.Generator().manual_seed(1))
     a, b = emb.clone().requires_grad_(), emb[order].clone().requires_grad_()
     one, two = MAKE[name](similarity="dot")(a, y), MAKE[name](similarity="dot")(b, y[order])
-    one.backward(); two.backward()
+    one.backward()
+    two.backward()
     assert one.item() == pytest.approx(two.item(), rel=1e-9)
     assert a.grad.any() and torch.allclose(a.grad[order], b.grad, atol=1e-10)
 
@@ -210,7 +222,8 @@ def test_ties_get_the_worst_rank():
     loss = BlackBoxAPLoss(margin=0., eps=0., similarity="dot")
     one = torch.ones(1, 1, dtype=torch.float64)
     for labels in ([0, 1], [1, 0]):
-        assert loss(one, torch.tensor([0]), ref_emb=one.expand(2, 1), ref_labels=torch.tensor(labels)).item() == pytest.approx(.5)
+        assert loss(one, torch.tensor([0]), ref_emb=one.expand(2, 1),
+                    ref_labels=torch.tensor(labels)).item() == pytest.approx(.5)
 
 
 @each
@@ -219,7 +232,8 @@ def test_all_embeddings_equal(name, value):
     emb = torch.full((8, 3), value, dtype=torch.float64, requires_grad=True)
     loss = MAKE[name]()(emb, torch.arange(8) // 4)
     loss.backward()
-    assert loss.item() == pytest.approx(1 - (3 / 7 if name == "FastAPLoss" else 4 / 8), rel=1e-5) and emb.grad.isfinite().all()
+    assert loss.item() == pytest.approx(1 - (3 / 7 if name == "FastAPLoss" else 4 / 8), rel=1e-5)
+    assert emb.grad.isfinite().all()
 
 
 @each
@@ -230,7 +244,7 @@ def test_perfect_ranking(name):
 
 @each
 def test_who_counts(name):
-    "A single image, an unknown label, references without a match: never NaN, left out of the mean, zero slope."
+    "A single image, an unknown label, references without a match: never NaN, left out of the mean, zero gradient."
     emb, y = batch(6)
     y = torch.tensor([0, 0, 1, -1, 0, -1])
     leaf = emb.clone().requires_grad_()
@@ -252,7 +266,8 @@ def test_batch_of_one(name):
     leaf = torch.ones(1, 4, dtype=torch.float64, requires_grad=True)
     value = MAKE[name]()(leaf, torch.tensor([3]))
     value.backward()
-    assert value.item() == pytest.approx(0., abs=1.1e-5) and torch.allclose(leaf.grad, torch.zeros(1, 4, dtype=torch.float64), atol=1e-12)
+    assert value.item() == pytest.approx(0., abs=1.1e-5)
+    assert torch.allclose(leaf.grad, torch.zeros(1, 4, dtype=torch.float64), atol=1e-12)
     with pytest.raises(ValueError, match="empty"): MAKE[name]()(torch.ones(0, 4), torch.zeros(0, dtype=torch.long))
 
 
@@ -279,17 +294,20 @@ def test_mean_of_none_is_the_mean(name):
     a, b = emb.clone().requires_grad_(), emb.clone().requires_grad_()
     one, each = MAKE[name]()(a, y), MAKE[name](reduction="none")(b, y)
     counts = 11
-    one.backward(); (each.sum() / counts).backward()
+    one.backward()
+    (each.sum() / counts).backward()
     assert one.item() == pytest.approx((each.sum() / counts).item()) and torch.allclose(a.grad, b.grad, atol=1e-14)
 
 
 @each
 @pytest.mark.parametrize("factor", [.5, 65536.])
 def test_a_factor_on_the_loss_is_one_on_the_gradient(name, factor):
-    "A gradient scaler, or a weight in a sum, must not change the direction (in the official BlackBox-AP it multiplies lambda)."
+    """A gradient scaler, or a weight in a sum, must not change the direction (in the official BlackBox-AP it multiplies
+    lambda)."""
     emb, y = batch()
     a, b = emb.clone().requires_grad_(), emb.clone().requires_grad_()
-    MAKE[name]()(a, y).backward(); (factor * MAKE[name]()(b, y)).backward()
+    MAKE[name]()(a, y).backward()
+    (factor * MAKE[name]()(b, y)).backward()
     assert a.grad.any() and torch.allclose(a.grad * factor, b.grad, rtol=1e-9)
 
 
@@ -333,7 +351,8 @@ def test_cross_batch_memory(name):
         own, full = queue.curr_batch_idx.tolist(), 20 if queue.has_been_filled else queue.queue_idx
         scores = dots(leaf.detach().numpy(), queue.embedding_memory[:full].numpy())
         positive = shared(y[:, None].tolist(), queue.label_memory[:full, None].tolist())
-        rest, same = ([[v for k, v in enumerate(row) if k != own[q]] for q, row in enumerate(x)] for x in (scores, positive))
+        rest, same = ([[v for k, v in enumerate(row) if k != own[q]] for q, row in enumerate(x)]
+                      for x in (scores, positive))
         arg = {"FastAPLoss": 10, "SoftBinAPLoss": 20, "BlackBoxAPLoss": (4., 1e-5)}[name]
         want, _ = mean(*by_hand(name, rest, same, False, arg))
         assert value.item() == pytest.approx(want, rel=1e-6)
@@ -344,26 +363,33 @@ def test_copied_pickled_and_found(name):
     loss, (emb, y) = MAKE[name](), batch()
     loss(emb.clone().requires_grad_(), y)
     assert LOSSES.get(name) is type(loss) and loss.terms["loss"] == pytest.approx(loss(emb, y).item())
-    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))): assert twin(emb, y).item() == loss(emb, y).item() and repr(twin) == repr(loss)
+    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert twin(emb, y).item() == loss(emb, y).item() and repr(twin) == repr(loss)
 
 
 def test_noise():
     emb, y = batch()
     loss = BlackBoxAPLoss(margin=.5)
-    def seeded(s): torch.manual_seed(s); return loss(emb, y).item()
+    def seeded(s):
+        torch.manual_seed(s)
+        return loss(emb, y).item()
     assert seeded(1) == seeded(1) != seeded(2)
     assert seeded(1) > BlackBoxAPLoss(margin=0.)(emb, y).item()
     flipped = BlackBoxAPLoss(margin=.5, noise=lambda s: -torch.ones_like(s))
-    assert flipped(emb, y).item() == BlackBoxAPLoss(margin=.5, noise=torch.ones_like)(emb, y).item()  # only its size counts
+    # only its size counts
+    assert flipped(emb, y).item() == BlackBoxAPLoss(margin=.5, noise=torch.ones_like)(emb, y).item()
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: FastAPLoss(0), "num_bins must be a whole number, 1 or more, got 0"), (lambda: FastAPLoss(2.5), "whole number"),
+    (lambda: FastAPLoss(0), "num_bins must be a whole number, 1 or more, got 0"),
+    (lambda: FastAPLoss(2.5), "whole number"),
     (lambda: SoftBinAPLoss(1), "2 or more"), (lambda: SoftBinAPLoss(True), "whole number"),
     (lambda: BlackBoxAPLoss(0.), "lambda_val must be above 0"), (lambda: BlackBoxAPLoss(math.nan), "lambda_val"),
-    (lambda: BlackBoxAPLoss(margin=-1.), "margin must be 0 or more"), (lambda: BlackBoxAPLoss(eps=-1.), "eps must be 0 or more"),
+    (lambda: BlackBoxAPLoss(margin=-1.), "margin must be 0 or more"),
+    (lambda: BlackBoxAPLoss(eps=-1.), "eps must be 0 or more"),
     (lambda: BlackBoxAPLoss(noise=lambda s: s[:1])(*batch()), r"noise gave shape \(1, 12\)"),
-    (lambda: FastAPLoss(similarity="cosin"), "cosine"), (lambda: SoftBinAPLoss()(*batch(), indices_tuple=(0, 0, 0)), "miners"),
+    (lambda: FastAPLoss(similarity="cosin"), "cosine"),
+    (lambda: SoftBinAPLoss()(*batch(), indices_tuple=(0, 0, 0)), "miners"),
     (lambda: FastAPLoss()(torch.zeros(2, 3), torch.tensor([0, 0])), "no direction")])
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message): make()
@@ -377,7 +403,8 @@ n = 2048
 z, y = torch.randn(n, 16, requires_grad=True), torch.arange(n) // 4
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
-{"FastAPLoss": lambda: FastAPLoss(200), "SoftBinAPLoss": lambda: SoftBinAPLoss(200), "BlackBoxAPLoss": BlackBoxAPLoss}[sys.argv[1]]()(z, y).backward()
+made = {"FastAPLoss": FastAPLoss(200), "SoftBinAPLoss": SoftBinAPLoss(200), "BlackBoxAPLoss": BlackBoxAPLoss()}
+made[sys.argv[1]](z, y).backward()
 print(json.dumps(peak() - before))
 """
 
