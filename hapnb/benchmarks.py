@@ -9,7 +9,7 @@ __all__ = ['SOURCES', 'Source', 'add_source', 'source_of', 'lacking', 'find_root
            'inshop_frame', 'load_inshop']
 
 # %% ../nbs/23_benchmarks.ipynb #61fd774e
-import importlib, io, os, warnings, zlib
+import io, os, warnings, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 from fastcore.basics import patch
 
-from .data import LATER, check_arguments, need_dir, read_text, what_is_in
+from .data import check_arguments, need_dir, read_text, what_is_in
 from .datasets import check_split, fingerprint_of, from_frame, RetrievalDataset, some_sizes, SPLITS, table_hash
 from .files import download, is_unpacked, unpack
 from .helpers import DATASETS, nearest
@@ -52,7 +52,7 @@ def add_source(source: Source) -> Source:
 
 def source_of(name: str) -> Source:
     "The source of a published dataset, importing its notebook; `ValueError` with the nearest name."
-    if name in LATER: importlib.import_module(LATER[name])
+    if name in DATASETS: DATASETS.get(name)
     if name in SOURCES: return SOURCES[name]
     raise ValueError(f"no source is known for {name!r}.{nearest(name, SOURCES)} Known: {', '.join(sorted(SOURCES))}.")
 

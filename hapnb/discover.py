@@ -81,11 +81,11 @@ def features(a) -> int:
 # %% ../nbs/66_discover.ipynb #d5f83c73
 def _method_args():
     "The names of arguments that each method takes."
-    from hapnb.clustering import find_clusterer
+    from hapnb.clustering import CLUSTERERS
     from hapnb.hilander import cluster_hilander
     known = {"hilander": schema_of(cluster_hilander, ("model", "x", "device", "progress"))}
     for name in ("hdbscan", "agglomerative", "kmeans"):
-        f = find_clusterer(name)
+        f = CLUSTERERS.get(name)
         known[name] = schema_of(f, tuple(inspect.signature(f).parameters)[:3])
     return "; ".join(f"{n}: {names_of(s)}" for n, s in known.items())
 

@@ -81,8 +81,10 @@ class Metric:
         return short if self.level is None else f"{short}_level{self.level}"
 
 # %% ../nbs/15_metrics.ipynb #90d91c54
-_FAMILIES = ("R@k", "P@1", "AP", "mAP@R", "ASI", "H-AP", "NDCG")
-_NAME = re.compile(r"(?:([RP])@(\d+|k)|(AP|mAP@R|ASI|H-AP|NDCG))(?:_level(\d+))?")
+# metrics of one level, and metrics over the hierarchy, in the order of the result
+_LEVEL, _WHOLE = ("AP", "mAP@R", "ASI"), ("H-AP", "ASI", "NDCG")
+_FAMILIES = tuple(dict.fromkeys(("R@k", "P@1", *_LEVEL, *_WHOLE)))
+_NAME = re.compile(rf"(?:([RP])@(\d+|k)|({'|'.join(_FAMILIES[2:])}))(?:_level(\d+))?")
 
 def parse_metric(name: str, # a full name or a family
                  ) -> Metric:
@@ -100,8 +102,8 @@ def all_metrics(levels, # columns of the labels
                 ks, # of R@k
                 ) -> list: # of Metric
     "List all metrics, in the order of the result."
-    each = [*(Metric("R", k) for k in ks), Metric("P", 1), Metric("AP"), Metric("mAP@R"), Metric("ASI")]
-    return [replace(m, level=l) for l in levels for m in each] + [Metric(kind) for kind in ("H-AP", "ASI", "NDCG")]
+    each = [*(Metric("R", k) for k in ks), Metric("P", 1), *map(Metric, _LEVEL)]
+    return [replace(m, level=l) for l in levels for m in each] + [*map(Metric, _WHOLE)]
 
 # %% ../nbs/15_metrics.ipynb #18d6a40e
 def choose_metrics(metrics, # names, families of names, or None: all

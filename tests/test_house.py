@@ -240,6 +240,21 @@ def test_no_path_of_one_machine():
     assert found == {}
 
 
+EARLY = """
+import importlib, pathlib, hapnb
+from hapnb import clustering, data, helpers, losses, models
+registries = helpers.LOSSES, helpers.DATASETS, helpers.TRUNKS, helpers.CLUSTERERS
+early = [set(r.names()) for r in registries]
+for p in pathlib.Path(hapnb.__file__).parent.glob("*.py"): importlib.import_module(f"hapnb.{p.stem}")
+print([sorted(set(r.names()) - e) for r, e in zip(registries, early)])
+"""
+
+
+def test_every_registered_name_is_known_before_its_notebook_is_imported():
+    found = run(sys.executable, "-c", EARLY, check=True).stdout.strip()
+    assert found == "[[], [], [], []]", "add these names to the `late` table of their registry in 90_helpers"
+
+
 # README
 
 def test_the_table_of_tests_is_complete():
