@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batches import cached_features, FeatureBatches, ImageBatches, _images, _loader, _pack, _View
-from .config import check_names, load_splits, RunConfig, thaw, _weights_id
+from .config import check_names, load_splits, RunConfig, _weights_id
 from .core import as_relevance, check_labels, EmbeddingLoss
 from .helpers import cache_folder, derive_seed, pick_device, UserError, _seeded
 from .large_batches import check_memory, CrossBatchMemory, memory_part
@@ -98,7 +98,7 @@ def make_loss_for(cfg: RunConfig, labels: Tensor, # [N, L], of the training part
     # [C, L]: the levels of each class
     table = labels[torch.from_numpy(first[classes >= 0])]
     make = lambda: make_loss(cfg.loss, num_classes=int(labels[:, level].max()) + 1, embedding_size=width,
-                             proxy_labels=table, **thaw(cfg.loss_args))
+                             proxy_labels=table, **cfg.loss_args)
     if any(type(v) is int and v > 4096 for v in cfg.loss_args.values()): _check_room(cfg.loss, make)
     with _seeded(derive_seed(cfg.seed, "init", "loss")), _room("the loss"): return make()
 
@@ -130,7 +130,7 @@ def check_run(cfg: RunConfig, data: RunData) -> tuple: # (loss, sampler)
     _check_sizes(cfg, data)
     check_evaluation(cfg, data)
     seed = derive_seed(cfg.seed, "sampler")
-    sampler = make_sampler(cfg.sampler, data.labels, cfg.batch_size, seed=seed, **thaw(cfg.sampler_args))
+    sampler = make_sampler(cfg.sampler, data.labels, cfg.batch_size, seed=seed, **cfg.sampler_args)
     loss = make_loss_for(cfg, data.labels, cfg.embed_dim or trunk_info(cfg.trunk).features)
     for name in cfg.groups:
         if name.startswith("loss."): _piece(loss, name)
@@ -157,7 +157,7 @@ def evaluate_run(cfg: RunConfig, data: RunData,
                  dry: bool = False, # check the arguments only
                  ) -> dict: # metric -> number; None where it is not finite
     "Evaluate embeddings as a config asks, by its protocol."
-    asked = dict(levels=cfg.eval_levels, ks=cfg.ks, metrics=cfg.metrics, relevance=as_relevance(thaw(cfg.relevance)))
+    asked = dict(levels=cfg.eval_levels, ks=cfg.ks, metrics=cfg.metrics, relevance=as_relevance(cfg.relevance))
     meta = getattr(data.test, "meta", None)
     found = evaluate_protocol(z, data.test_labels, meta, data.protocol, **asked, device=device, dry=dry)
     return {k: (v if isinstance(v, int) else float(v) if math.isfinite(v) else None) for k, v in found.items()}
@@ -197,7 +197,7 @@ def _check_both(cfg, part, miner, emb, labels):
 def _make_miner(cfg):
     if cfg.miner is None: return None
     from hapnb.external import pml_miner
-    args = {"level": cfg.loss_args.get("level", 0), **thaw(cfg.miner_args)}
+    args = {"level": cfg.loss_args.get("level", 0), **cfg.miner_args}
     return pml_miner(cfg.miner.removeprefix("pml/"), **args)
 
 # %% ../nbs/33_build.ipynb #de2b87d7

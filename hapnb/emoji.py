@@ -425,7 +425,7 @@ _KNOW = (
     "- Sets without code points were matched by name. The least similar of these were checked by eye and put "
     "right (`FIXES` in the notebook); a few odd ones may remain.")
 
-# %% ../nbs/21_emoji.ipynb #c6259b35
+# %% ../nbs/21_emoji.ipynb #0c2b0075
 def data_card(table: pa.Table, sha: str, size: int, drawn: int) -> str: # Markdown
     "Describe the data: what, how many, how split, what it is not good for."
     f = table.drop_columns(["image"]).to_pandas()

@@ -340,8 +340,10 @@ def hardware(device: str = "auto") -> str:
 # %% ../nbs/90_helpers.ipynb #22e72626
 @contextlib.contextmanager
 def locked(path, # file or folder to be worked on by one process at a time; `.NAME.lock` lies beside it
-           say=None): # called with a line of text if the lock is held by another process
-    "Hold the lock of a path."
+           say=None, # called with a line of text if the lock is held by another process
+           patience: float = None, # seconds to wait for it; default: as long as it takes
+           ):
+    "Hold the lock of a path; `TimeoutError` when patience is over."
     from filelock import FileLock, Timeout
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -349,7 +351,10 @@ def locked(path, # file or folder to be worked on by one process at a time; `.NA
     try: lock.acquire(timeout=0)
     except Timeout:
         if say: say(f"waiting: another process works on {path}")
-        lock.acquire(poll_interval=0.2)
+        try: lock.acquire(-1 if patience is None else patience, poll_interval=0.05)
+        except Timeout:
+            raise TimeoutError(f"{path} has been locked by another process for {patience:g} s: is one stopped in the "
+                               "middle of a write? End it, and call again.") from None
     try: yield
     finally: lock.release()
 

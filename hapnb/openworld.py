@@ -221,7 +221,7 @@ def _stage(shared, name, recipe, make): # make(part): write it to the path `part
             # it may be taken away or made again just now
             except OSError: _remove(part)
         make(part)
-    made_once(path, recipe, write, shared.say)
+    made_once(path, recipe, write, shared.say, _forced_at())
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return path, _hash([hash_of(f) for f in files])
 
@@ -229,7 +229,7 @@ def _twin(path, recipe):
     "The same stage of another run, whole, by the same recipe and not older than `--force`; None if there is none."
     for twin in sorted(path.parents[2].glob(f"*/{path.parent.name}/{path.name}")):
         try:
-            if twin != path and twin.stat().st_mtime >= _forced_at() and _why_not(twin, recipe) is None: return twin
+            if twin != path and _why_not(twin, recipe, _forced_at()) is None: return twin
         # it may be taken away or made again just now
         except OSError: continue
 

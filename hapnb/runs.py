@@ -96,7 +96,10 @@ class Result:
     @functools.cached_property
     def config(self): return RunConfig.from_dict(self._json("config.json"))
     @functools.cached_property
-    def history(self): return pd.read_csv(self._file("history.csv"))
+    def history(self):
+        path = self._file("history.csv")
+        # a run of no epochs has no rows
+        return pd.read_csv(path) if path.stat().st_size > 1 else pd.DataFrame()
     @functools.cached_property
     def environment(self): return self._json("environment.json")
 

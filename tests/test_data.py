@@ -229,7 +229,7 @@ def test_folder_with_its_own_split(tree, tmp_path):
     with pytest.raises(ValueError, match="smaller `val`"): load("folder", "val", tmp_path / "own")
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "validation", "dev"])
+@pytest.mark.parametrize("name", ["val", "Valid", "VALIDATION", "dev"])
 def test_folder_split_by_other_names(tree, tmp_path, name):
     for part, k in (("train", "bird/owl"), (name, "bird/swan"), ("test", "fish/eel")):
         shutil.copytree(tree / k, tmp_path / "own" / part / k)
@@ -237,6 +237,19 @@ def test_folder_split_by_other_names(tree, tmp_path, name):
     assert {s: classes(d) for s, d in found.items()} == {"fit": {"bird/owl"}, "val": {"bird/swan"},
                                                          "train": {"bird/owl", "bird/swan"}, "test": {"fish/eel"}}
     assert found["test"].level_names == ("level0", "level1")
+
+
+@pytest.mark.parametrize("train, test", [("Train", "Test"), ("TRAIN", "TEST"), ("training", "testing")])
+def test_folders_of_splits_in_other_letters_are_splits(tree, tmp_path, train, test):
+    for part, k in ((train, "bird/owl"), (test, "fish/eel")): shutil.copytree(tree / k, tmp_path / "own" / part / k)
+    assert classes(load("folder", "test", tmp_path / "own")) == {"fish/eel"}
+
+
+@pytest.mark.parametrize("names", [("train", "eval"), ("train_images", "test_images"), ("query", "gallery")])
+def test_folders_that_may_be_splits_are_named(tree, tmp_path, names):
+    for part in names: shutil.copytree(tree / "bird", tmp_path / "own" / part)
+    with pytest.raises(ValueError, match="not clear whether they are splits or classes"):
+        load("folder", "all", tmp_path / "own")
 
 
 def test_folder_with_something_beside_its_splits(tree, tmp_path):
@@ -319,6 +332,68 @@ def test_table_split_column_and_number_labels(tree):
     frame.to_parquet(tree / "t.parquet")
     with pytest.raises(ValueError, match=r"'more' \(first in row 0.*use train, val and test"):
         load("table", "all", tree / "t.parquet")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_minus_one_in_a_table_is_an_unknown_class(tree, kind):
+    frame, path = table_of(tree), tree / f"t.{kind}"
+    frame["species"] = np.where(frame.species == "owl", -1, pd.factorize(frame.species)[0])
+    frame.to_parquet(path) if kind == "parquet" else frame.to_csv(path, index=False)
+    ds = load("table", "all", path)
+    assert (ds.labels[:, 0] == -1).sum() == 3 and "-1" not in ds.class_names[0] and (ds.labels[:, 1] >= 0).all()
+    with pytest.raises(ValueError, match="3 rows have no known class at level 'species'"): load("table", "train", path)
+    frame = frame.assign(split=["train"] * 12 + ["test"] * 12)
+    frame.to_parquet(path) if kind == "parquet" else frame.to_csv(path, index=False)
+    assert (load("table", "train", path).labels[:, 0] == -1).sum() == 3
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda f: f.assign(split=["train"] * 20 + [""] * 4), "an empty cell"),
+    (lambda f: f.assign(species=[[0, 1]] * 24), "column 'species': row 0 holds a"),
+    (lambda f: f.assign(path=[b"jpeg"] * 24), "column 'path' holds bytes"),
+    (lambda f: f.assign(path=range(24)), "column 'path' holds int"),
+    (lambda f: f.assign(path=[dict(bytes=None, path="x")] * 24), "column 'path' holds dict"),
+    (lambda f: f.assign(weight=np.linspace(0, 1, 24)), "'weight' has another value in every row"),
+    (lambda f: f.rename(columns=dict(species="kind")), "two columns named 'kind'")])
+def test_columns_of_an_unusual_kind_are_named(tree, change, says):
+    frame = change(table_of(tree))
+    if frame.columns.duplicated().any(): frame.to_csv(tree / "t.csv", index=False)
+    else: frame.to_parquet(tree / "t.parquet")
+    with pytest.raises(ValueError, match=says):
+        load("table", "all", tree / ("t.csv" if frame.columns.duplicated().any() else "t.parquet"))
+
+
+@pytest.mark.parametrize("change", [lambda f: f.reset_index(), lambda f: f.assign(Split=pd.Categorical(f.pop("split"))),
+                                    lambda f: f.assign(species=f.species.astype("category")),
+                                    lambda f: f.assign(split=f.split.str.upper() + " ")])
+def test_tables_that_other_programs_write_give_the_same_labels(tree, change):
+    frame = table_of(tree).assign(split=["train"] * 12 + ["val"] * 3 + ["test"] * 9)
+    frame.to_parquet(tree / "a.parquet")
+    change(frame.copy()).to_parquet(tree / "b.parquet")
+    a, b = (load("table", "test", tree / f"{n}.parquet") for n in "ab")
+    assert a.class_names == b.class_names and a.level_names == b.level_names and torch.equal(a.labels, b.labels)
+
+
+def test_an_image_that_is_listed_twice_is_named(tree):
+    pd.concat([table_of(tree)] * 2).to_csv(tree / "t.csv", index=False)
+    with pytest.warns(UserWarning, match="more than once"): load("table", "all", tree / "t.csv")
+
+
+DEEP = []
+for _ in range(100_000): DEEP = [DEEP]
+
+
+@pytest.mark.parametrize("name, args, says", [
+    ("folder", dict(val="6"), "'val' must be"), ("folder", dict(val=-1), "val must be"),
+                                              ("folder", dict(vall=3), "Did you mean 'val'"),
+    ("table", dict(image=3), "'image' must be"), ("table", dict(levels=3), "levels must be names"),
+    ("table", dict(levels=DEEP), "nested too deeply"), ("toy", dict(hues="12"), "'hues' must be"),
+    ("toy", dict(each=0), "each must be"), ("toy", dict(size=1.5), "'size' must be"),
+    ("huggingface", dict(keep_split="no"), "'keep_split' must be"), ("cub", dict(counts="yes"), "'counts' must be"),
+    ("vehicleid", dict(sise="small"), "Did you mean 'size'")])
+def test_arguments_of_a_dataset_are_checked(tree, name, args, says):
+    table_of(tree).to_csv(tree / "t.csv", index=False)
+    with pytest.raises(ValueError, match=says): load(name, "all", tree / "t.csv" if name == "table" else tree, **args)
 
 
 def test_a_label_put_right_is_other_data(tree):

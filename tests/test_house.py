@@ -242,6 +242,12 @@ def test_no_path_of_one_machine():
 
 # README
 
+def test_the_table_of_tests_is_complete():
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    files = {p.name for p in (ROOT / "tests").glob("test_*.py")}
+    assert set(re.findall(r"`(test_\w+\.py)`", text)) == files
+
+
 def readme(): return (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -229,12 +229,13 @@ def test_at_least_leaves_other_formats_alone_and_turns_photos():
     assert decode(written(Image.new("L", (800, 400), 9), "JPEG"), 100).getpixel((0, 0)) == (9, 9, 9)
 
 
-def test_dataset_shrinks_items_but_not_images():
+def test_a_shrunk_dataset_leaves_the_whole_one_alone():
     store = BytesStore([photo((800, 400))] * 2, "ab")
-    ds = RetrievalDataset(store, torch.tensor([[0], [1]]), [["a", "b"]], ("c",))
+    ds = RetrievalDataset(store, torch.tensor([[0], [1]]), [["a", "b"]], ("c",), fingerprint="f")
     assert ds[0][0].size == (800, 400) and ds.image(0, 100).size == (200, 100)
-    ds.at_least = 100
-    assert ds[0][0].size == ds.subset([1])[0][0].size == (200, 100) and ds.image(0).size == (800, 400)
+    small = ds.shrunk(100)
+    assert small[0][0].size == small.subset([1])[0][0].size == small.image(0).size == (200, 100)
+    assert ds[0][0].size == ds.image(0).size == (800, 400) and small.fingerprint != ds.fingerprint
 
 
 # ---- files by name

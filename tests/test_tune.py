@@ -1,5 +1,5 @@
-"""Search: kept on disk, resumed after kill -9, shared by workers, on validation images only, and the same again for the same seed."""
-import json, math, multiprocessing, os, shutil, signal, time
+"""Search: kept on disk, resumed after kill -9, shared by workers, on validation images, the same for the same seed."""
+import functools, json, math, multiprocessing, os, shutil, signal, time
 from pathlib import Path
 
 import numpy as np
@@ -8,17 +8,22 @@ import pandas as pd
 import pytest
 import torch
 
-import hapnb.tune as U
+from hapnb import trials as U
+from hapnb.helpers import UserError
 from hapnb.losses import SupAPLoss
 from hapnb.runs import Result, is_finished, run
 from hapnb.config import RunConfig
 from hapnb.train import Trainer
-from hapnb.tune import Search, apply_params, axis, search, span
+from hapnb.search_plots import plot_contour, plot_history, plot_importance, plot_parallel
+from hapnb.space import apply_params, axis, axis_from, span
+from hapnb.trials import SearchFolder
+from hapnb.tune import Search, search
 
-BASE = RunConfig(dataset="toy", trunk="toy", image_size=32, split="val", embed_dim=16, batch_size=24, epochs=3, lr=0.01, ks=(1, 2),
-                 metrics=("R@1", "AP"), loss="SupAPLoss", loss_args={"tau": 0.01}, eval_every=1)
+BASE = RunConfig(dataset="toy", trunk="toy", image_size=32, split="val", embed_dim=16, batch_size=24, epochs=3, lr=0.01,
+                 ks=(1, 2), metrics=("R@1", "AP"), loss="SupAPLoss", loss_args={"tau": 0.01}, eval_every=1)
 SPACE = {"lr": (1e-4, 1.0, "log"), "loss_args.tau": (0.005, 0.2, "log"), "sampler_args.m": [2, 4]}
 METRIC = "AP_level0"
+FIRST = [{"lr": 0.01, "loss_args.tau": 0.01, "sampler_args.m": 4}]
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +32,8 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 def toy_search(store, trials=6, base=BASE, space=SPACE, name="toy", **kw):
-    return search(name, base, space, **{**dict(trials=trials, metric=METRIC, store=store, jobs=1, device="cpu", progress=False), **kw})
+    args = dict(trials=trials, metric=METRIC, store=store, jobs=1, device="cpu", progress=False)
+    return search(name, base, space, **{**args, **kw})
 
 
 def settled(s): return s.trials.drop(columns=["seconds", "attempts"])
@@ -37,36 +43,67 @@ def refuse(*a, **k): raise AssertionError("a finished search must not train")
 
 # ---- the space
 
-@pytest.mark.parametrize("spec", [[8, 16, None], ["a", "b"], {"a": {"x": [1, 2]}, "b": None}, (0.5, 1), (1e-4, 1.0, "log"), (1, 6), span(2.0, 4.0, step=0.5), span(1, 64, log=True)])
+@pytest.mark.parametrize("spec", [
+    [8, 16, None], ["a", "b"], {"a": {"x": [1, 2]}, "b": None}, (0.5, 1), (1e-4, 1.0, "log"), (1, 6),
+    span(2.0, 4.0, step=0.5), span(1, 64, log=True)])
 def test_axis_goes_through_json_and_optuna(spec):
     a = axis(spec)
-    assert U._axis_from(json.loads(json.dumps(a.to_dict()))) == a
+    assert axis_from(json.loads(json.dumps(a.to_dict()))) == a
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(5): assert study.ask({"x": a.distribution()}).params["x"] in a
 
 
-@pytest.mark.parametrize("bad, why", [([], "at least one"), ([1, 1], "different"), ([1, True], "different"), ([[1]], "needs a name"), ((2, 1), "empty"), ((1, 1), "empty"),
-                                      ((0.0, 1.0, "log"), "logarithm"), ((1, 2, "lin"), "write"), (3, "write"), ("ab", "write"), ((1, "2"), "finite"), ((0.0, math.inf), "finite")])
+@pytest.mark.parametrize("bad, why", [
+    ([], "at least one"), ([1, 1], "different"), ([1, True], "different"), ([[1]], "needs a name"), ((2, 1), "empty"),
+    ((1, 1), "empty"), ((0.0, 1.0, "log"), "logarithm"), ((1, 2, "lin"), "write"), (3, "write"), ("ab", "write"),
+    ((1, "2"), "finite"), ((0.0, math.inf), "finite"), ({1: 2}, "names of settings are text"),
+    ({"deep": functools.reduce(lambda x, _: [x], range(1000))}, "nested too deeply")])
 def test_bad_axis(bad, why):
     with pytest.raises(ValueError, match=why): axis(bad)
 
 
 def test_paths_with_dots_in_keys():
     base = BASE.replace(groups={"loss.hgnn": {"lr": 1.0}}, loss_args={"relevance": {"kind": "pop"}})
-    got = apply_params(base, {"groups.loss.hgnn.lr": 2.0, "groups.head.lr": 3.0, "groups.loss.distributions.means.weight_decay": 4.0, "loss_args.relevance.alpha": 5.0,
-                              "transform": {"a": 1}, "lr": 6})
-    assert got.groups == {"loss.hgnn": {"lr": 2.0}, "head": {"lr": 3.0}, "loss.distributions.means": {"weight_decay": 4.0}}
-    assert got.loss_args == {"relevance": {"kind": "pop", "alpha": 5.0}} and got.lr == 6.0 and got.transform == {"a": 1}
+    got = apply_params(base, {"groups.loss.hgnn.lr": 2.0, "groups.head.lr": 3.0,
+                              "groups.loss.distributions.means.weight_decay": 4.0, "loss_args.relevance.alpha": 5.0,
+                              "transform": {"resize": 40}, "lr": 6})
+    assert got.groups == {"loss.hgnn": {"lr": 2.0}, "head": {"lr": 3.0},
+                          "loss.distributions.means": {"weight_decay": 4.0}}
+    assert got.loss_args == {"relevance": {"kind": "pop", "alpha": 5.0}}
+    assert got.lr == 6.0 and got.transform == {"resize": 40}
     assert base.groups == {"loss.hgnn": {"lr": 1.0}}
 
 
 @pytest.mark.parametrize("change, why", [
-    (dict(space={}), "empty"), (dict(space={"rl": (0.1, 1.0)}), "Did you mean 'lr'"), (dict(space={"lr": (1.0, 0.1)}), "'lr': the range"), (dict(space={"split": ["val"]}), "not a setting"),
-    (dict(space={"seed": [0, 1]}), "not a setting"), (dict(space={"lr": (-1.0, 1.0)}), "'lr' at -1.0"), (dict(space={"loss_args.tua": (0.1, 1.0)}), "tua"),
-    (dict(space={"groups.heat.lr": (0.1, 1.0)}), "'head'"), (dict(space={"groups.loss.hgnn.lr": (0.1, 1.0)}), "no piece 'hgnn'"), (dict(space={"loss": ["SupAPLos"]}), "SupAPLoss"),
-    (dict(space={"loss_args": {"a": {}}, "loss_args.tau": (0.1, 1.0)}), "lies in the other"), (dict(base=BASE.replace(split="test")), "must not see the test images"),
-    (dict(metric="AP_level7"), "'AP_level0'|They have"), (dict(metric="H-AP"), "They have"), (dict(trials=0), "from 1"), (dict(random=-1), "from 0"), (dict(name="a/b"), "folder's name"), (dict(sampler="tep"), "'tpe'"),
-    (dict(pruner="medium"), "'median'"), (dict(pruner_args={"warmup": 1}), "does not take"), (dict(first=[{"lr": 0.1}]), "each setting"),
+    (dict(space={}), "empty"),
+    (dict(space=[("lr", (0.1, 1.0))]), "not a dictionary"),
+    (dict(space={"rl": (0.1, 1.0)}), "Did you mean 'lr'"),
+    (dict(space={"lr": (1.0, 0.1)}), "'lr': the range"),
+    (dict(space={"lr": ("1e-4", 0.1)}), "write 1.0e-4"),
+    (dict(space={"lr": ["0.1", "0.2"]}), "'lr' at '0.1'"),
+    (dict(space={"split": ["val"]}), "not a setting"),
+    (dict(space={"seed": [0, 1]}), "not a setting"),
+    (dict(space={"lr": (-1.0, 1.0)}), "'lr' at -1.0"),
+    (dict(space={"loss_args.tua": (0.1, 1.0)}), "tua"),
+    (dict(space={"groups.heat.lr": (0.1, 1.0)}), "'head'"),
+    (dict(space={"groups.loss.hgnn.lr": (0.1, 1.0)}), "no piece 'hgnn'"),
+    (dict(space={"loss": ["SupAPLos"]}), "SupAPLoss"),
+    (dict(space={"loss_args": {"a": {}}, "loss_args.tau": (0.1, 1.0)}), "lies in the other"),
+    (dict(base=BASE.replace(split="test")), "must not see the test images"),
+    (dict(metric="AP_level7"), "unknown metric 'AP_level7'"),
+    (dict(metric="H-AP"), "unknown metric"),
+    (dict(trials=0), "trials must be a whole number, 1 or more"),
+    (dict(trials="6"), "trials must be a whole number"),
+    (dict(random=-1), "random must be a whole number, 0 or more"),
+    (dict(jobs=-2), "jobs must be"),
+    (dict(name="a/b"), "folder's name"),
+    (dict(sampler="tep"), "'tpe'"),
+    (dict(pruner="medium"), "'median'"),
+    (dict(pruner_args={"n_warmup_step": 1}), "Did you mean 'n_warmup_steps'"),
+    (dict(pruner_args={"n_warmup_steps": "1"}), "n_warmup_steps"),
+    (dict(pruner="percentile", pruner_args={"percentile": 101.0}), "pruner_args of percentile"),
+    (dict(first=[{"lr": 0.1}]), "each setting"),
+    (dict(first=[3]), "each setting"),
     (dict(first=[{"lr": 2.0, "loss_args.tau": 0.01, "sampler_args.m": 2}]), "outside the space"),
 ])
 def test_wrong_use_is_found_before_the_first_trial(tmp_path, monkeypatch, change, why):
@@ -89,8 +126,10 @@ def test_on_epoch_ends_a_run_that_goes_on_later(tmp_path):
     a = run(cfg, tmp_path / "a", "cpu", progress=False, on_epoch=lambda r: seen.append(r["epoch"]))
     b = run(cfg, tmp_path / "b", "cpu", progress=False)
     assert seen == [0, 1, 2, 3]
-    for f in ("metrics.json", "weights.safetensors", "embeddings.safetensors"): assert (a.path / f).read_bytes() == (b.path / f).read_bytes()
-    run(cfg, tmp_path / "a", "cpu", progress=False, on_epoch=refuse)  # read back: there is no epoch to tell of
+    for f in ("metrics.json", "weights.safetensors", "embeddings.safetensors"):
+        assert (a.path / f).read_bytes() == (b.path / f).read_bytes()
+    # read back: there is no epoch to tell of
+    run(cfg, tmp_path / "a", "cpu", progress=False, on_epoch=refuse)
 
 
 def test_on_epoch_cannot_spoil_a_run(tmp_path):
@@ -108,11 +147,10 @@ def test_on_epoch_cannot_spoil_a_run(tmp_path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     os.environ["HAPNB_CACHE"] = str(tmp_path_factory.getbasetemp() / "features")
-    return toy_search(tmp_path_factory.mktemp("finished"), trials=14, first=[{"lr": 0.01, "loss_args.tau": 0.01, "sampler_args.m": 4}])
+    return toy_search(tmp_path_factory.mktemp("finished"), trials=14, first=FIRST)
 
 
 def store_of(s): return s.path.parents[1]
-FIRST = [{"lr": 0.01, "loss_args.tau": 0.01, "sampler_args.m": 4}]
 
 
 def test_every_trial_is_a_run_of_the_store(finished):
@@ -129,12 +167,14 @@ def test_every_trial_is_a_run_of_the_store(finished):
 
 
 def test_pruning_follows_the_median_rule(finished):
-    "Recomputed by hand from the histories: a trial ends at the first epoch where its best score so far lies below the median of the complete ones before it."
-    curves = {t["trial"]: pd.read_csv(store_of(finished) / t["key"] / "history.csv")[METRIC].tolist() for t in finished.trials.to_dict("records")}
+    "From the histories: a trial ends when its best score so far lies below the median of the complete ones before."
+    history = lambda key: pd.read_csv(store_of(finished) / key / "history.csv")[METRIC].tolist()
+    curves = {t["trial"]: history(t["key"]) for t in finished.trials.to_dict("records")}
     states = finished.trials["state"].tolist()
     for n, curve in curves.items():
         before = [curves[i] for i in range(n) if states[i] == "complete"]
-        below = [e for e in range(2) if e < len(curve) and len(before) >= 5 and max(curve[:e + 1]) < np.median([c[e] for c in before])]
+        low = lambda e: max(curve[:e + 1]) < np.median([c[e] for c in before])
+        below = [e for e in range(2) if e < len(curve) and len(before) >= 5 and low(e)]
         assert (states[n] == "pruned") == bool(below) and (not below or len(curve) == below[0] + 1)
 
 
@@ -183,11 +223,18 @@ def test_a_lost_journal_costs_no_training(finished, tmp_path, monkeypatch):
     assert set(trained) == set(finished.trials.loc[finished.trials["state"] == "pruned", "key"])
 
 
-def test_other_search_under_the_name(finished):
-    for change, why in [(dict(space={**SPACE, "lr": (1e-4, 2.0, "log")}), "space.lr.high is 1.0 there and 2.0 here"), (dict(base=BASE.replace(embed_dim=8)), "base.embed_dim is 16 there and 8 here"),
-                        (dict(base=BASE.replace(dataset_args={"each": 6})), "data"), (dict(metric="R@1_level0"), "metric"), (dict(seed=1), "seed is 0 there and 1 here"),
-                        (dict(pruner=None), "pruner"), (dict(first=[]), "first"), (dict(sampler="random"), "sampler")]:
-        with pytest.raises(ValueError, match=f"another search: .*{why}.*name of its own"): toy_search(store_of(finished), **{**dict(trials=14, first=FIRST), **change})
+@pytest.mark.parametrize("change, why", [
+    (dict(space={**SPACE, "lr": (1e-4, 2.0, "log")}), "space.lr.high is 1.0 there and 2.0 here"),
+    (dict(base=BASE.replace(embed_dim=8)), "base.embed_dim is 16 there and 8 here"),
+    (dict(base=BASE.replace(dataset_args={"each": 6})), "data"),
+    (dict(metric="R@1_level0"), "metric"),
+    (dict(seed=1), "seed is 0 there and 1 here"),
+    (dict(pruner=None), "pruner"),
+    (dict(first=[]), "first"),
+    (dict(sampler="random"), "sampler")])
+def test_another_search_under_the_name_is_refused(finished, change, why):
+    with pytest.raises(UserError, match=f"another search: .*{why}.*name of its own"):
+        toy_search(store_of(finished), **{**dict(trials=14, first=FIRST), **change})
 
 
 def test_where_data_lie_is_no_difference(finished, tmp_path, monkeypatch):
@@ -201,7 +248,8 @@ def test_an_even_start(tmp_path):
     "The first ten trials by TPE have one value in each tenth of each range."
     s = toy_search(tmp_path, 10, pruner=None)
     tenth = lambda k, low, high: sorted(int(10 * math.log(v / low) / math.log(high / low)) for v in s.trials[k])
-    assert tenth("lr", 1e-4, 1.0) == tenth("loss_args.tau", 0.005, 0.2) == list(range(10)) and s.trials["sampler_args.m"].tolist().count(2) == 5
+    assert tenth("lr", 1e-4, 1.0) == tenth("loss_args.tau", 0.005, 0.2) == list(range(10))
+    assert s.trials["sampler_args.m"].tolist().count(2) == 5
     assert toy_search(tmp_path, 3, name="other", random=2).trials["lr"].tolist()[2] not in s.trials["lr"].tolist()
 
 
@@ -235,7 +283,8 @@ def test_diverged_trials_are_failures_with_a_reason(tmp_path, monkeypatch, poiso
 
 
 def test_the_search_keeps_away_from_where_runs_fail(tmp_path, poison):
-    s = toy_search(tmp_path, 30, pruner=None, sampler="tpe", space={"loss_args.tau": (0.005, 0.2, "log"), "lr": (1e-3, 1e-1, "log")})
+    space = {"loss_args.tau": (0.005, 0.2, "log"), "lr": (1e-3, 1e-1, "log")}
+    s = toy_search(tmp_path, 30, pruner=None, sampler="tpe", space=space)
     fails = (s.trials["state"] == "failed").to_numpy()
     assert fails[:10].sum() >= 3 and fails[-10:].sum() < fails[:10].sum()
 
@@ -244,7 +293,7 @@ def test_nothing_good_at_all(tmp_path):
     s = toy_search(tmp_path, 2, BASE.replace(loss="HAPPIERLoss", loss_args={}), {"lr": (1e37, 3e38)})
     assert set(s.trials["state"]) == {"failed"}
     with pytest.raises(ValueError, match="no trial of 2.*first failure"): s.best
-    s._repr_markdown_(), s.plot_history()
+    s._repr_markdown_(), plot_history(s)
 
 
 def test_a_full_disk_ends_the_search_and_the_trial_is_repeated(tmp_path, monkeypatch):
@@ -255,7 +304,7 @@ def test_a_full_disk_ends_the_search_and_the_trial_is_repeated(tmp_path, monkeyp
         return real(*a, **k)
     monkeypatch.setattr(U, "run", full)
     with pytest.raises(OSError, match="No space left"): toy_search(tmp_path / "a")
-    assert Search(tmp_path / "a/searches/toy", 6).trials["state"].tolist() == ["complete", "complete", "open", "open", "open", "open"]
+    assert Search(tmp_path / "a/searches/toy", 6).trials["state"].tolist() == ["complete"] * 2 + ["open"] * 4
     s = toy_search(tmp_path / "a")
     assert s.trials["attempts"].tolist() == [1, 1, 2, 1, 1, 1]
     same(s, toy_search(tmp_path / "b"))
@@ -269,7 +318,8 @@ def test_damaged_files(tmp_path):
     assert len(toy_search(tmp_path, 4).trials) == 4
     lines = whole.splitlines(keepends=True)
     journal.write_bytes(b"".join([*lines[:4], b"\x00\x00\x00\n", *lines[4:]]))
-    with pytest.raises(ValueError, match="journal.jsonl, line 5, cannot be read.*Delete the folder"): toy_search(tmp_path, 3)
+    with pytest.raises(ValueError, match="journal.jsonl, line 5, cannot be read.*Delete the folder"):
+        toy_search(tmp_path, 3)
     journal.write_bytes(whole)
     asked.write_text(text[:40])
     with pytest.raises(ValueError, match="search.json is damaged"): toy_search(tmp_path, 3)
@@ -334,7 +384,7 @@ def test_kill_9_in_the_middle(finished, tmp_path):
     s = toy_search(tmp_path, trials=14, first=FIRST)
     attempts = s.to_optuna().trials
     assert len(attempts) == 14 and s.trials["attempts"].sum() == 15
-    journal = U._Folder(s.path).study.trials
+    journal = SearchFolder(s.path).study.trials
     assert [t.user_attrs.get("again") for t in journal if t.state.name == "FAIL"] == ["its worker died"]
     same(s, finished)
     assert not list(s.path.glob(".alive-*"))
@@ -344,21 +394,23 @@ def test_a_trial_that_kills_its_worker_is_given_up(tmp_path):
     "Three times at the same epoch: recorded as failed, and the search goes on."
     for _ in range(3): assert ends(child(tmp_path, die=2, trials=2)) == [-signal.SIGKILL]
     s = toy_search(tmp_path, 2)
-    assert s.trials["state"].tolist() == ["failed", "complete"] and "died three times" in s.trials.loc[0, "error"] and s.trials["attempts"].tolist() == [3, 1]
+    assert s.trials["state"].tolist() == ["failed", "complete"] and s.trials["attempts"].tolist() == [3, 1]
+    assert "died three times" in s.trials.loc[0, "error"]
 
 
 def test_two_searches_share_the_work(tmp_path):
     "Two processes in one folder: no trial is done twice or left out, and both see all results."
     store = tmp_path / "runs"
     assert ends(*[child(store, pause=0.02, trials=10) for _ in range(2)]) == [0, 0]
-    journal = U._Folder(store / "searches/toy").study.trials
+    journal = SearchFolder(store / "searches/toy").study.trials
     assert len(journal) == 10 and sorted(t.user_attrs["slot"] for t in journal) == list(range(10))
     assert len({t.user_attrs["worker"] for t in journal}) == 2
 
 
 def test_one_of_two_is_killed(tmp_path):
     "The other takes its trial over."
-    assert ends(child(tmp_path, pause=0.05, trials=8), child(tmp_path, pause=0.05, die=12, trials=8)) == [-signal.SIGKILL, 0]
+    two = child(tmp_path, pause=0.05, trials=8), child(tmp_path, pause=0.05, die=12, trials=8)
+    assert ends(*two) == [-signal.SIGKILL, 0]
     t = Search(tmp_path / "searches/toy", 8).trials
     assert set(t["state"]) <= {"complete", "pruned"} and len(t) == 8 and t["attempts"].sum() == 9
 
@@ -376,31 +428,37 @@ def test_worker_processes_of_one_search(tmp_path):
 
 def test_importance_finds_what_matters(tmp_path):
     "The learning rate decides everything, the weight decay of a millionth nothing."
-    s = toy_search(tmp_path, 20, BASE, {"lr": (1e-5, 1.0, "log"), "weight_decay": (0.0, 1e-9)}, sampler="random", pruner=None)
+    space = {"lr": (1e-5, 1.0, "log"), "weight_decay": (0.0, 1e-9)}
+    s = toy_search(tmp_path, 20, BASE, space, sampler="random", pruner=None)
     for method in ("fanova", "ped-anova"):
         found = s.importance(method, seeds=3)
-        assert found["setting"][0] == "lr" and found["mean"].sum() == pytest.approx(1) and (found["low"] <= found["mean"]).all() and (found["mean"] <= found["high"]).all()
+        assert found["setting"][0] == "lr" and found["mean"].sum() == pytest.approx(1)
+        assert (found["low"] <= found["mean"]).all() and (found["mean"] <= found["high"]).all()
     assert s.importance("fanova", seeds=3)["mean"][0] > 0.7
 
 
 def test_pictures_draw_all_states(tmp_path, finished, poison):
     s = poisoned(tmp_path, pruner="median")
-    for fig in (s.plot_history(), s.plot_parallel(), finished.plot_importance(seeds=2), finished.plot_importance("ped-anova"), finished.plot_contour([("lr", "sampler_args.m")])):
+    for fig in (plot_history(s), plot_parallel(s), plot_importance(finished, seeds=2),
+                plot_importance(finished, "ped-anova"), plot_contour(finished, [("lr", "sampler_args.m")])):
         assert fig.axes and all(a.get_xlabel() or a.get_ylabel() or a.get_xticklabels() for a in fig.axes)
-    with pytest.raises(ValueError, match="Did you mean 'lr'"): finished.plot_contour([("rl", "sampler_args.m")])
+    with pytest.raises(ValueError, match="Did you mean 'lr'"): plot_contour(finished, [("rl", "sampler_args.m")])
     assert len(finished.to_optuna().trials) == 14
 
 
 def test_none_and_whole_numbers_stay_what_they_are(tmp_path):
-    s = toy_search(tmp_path, 6, space={"clip_norm": [None, 1.0], "embed_dim": (4, 16), "normalise": [True, False]}, pruner=None)
+    space = {"clip_norm": [None, 1.0], "embed_dim": (4, 16), "normalise": [True, False]}
+    s = toy_search(tmp_path, 6, space=space, pruner=None)
     for t in (s, Search(s.path, 9)):  # with open trials, whose settings are not known yet
-        assert set(t.trials["clip_norm"][:6]) == {None, 1.0} and type(t.best_params["embed_dim"]) is int and type(t.best_params["normalise"]) is bool
+        assert set(t.trials["clip_norm"][:6]) == {None, 1.0}
+        assert type(t.best_params["embed_dim"]) is int and type(t.best_params["normalise"]) is bool
         assert t.best.key() == t.best_trial["key"] and t.trials["state"].tolist()[6:] == ["open"] * (len(t.trials) - 6)
-        t.plot_parallel(), t.plot_contour([("clip_norm", "normalise")]), t._repr_markdown_()
+        plot_parallel(t), plot_contour(t, [("clip_norm", "normalise")]), t._repr_markdown_()
 
 
 def test_a_loss_in_a_dict_of_choices(tmp_path):
     space = {"loss_args": {"narrow": {"tau": 0.01}, "wide": {"tau": 0.1, "rho": 10.0}}}
     s = toy_search(tmp_path, 4, space=space)
-    assert s.best.loss_args in ({"tau": 0.01}, {"tau": 0.1, "rho": 10.0}) and set(s.trials["loss_args"]) <= {"narrow", "wide"}
+    assert s.best.loss_args in ({"tau": 0.01}, {"tau": 0.1, "rho": 10.0})
+    assert set(s.trials["loss_args"]) <= {"narrow", "wide"}
     assert Search(s.path).best == s.best

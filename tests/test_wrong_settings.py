@@ -161,7 +161,7 @@ ROWS = [
     (dict(trunk="toi"), "toy", "names"),
     (dict(trunk="resnet5O"), "Did you mean 'resnet50'", "names"),
     (dict(trunk_args={"dropout": 1}), "toy takes: none", "names"),
-    (dict(trunk="timm/resnet18", pretrained=False, trunk_args={"dropout": 1}), "do not fit timm/resnet18", "names"),
+    (dict(trunk="timm/resnet18", pretrained=False, trunk_args={"dropout": 1}), "no setting 'dropout'", "names"),
     (dict(dataset="toi"), "toy", "names"),
     (dict(dataset_args={"hue": 3}), "Did you mean 'hues'", "names"),
     (dict(dataset_args={"hues": "3"}), "valid integer", "names"),
