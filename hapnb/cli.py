@@ -54,7 +54,7 @@ def parser(name: str = None) -> argparse.ArgumentParser: # the command whose opt
             sub.set_defaults(function=run, options=list(sub._option_string_actions))
     return top
 
-# %% ../nbs/67_cli.ipynb #19fdb255
+# %% ../nbs/67_cli.ipynb #8add8de2
 def _nearest(word, known):
     from hapnb.helpers import nearest
     return nearest(word, known)
@@ -103,7 +103,7 @@ def _short_of_memory(e, text):
         return (f"a process that loads images died: {first}\nMost often memory is short, or shared memory (/dev/shm, "
                 "small in a container). Try --workers 2, or 0.")
 
-# %% ../nbs/67_cli.ipynb #f776556f
+# %% ../nbs/67_cli.ipynb #a95784a7
 _ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 def explain(e: BaseException) -> tuple: # (exit status, text)
@@ -124,7 +124,7 @@ def explain(e: BaseException) -> tuple: # (exit status, text)
     if isinstance(e, ValueError): return 1, f"{text} ({module}, line {line}; HAPNB_TRACEBACK=1 shows the whole stack)"
     return 1, "".join(traceback.format_exception(e)) + "This is a bug in hapnb, or in what it stands on."
 
-# %% ../nbs/67_cli.ipynb #b15dd530
+# %% ../nbs/67_cli.ipynb #9ae0f3c5
 def _flushed() -> bool:
     "Write out what is buffered; False where that is not possible, and then the rest is dropped."
     lost = []

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['studies', 'reproduce', 'print_metrics', 'train', 'evaluate']
 
-# %% ../nbs/65_commands.ipynb #34760879
+# %% ../nbs/65_commands.ipynb #a5b60383
 import argparse, dataclasses, json, os, sys, time, typing
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from .grids import check_store
 from .helpers import UserError, hardware, nearest, pick_device, repo_root, write_atomic
 from .options import (
     about, add_data, add_device, add_store, check_data, check_names, command, field_reader, json_object,
-    near, open_run, place, whole)
+    names_of, near, open_run, place, settings_text, whole)
 from .study import (
     PROFILES, StudyFailed, figures_dir, find_studies, from_root, pick_studies, run_study, study_state)
 from .tables import write_claims
 
-# %% ../nbs/65_commands.ipynb #245a20d6
+# %% ../nbs/65_commands.ipynb #a2d37457
 @command(add_store, "example:\n  hapnb studies")
 def studies(a) -> int:
     "List the studies, what they cost and what has been made."
@@ -33,7 +33,7 @@ def studies(a) -> int:
     if not found: print("no studies in nbs/studies/")
     return 0
 
-# %% ../nbs/65_commands.ipynb #44a99821
+# %% ../nbs/65_commands.ipynb #5d0717d4
 def _reproduce_options(sub):
     "Add the options of `reproduce`."
     profiles = "; ".join(f"{n}: {p['note']}" for n, p in PROFILES.items()).replace("%", "%%")
@@ -57,7 +57,7 @@ def _reproduce_options(sub):
 
 _ENGINES = ("local", "ray")
 
-# %% ../nbs/65_commands.ipynb #bcfd0de5
+# %% ../nbs/65_commands.ipynb #1c3b8111
 def _check_reproduce(a) -> list: # the studies
     "Check what was asked of `reproduce`."
     for what, value, known in (("profile", a.profile, PROFILES), ("engine", a.engine, _ENGINES)):
@@ -73,7 +73,7 @@ def _check_reproduce(a) -> list: # the studies
     check_data(a.dataset, a.data_dir)
     return found
 
-# %% ../nbs/65_commands.ipynb #c607fe5e
+# %% ../nbs/65_commands.ipynb #61c4eb52
 def _state(notebook, parameters, out):
     "What a study depends on and has written; None where the data cannot be read: the study itself will say why."
     try: return study_state(notebook, parameters, out)
@@ -91,7 +91,7 @@ def _say(began):
     "A printer of lines with the time since `began`."
     return lambda line: print(f"  [{_clock(time.monotonic() - began):>6}] {line}", flush=True)
 
-# %% ../nbs/65_commands.ipynb #2372de63
+# %% ../nbs/65_commands.ipynb #a74d5177
 def _made(study, a, store, out): # (executed notebook, whether it was there already)
     "Run a study unless nothing has changed since it ended well."
     parameters = dict(profile=a.profile, dataset=a.dataset, data_dir=str(place(a.data_dir, a.dataset) or ""),
@@ -122,7 +122,7 @@ def _reproduce_one(study, number, total, a, store, out) -> bool:
     if main.exists(): print("\n" + main.read_text(encoding="utf-8"), flush=True)
     return True
 
-# %% ../nbs/65_commands.ipynb #0bd888fc
+# %% ../nbs/65_commands.ipynb #5eaccbd8
 @command(_reproduce_options, """examples:
   hapnb reproduce                             all studies, bundled images, about half an hour on two cores
   hapnb reproduce benchmark --profile smoke   does it work at all?
@@ -143,19 +143,24 @@ def reproduce(a) -> int:
     print(f"\n{sum(worked)} of {len(found)} studies done." + (f" Failed: {', '.join(failed)}." if failed else ""))
     return 1 if failed else 0
 
-# %% ../nbs/65_commands.ipynb #b2843987
+# %% ../nbs/65_commands.ipynb #133c4293
 def _default(f):
     "The default of a field of a dataclass."
     return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
 
+def _comments(cls):
+    "The comment beside each field of a dataclass and of the classes that it inherits from."
+    from fastcore.docments import docments
+    return {k: v for c in cls.__mro__[:-1] for k, v in docments(c).items() if v}
+
 def _train_options(sub):
     "Add the options of `train`: the fields of `RunConfig`, and a few of its own."
-    from fastcore.docments import docments
-    from hapnb.config import RunConfig
+    from hapnb.config import RunConfig, schemas
     from hapnb.recipes import RECIPES
-    hints, docs = typing.get_type_hints(RunConfig), docments(RunConfig)
+    hints, docs, inner = typing.get_type_hints(RunConfig), _comments(RunConfig), schemas(RunConfig())
     for f in dataclasses.fields(RunConfig):
-        text = f"{docs.get(f.name) or ''} (default: {json.dumps(_default(f), default=str)})".replace("%", "%%")
+        text = f"{docs[f.name]} (default: {json.dumps(_default(f), default=str)})".replace("%", "%%")
+        if f.name in inner: text += f"; names: {names_of(inner[f.name])}"
         sub.add_argument(f"--{f.name.replace('_', '-')}", dest=f"field_{f.name}", default=argparse.SUPPRESS,
                          metavar="V", type=field_reader(hints[f.name], _default(f)), help=text)
     sub.add_argument("--recipe", default="", metavar="NAME",
@@ -166,13 +171,16 @@ def _train_options(sub):
                           "memory is small, as in a container")
     sub.add_argument("--list", action="store_true",
                      help="list the recipes and stop; with --recipe NAME those that begin so")
+    sub.add_argument("--settings", action="store_true",
+                     help="describe the names that each JSON option takes, for the loss, sampler, dataset, ... "
+                          "that are given, and stop")
     sub.add_argument("--dry-run", action="store_true",
                      help="print every setting, steps, parameters, memory and an estimate of the time from a short "
                           "probe, and stop; images are not needed")
     add_device(sub)
     add_store(sub)
 
-# %% ../nbs/65_commands.ipynb #13f18ea1
+# %% ../nbs/65_commands.ipynb #8e1a1b18
 def _resolved(a): # (RunConfig, {field: where its value comes from}, Recipe or None)
     "Put the options of `train` together."
     from hapnb.config import RunConfig
@@ -189,7 +197,7 @@ def _resolved(a): # (RunConfig, {field: where its value comes from}, Recipe or N
         return "default" if getattr(cfg, k) == getattr(plain, k) else "follows"
     return cfg, {k: origin(k) for k in cfg.to_dict()}, start
 
-# %% ../nbs/65_commands.ipynb #da06fea2
+# %% ../nbs/65_commands.ipynb #0fbecd20
 def _dry_run(a, cfg, origin, start) -> int:
     "Print what a run would do and cost."
     from hapnb.plan import plan
@@ -197,6 +205,16 @@ def _dry_run(a, cfg, origin, start) -> int:
     if start: print(f"{start.name}: {start.paper}. {start.notes}\n")
     for k, v in cfg.to_dict().items(): print(f"  {k} = {json.dumps(v)}  ({origin[k]})")
     print(f"\n{found}\nnothing was trained (--dry-run)")
+    return 0
+
+def _list_settings(cfg) -> int:
+    "Describe the dictionaries of a configuration."
+    from hapnb.config import schemas
+    owner = dict(loss_args=cfg.loss, sampler_args=cfg.sampler, dataset_args=cfg.dataset, schedule_args=cfg.schedule,
+                 optimizer_args=cfg.optimizer, protocol=cfg.protocol.get("kind", ""))
+    for name, schema in schemas(cfg).items():
+        of = f" of {owner[name]}" if name in owner else ""
+        print(f"--{name.replace('_', '-')}{of}\n{settings_text(schema)}")
     return 0
 
 def _list_recipes(prefix) -> int:
@@ -207,7 +225,7 @@ def _list_recipes(prefix) -> int:
         print(f"{n:<34} {c.dataset}, {c.trunk}, {c.loss}, {c.epochs} epochs; {r.paper}")
     return 0
 
-# %% ../nbs/65_commands.ipynb #c8b7206f
+# %% ../nbs/65_commands.ipynb #1dd3f4d1
 def _row_of(key): # (name of the row, level or "all")
     "The place of a metric in the table; `_std` is over the draws of random galleries."
     name, _, level = key.removesuffix("_std").partition("_level")
@@ -228,12 +246,13 @@ def print_metrics(metrics: dict): # as `hapnb.metrics.evaluate` gives them
         shown = iter(cells)
         print(f"{name:<16}" + "".join(f"{next(shown) if c in row else '':>12}" for c in columns))
 
-# %% ../nbs/65_commands.ipynb #d78b7ca7
+# %% ../nbs/65_commands.ipynb #d92b117e
 @command(_train_options, """examples:
   hapnb train --loss HAPPIERLoss --epochs 15
   hapnb train --loss SupAPLoss --loss-args '{"tau": 0.02}' --batch-size 128 --seed 3
   hapnb train --dataset folder --data-dir ~/photos --freeze none --device cuda
   hapnb train --list
+  hapnb train --loss SupAPLoss --settings                   what does --loss-args take?
   hapnb train --recipe happier/sop --dry-run                what would it take?
   hapnb train --recipe happier/sop --data-dir ~/data/sop
   hapnb train --recipe hist/emoji --loss-args '{"tau": 16}'""")
@@ -244,6 +263,7 @@ def train(a) -> int:
     if a.list: return _list_recipes(a.recipe)
     cfg, origin, start = _resolved(a)
     check_config(cfg)
+    if a.settings: return _list_settings(cfg)
     pick_device(a.device)
     if a.dry_run: return _dry_run(a, cfg, origin, start)
     check_store(from_root(a.store))
@@ -253,7 +273,7 @@ def train(a) -> int:
     print(f"run: {near(result.path)}")
     return 0
 
-# %% ../nbs/65_commands.ipynb #75eb82f7
+# %% ../nbs/65_commands.ipynb #56033b7f
 def _ks(text):
     "Read the ks of R@k."
     if all(k.isascii() and k.isdigit() and 0 < len(k) < 10 and int(k) for k in text.split(",")):
@@ -280,7 +300,7 @@ def _evaluate_options(sub):
     add_device(sub)
     add_store(sub)
 
-# %% ../nbs/65_commands.ipynb #ccd59cf2
+# %% ../nbs/65_commands.ipynb #59d03c80
 def _file_metrics(a) -> dict:
     "Metrics of a file of embeddings, leave-one-out."
     from hapnb.core import as_relevance
@@ -317,7 +337,7 @@ def _run_metrics(a) -> dict:
         return evaluate_protocol(run.embeddings(), run.labels(), meta, protocol, ks=ks, relevance=relevance,
                                  device=pick_device(a.device))
 
-# %% ../nbs/65_commands.ipynb #10e05ffc
+# %% ../nbs/65_commands.ipynb #6db8456b
 @command(_evaluate_options, """examples:
   hapnb evaluate --run 3f2a
   hapnb evaluate embeddings.npz                 arrays embeddings [N, D] and labels [N, L], column 0 finest

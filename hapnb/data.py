@@ -27,7 +27,8 @@ from .schemas import schema_of
 # %% ../nbs/20_data.ipynb #39e16838
 # datasets that later notebooks register
 _MODULES = {"emoji": "emoji", "benchmarks": "cub cars sop inshop",
-            "hierarchies": "inat-base inat-full dyml-vehicle dyml-animal dyml-product vehicleid gldv2"}
+            "hierarchies": "inat-base inat-full dyml-vehicle dyml-animal dyml-product",
+            "landmarks": "vehicleid gldv2"}
 LATER = {name: f"hapnb.{module}" for module, names in _MODULES.items() for name in names.split()}
 
 def find_loader(name: str):

@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['features', 'cluster', 'setting', 'openworld']
 
-# %% ../nbs/66_discover.ipynb #d4ea2396
-import argparse, json
+# %% ../nbs/66_discover.ipynb #c13188d5
+import argparse, dataclasses, inspect, json
 from pathlib import Path
+
+from pydantic import Field
 
 from .grids import check_store
 from .helpers import UserError, atomic_path, nearest, pick_device, write_atomic
 from .options import (
     about, add_data, add_device, add_store, check_names, check_out, command, json_object, json_value,
-    near, number, open_run, place, whole)
+    names_of, near, number, open_run, place, whole)
+from .schemas import Schema, schema_of
 from .study import from_root
 
-# %% ../nbs/66_discover.ipynb #1b7ed043
+# %% ../nbs/66_discover.ipynb #86954259
 def _features_options(sub):
     "Add the options of `features`."
     sub.add_argument("--run", default=None, metavar="KEY",
@@ -35,7 +38,7 @@ def _features_options(sub):
     add_device(sub)
     add_store(sub)
 
-# %% ../nbs/66_discover.ipynb #b5d1045d
+# %% ../nbs/66_discover.ipynb #645eab05
 def _check_features(a) -> dict: # settings of a trunk that were given
     "Check what was asked of `features`."
     if (a.run is None) == (a.trunk is None): raise UserError("give either --run KEY or --trunk NAME.")
@@ -56,7 +59,7 @@ def _images_of(a, run): # a `RetrievalDataset`
     with about(f"--dataset {name}"):
         return load(name, a.split, data_dir=where, **(dict(own.dataset_args) if same else {}))
 
-# %% ../nbs/66_discover.ipynb #aa8d4c90
+# %% ../nbs/66_discover.ipynb #cf99a155
 @command(_features_options, """examples:
   hapnb features --run 3f2a --out test.parquet               the images that the run was evaluated on
   hapnb features --run 3f2a --split train --out train.parquet
@@ -75,7 +78,17 @@ def features(a) -> int:
     print(f"{table}\n{near(out)}: {out.stat().st_size / 1e6:.1f} MB")
     return 0
 
-# %% ../nbs/66_discover.ipynb #b2176834
+# %% ../nbs/66_discover.ipynb #d5f83c73
+def _method_args():
+    "The names of arguments that each method takes."
+    from hapnb.clustering import find_clusterer
+    from hapnb.hilander import cluster_hilander
+    known = {"hilander": schema_of(cluster_hilander, ("model", "x", "device", "progress"))}
+    for name in ("hdbscan", "agglomerative", "kmeans"):
+        f = find_clusterer(name)
+        known[name] = schema_of(f, tuple(inspect.signature(f).parameters)[:3])
+    return "; ".join(f"{n}: {names_of(s)}" for n, s in known.items())
+
 def _cluster_options(sub):
     "Add the options of `cluster`."
     sub.add_argument("file", help="embeddings: .parquet, as `hapnb features` writes them")
@@ -94,7 +107,7 @@ def _cluster_options(sub):
     sub.add_argument("--tau", type=number(0, 1), default=None, metavar="T",
                      help="0 to 1: only edges that are more probable are followed, for hilander (default: 0.9)")
     sub.add_argument("--args", type=json_object, default={}, metavar="JSON",
-                     help="further arguments of the method, such as '{\"min_cluster_size\": 3}'")
+                     help=f"further arguments of the method, such as '{{\"min_cluster_size\": 3}}'; {_method_args()}")
     sub.add_argument("--level", default="", metavar="NAME",
                      help="level of the labels to learn from and to compare with (default: the finest)")
     sub.add_argument("--seed", type=whole(0, 2**62), default=0, metavar="N", help="of methods that draw (default: 0)")
@@ -102,7 +115,7 @@ def _cluster_options(sub):
                      help="file for path, cluster and perhaps density: .parquet or .csv (default: only print)")
     add_device(sub)
 
-# %% ../nbs/66_discover.ipynb #56b6a12b
+# %% ../nbs/66_discover.ipynb #8ddf8410
 def _method_of(a) -> str:
     "Decide which method was asked for, and check it against the other options."
     if a.train is not None and a.model is not None: raise UserError("give either --train or --model.")
@@ -139,7 +152,7 @@ def _check_baseline(a, method):
         raise UserError(f"--train chooses {_CONSTANTS[method]} of {method}, and {settled[0]} is given: leave one of "
                         "the two out.")
 
-# %% ../nbs/66_discover.ipynb #2994cc6a
+# %% ../nbs/66_discover.ipynb #b1bffc0c
 def _labelled(a, table): # a `FeatureTable`
     "Read the table of --train; it needs labels, and embeddings of the same network."
     from hapnb.features import check_same_space, read_features
@@ -148,6 +161,11 @@ def _labelled(a, table): # a `FeatureTable`
     if train.labels is None or not bool((train.labels[:, 0] >= 0).any()):
         raise UserError(f"--train {a.train} has no labels to learn from.")
     return train
+
+class _Origin(Schema):
+    "Where the embeddings came from on which a model was trained."
+    dimensions: int = Field(ge=1, le=10**6)
+    about: dict
 
 def _kept_model(a, table): # a `HiLander`
     "Read the model of --model, and compare the note beside it with the embeddings."
@@ -160,12 +178,12 @@ def _kept_model(a, table): # a `HiLander`
         # a model that was not made by this command has no note
         if not note.exists(): return model
         with about(f"{note} is damaged; make the model again with --train and --save-model"):
-            seen = json.loads(note.read_text(encoding="utf-8"))
-            like = FeatureTable(torch.zeros(1, seen["dimensions"]), about=seen["about"])
+            seen = _Origin.check(json.loads(note.read_text(encoding="utf-8")), "it")
+            like = FeatureTable(torch.zeros(1, seen.dimensions), about=seen.about)
         check_same_space(like, table, (f"the training set of {a.model}", a.file))
     return model
 
-# %% ../nbs/66_discover.ipynb #db7a8abc
+# %% ../nbs/66_discover.ipynb #5a0e025a
 def _trained_model(a, table): # a `HiLander`
     "Train a model on --train, and keep it where --save-model says."
     from hapnb.hilander import HiLanderConfig, train_hilander
@@ -184,7 +202,7 @@ def _trained_model(a, table): # a `HiLander`
         print(f"model: {near(folder)}")
     return model
 
-# %% ../nbs/66_discover.ipynb #8d01808a
+# %% ../nbs/66_discover.ipynb #c708e391
 def _found(a, method, table): # (clusters [N], density [N] or None, the arguments used)
     "Cluster a table as the options say."
     from hapnb.clustering import choose, cluster as by_name
@@ -204,7 +222,7 @@ def _found(a, method, table): # (clusters [N], density [N] or None, the argument
         print(f"chosen on {a.train}: {json.dumps(args)} (pairwise F {best.best:.3f} there)")
     with about(a.file): return by_name(table.embeddings, method, a.clusters, a.seed, **args), None, args
 
-# %% ../nbs/66_discover.ipynb #1a4cc9dd
+# %% ../nbs/66_discover.ipynb #c383fc83
 _TRY = {"hilander": "try a smaller --tau, or train longer", "agglomerative": "try a larger threshold"}
 
 def _print_clusters(c, method):
@@ -234,7 +252,7 @@ def _print_scores(table, c):
         print(f"{name:<12}" + "".join(f"{100 * s[f'{name}_{k}']:>10.2f}" for k in "PRF"))
     print(f"{'NMI':<12}{'':>20}{100 * s['NMI']:>10.2f}")
 
-# %% ../nbs/66_discover.ipynb #649e4c9f
+# %% ../nbs/66_discover.ipynb #4bcc49d4
 def _write_clusters(path, a, method, args, table, c, density):
     "Write path, cluster and density."
     import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
@@ -246,7 +264,7 @@ def _write_clusters(path, a, method, args, table, c, density):
     data = data.replace_schema_metadata({**data.schema.metadata, b"hapnb.clusters": json.dumps(note).encode()})
     with atomic_path(path) as part: pq.write_table(data, part)
 
-# %% ../nbs/66_discover.ipynb #b0ca6b1c
+# %% ../nbs/66_discover.ipynb #1a73cf42
 @command(_cluster_options, """examples:
   hapnb cluster f.parquet --out c.parquet                       hdbscan: needs no labels and no number
   hapnb cluster f.parquet --method kmeans --clusters 500
@@ -269,7 +287,7 @@ def cluster(a) -> int:
         print(f"clusters: {near(out)}")
     return 0
 
-# %% ../nbs/66_discover.ipynb #ddc2049e
+# %% ../nbs/66_discover.ipynb #a93626c6
 def setting(text: str) -> tuple: # (["decode", "tau"], 0.8)
     "Read `decode.tau=0.8`: names with dots between them, and a value as JSON or as a word."
     key, eq, value = text.partition("=")
@@ -289,7 +307,12 @@ def _put(values, names, value):
         if not isinstance(values, dict): raise UserError(f"--set {'.'.join(names)}: {k} is not a dictionary.")
     values[last] = value
 
-# %% ../nbs/66_discover.ipynb #97bedca7
+# %% ../nbs/66_discover.ipynb #e69cbc91
+def _fields():
+    "The names of the fields of `OpenWorldConfig`."
+    from hapnb.openworld import OpenWorldConfig
+    return ", ".join(f.name for f in dataclasses.fields(OpenWorldConfig))
+
 def _openworld_options(sub):
     "Add the options of `openworld`."
     sub.add_argument("--recipe", default="", metavar="NAME",
@@ -300,14 +323,14 @@ def _openworld_options(sub):
     sub.add_argument("--seed", type=whole(0, 2**62), default=None, metavar="N", help="default: 0")
     sub.add_argument("--set", type=setting, action="append", default=[], metavar="KEY=VALUE",
                      help="a field of OpenWorldConfig, or an entry of one, such as decode.tau=0.8; values as JSON, "
-                          "words as they are; may be given many times")
+                          f"words as they are; may be given many times; fields: {_fields()}")
     sub.add_argument("--dry-run", action="store_true",
                      help="print every setting and how many images there are, and stop")
     add_data(sub, "", "that of the recipe, or emoji")
     add_device(sub)
     add_store(sub)
 
-# %% ../nbs/66_discover.ipynb #befe6d75
+# %% ../nbs/66_discover.ipynb #3e219692
 def _start_values(name) -> dict:
     "The settings to start from: the defaults, or those of a recipe."
     from hapnb.openworld import OpenWorldConfig
@@ -334,7 +357,7 @@ def _open_config(a): # an `OpenWorldConfig`
     for names, value in a.set: _put(values, names, value)
     return OpenWorldConfig.from_dict(values)
 
-# %% ../nbs/66_discover.ipynb #c7acecb9
+# %% ../nbs/66_discover.ipynb #d0038e87
 _SHOWN = {"R@1_level0": "R@1", "H-AP": "H-AP", "selected": "selected", "selected_precision": "precision",
           "pairwise_F_in": "F known", "pairwise_F_out": "F new"}
 
@@ -354,7 +377,7 @@ def _print_rounds(result):
         at = result.path / f"round_{r}" / "selection.parquet"
         if at.exists(): print(f"selection of round {r}: {near(at)}")
 
-# %% ../nbs/66_discover.ipynb #e00241b4
+# %% ../nbs/66_discover.ipynb #964a5846
 @command(_openworld_options, """examples:
   hapnb openworld                                     bundled images, five rounds
   hapnb openworld --dry-run --set clusterer=kmeans

