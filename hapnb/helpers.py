@@ -113,7 +113,7 @@ def _late(**names): return {n: f"hapnb.{module}" for module, those in names.item
 LOSSES, SAMPLERS = Registry("loss", late={"pml/": "hapnb.external"}), Registry("sampler")
 DATASETS = Registry("dataset", late=_late(
     emoji="emoji", benchmarks="cub cars sop inshop",
-    hierarchies="inat-base inat-full dyml-vehicle dyml-animal dyml-product vehicleid gldv2"))
+    hierarchies="inat-base inat-full dyml-vehicle dyml-animal dyml-product", landmarks="vehicleid gldv2"))
 TRUNKS = Registry("trunk", late=_late(
     trunks="googlenet bn_inception deit_small deit_base vit_small vit_base vit_small_dino vit_base_dino"))
 CLUSTERERS = Registry("clusterer", late=_late(hilander="hilander"))

@@ -71,7 +71,7 @@ def _hap_unordered(rel, p, odd, top, bottom):
 # %% ../nbs/15_metrics.ipynb #84bfc5ef
 @dataclass(frozen=True)
 class Metric:
-    "One number that `evaluate` gives; `str` is its name. In a request, `None` stands for any k and any level."
+    "One number that `evaluate` gives; `str` is its name. In a request, `None` means any k and any level."
     kind: str # "R", "P", "AP", "mAP@R", "ASI", "H-AP" or "NDCG"
     k: int | None = None # of R@k and P@1
     level: int | None = None # column of the labels, 0 = finest; None: over all levels
@@ -283,7 +283,8 @@ def check_ks(ks, # one or several whole numbers
     "Check the ks of R@k: whole numbers from 1 that fit into the gallery."
     ks = tuple(ks) if np.iterable(ks) and not isinstance(ks, str) else (ks,)
     number = lambda k: isinstance(k, (int, float, np.integer, Tensor)) and not isinstance(k, bool)
-    if not all(number(k) and k % 1 == 0 and k >= 1 for k in ks): raise UserError(f"ks must be whole numbers from 1, got {ks}.")
+    if not all(number(k) and k % 1 == 0 and k >= 1 for k in ks):
+        raise UserError(f"ks must be whole numbers from 1, got {ks}.")
     if ks != _KS and ks and most is not None and max(ks) > most:
         raise UserError(f"k={int(max(ks))} is larger than the gallery: {most} images can be found; "
                         "choose ks up to that.")

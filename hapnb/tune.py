@@ -58,7 +58,7 @@ def search(name: str, # of the search: a folder `searches/<name>` of the store
         work_on(folder, trials, base, space, store, jobs, device, progress)
     return Search(folder, trials)
 
-# %% ../nbs/38c_tune.ipynb #8300b02b
+# %% ../nbs/38c_tune.ipynb #c9ebfaaa
 def _check_asked(name, trials, jobs, seed, sampler, random):
     "Check the plain arguments of `search`."
     if not isinstance(name, str) or not re.fullmatch(r"[\w.@+-]+", name):
@@ -155,7 +155,7 @@ class Search:
         kind = lambda c: object if c in self.space and self.space[c].is_choice else None
         return pd.DataFrame({c: pd.Series([r[c] for r in rows], dtype=kind(c)) for c in rows[0]})
 
-# %% ../nbs/38c_tune.ipynb #a0c99efd
+# %% ../nbs/38c_tune.ipynb #c8a2872f
 @patch
 def _row(self: Search, i, attempts):
     "One trial as a row."

@@ -9,7 +9,7 @@ import torch
 from layouts_hier import (
     INAT_TEST, SPECIES, glued, image_id, jpeg, make_dyml, make_gldv2, make_inat, make_vehicleid, put)
 
-from hapnb import hierarchies as H
+from hapnb import hierarchies as H, landmarks as L
 from hapnb.core import check_labels
 from hapnb.benchmarks import SOURCES, missing
 from hapnb.data import load
@@ -650,7 +650,7 @@ def test_gldv2_files_of_another_release(tmp_path):
 def test_gldv2_a_relevant_image_that_the_whole_index_lacks(tmp_path, monkeypatch):
     "With the counts checked the index is whole, so a lost relevant image is an error: it would change AP."
     root = make_gldv2(tmp_path / "data")
-    monkeypatch.setitem(H._GLD_SIZES, "index.csv", 18)
+    monkeypatch.setitem(L._GLD_SIZES, "index.csv", 18)
     assert len(load("gldv2", "test", root)) == 23
     edit(root / "retrieval_solution_v2.1.csv", lambda b: b.replace(image_id("index", 6).encode(), b"0" * 16))
     with pytest.raises(ValueError, match=f"image {'0' * 16}, relevant for {image_id('test', 0)}, is not in index.csv "
@@ -660,7 +660,7 @@ def test_gldv2_a_relevant_image_that_the_whole_index_lacks(tmp_path, monkeypatch
 
 
 def test_gldv2_published_counts(gld, monkeypatch):
-    monkeypatch.setitem(H._GLD_SIZES, "train_clean.csv", 48)
+    monkeypatch.setitem(L._GLD_SIZES, "train_clean.csv", 48)
     with pytest.raises(ValueError, match="40 images, expected 970,981; 10 classes at level 0, expected 46,593"):
         load("gldv2", "train", gld)
     assert len(load("gldv2", "train", gld, levels=())) == 48  # the counts of the hierarchical part do not apply

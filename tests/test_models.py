@@ -13,8 +13,7 @@ from hapnb import batches, models
 from hapnb.helpers import TRUNKS
 from hapnb.models import (
     GeMPool, Head, RetrievalNet, Trunk, TrunkInfo, check_trunk, lite0_state, load_weights, make_pooling, make_trunk,
-    read_weights,
-    train_transform, trunk_info, trunk_stages)
+    read_weights, train_transform, trunk_info, trunk_stages)
 from hapnb.batches import cached_features, weights_hash
 
 prepare = models.test_transform
@@ -184,7 +183,7 @@ TABLE = {"3a": (64, 64, 64, 64, 96, 32), "3b": (64, 64, 96, 64, 96, 64),
 
 
 def inception_shapes():
-    "Names and shapes of the convolutions as they stand in the converted file, and the width of the last map."
+    "Names and shapes of the convolutions of the converted file, and the width of the last map."
     out, c = {"conv1_7x7_s2": (64, 3, 7, 7), "conv2_3x3_reduce": (64, 64, 1, 1), "conv2_3x3": (192, 64, 3, 3)}, 192
     for block, (one, r, three, rr, double, pooled) in TABLE.items():
         n = f"inception_{block}_"
