@@ -110,7 +110,8 @@ class Registry:
 LOSSES = Registry("loss", late={"pml/": "hapnb.external"})
 DATASETS, SAMPLERS = Registry("dataset"), Registry("sampler")
 TRUNKS = Registry("trunk", late=dict.fromkeys(
-    ("googlenet", "bn_inception", "deit_small", "deit_base", "vit_small", "vit_base", "vit_small_dino", "vit_base_dino"),
+    ("googlenet", "bn_inception", "deit_small", "deit_base", "vit_small", "vit_base", "vit_small_dino",
+     "vit_base_dino"),
     "hapnb.trunks"))
 
 # %% ../nbs/90_helpers.ipynb #2744612f
