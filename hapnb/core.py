@@ -142,7 +142,8 @@ def check_labels(labels, # integers [N] or [N, L], column 0 finest; -1 = unknown
                          "classes are 0 or more, and -1 means unknown.")
     if broken := _tree_break(labels):
         i, j, level = broken
-        raise ValueError(f"{name} are not a tree: rows {i} and {j} share class {int(labels[i, level])} at level {level} "
+        own = int(labels[i, level])
+        raise ValueError(f"{name} are not a tree: rows {i} and {j} share class {own} at level {level} "
                          f"but have {int(labels[i, level + 1])} and {int(labels[j, level + 1])} at level {level + 1}. "
                          "Equal at a level must mean equal (and known) at every coarser one; column 0 is the finest.")
     return labels

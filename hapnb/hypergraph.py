@@ -241,7 +241,7 @@ class HISTLoss(EmbeddingLoss):
 
     `loss(embeddings [N, D], labels [N] or [N, L])`, classes 0..C-1 at `level`. Terms `distribution`, `hypergraph`.
     Parameters `distributions.means`, `distributions.log_vars` `[C, D]` and `hgnn`. Rows with -1 are nodes without a
-    loss; a batch of one and a batch of one class are fine. `ref_emb` takes no part. Computes in the type of its
+    loss; a single image and a batch with one class are fine. `ref_emb` takes no part. Computes in the type of its
     parameters. Memory O(N C + C D)."""
     any_length = True
 

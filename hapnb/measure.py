@@ -61,7 +61,7 @@ def _no_collector():
 # %% ../nbs/34_measure.ipynb #f837b1b3
 def compare_times(times: pd.DataFrame, # of `time_pairs`
                   baseline: str = None, # the function to compare with
-                  ) -> pd.DataFrame: # index name: median, low, high (seconds), n; with a baseline also ratio, ratio_low, ratio_high
+                  ) -> pd.DataFrame: # median, low, high (seconds), n; with a baseline also ratio, ratio_low, ratio_high
     "Condense timings to medians with the smallest and largest value; ratios are taken within each round."
     names = list(dict.fromkeys(times["name"]))
     if baseline is not None and baseline not in names:

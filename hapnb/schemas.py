@@ -30,7 +30,10 @@ class Schema(BaseModel):
         if values is not None and not isinstance(values, Mapping):
             raise UserError(f"{where} must be a dictionary, got {_short(values)}.")
         try: return cls.model_validate(plain(values or {}, where))
-        except ValidationError as e: raise UserError(_sentence(cls, where, min(e.errors(), key=lambda x: x["type"] != "extra_forbidden"))) from None
+        except ValidationError as e:
+            # an unknown name explains a missing one, so it comes first
+            first = min(e.errors(), key=lambda x: x["type"] != "extra_forbidden")
+            raise UserError(_sentence(cls, where, first)) from None
 
     def given(self) -> dict:
         "The settings that were given, without defaults."

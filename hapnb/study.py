@@ -36,10 +36,12 @@ from .workers import worker_context
 WrongUse = UserError
 
 _all_ = ["check_parameters", "Claim", "claim_better", "claim_equivalent", "compare_times", "declared_parameters",
-         "equivalence", "find_studies", "from_root", "Grid", "grid", "holm", "Interval", "interval", "machine", "made_by",
+         "equivalence", "find_studies", "from_root", "Grid", "grid", "holm", "Interval", "interval", "machine",
+         "made_by",
          "make_table", "others_load", "paired_test", "peak_memory", "peak_resident", "pick_studies", "PROFILES",
          "published", "read_run", "run_grid", "run_study", "RunError", "save_claims", "save_figure", "save_table",
-         "study_state", "StudyFailed", "StudyFile", "summarise", "Table", "time_pairs", "unfinished_cell", "write_claims"]
+         "study_state", "StudyFailed", "StudyFile", "summarise", "Table", "time_pairs", "unfinished_cell",
+         "write_claims"]
 
 # %% ../nbs/62_study.ipynb #0f132940
 def profile_settings(profile: str, # "smoke", "quick", "full", "network" or "paper"

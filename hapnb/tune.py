@@ -43,7 +43,7 @@ def search(name: str, # of the search: a folder `searches/<name>` of the store
            device: str = "auto",
            progress: bool = True, # report trials as they finish
            ): # a `Search`
-    "Search for the settings with the best validation score; an interrupted search goes on, a finished one is read back."
+    "Search for the settings with the best validation score; an interrupted search goes on."
     _check_asked(name, trials, jobs, seed, sampler, random)
     make_pruner(pruner, pruner_args)
     space, store, device = read_space(base, space), Path(store).expanduser().absolute(), pick_device(device)

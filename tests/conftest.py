@@ -12,10 +12,11 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 torch.set_num_threads(1)
-# `quick` is the default: the same examples each time, and failures are reported as they come, without shrinking. `deep` draws new
-# examples, ten times as many, and shrinks: HYPOTHESIS_PROFILE=deep pytest tests/test_properties.py
+# `quick` is the default: the same examples each time, and failures are reported as they come, without shrinking.
+# `deep` draws new examples, ten times as many, and shrinks: HYPOTHESIS_PROFILE=deep pytest tests/test_properties.py
 _common = dict(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
-settings.register_profile("quick", derandomize=True, print_blob=False, phases=[Phase.explicit, Phase.generate], **_common)
+settings.register_profile("quick", derandomize=True, print_blob=False, **_common,
+                          phases=[Phase.explicit, Phase.generate])
 settings.register_profile("deep", print_blob=True, max_examples=1000, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 

@@ -164,11 +164,16 @@ def test_the_input_may_learn():
 def test_dropout_and_drop_path(name):
     from timm.layers import DropPath
     class Residual(nn.Module):
-        def __init__(self): super().__init__(); self.conv, self.drop = nn.Conv2d(6, 6, 1), DropPath(0.3)
-        def forward(self, x): return x + self.drop(self.conv(x)) * random.random()  # Python's numbers too
+        def __init__(self):
+            super().__init__()
+            self.conv, self.drop = nn.Conv2d(6, 6, 1), DropPath(0.3)
+        # Python's random numbers too
+        def forward(self, x): return x + self.drop(self.conv(x)) * random.random()
     net, (x, labels) = network(0, nn.Dropout(0.3), Residual().double()), images()
     loss, after = build(name, labels), []
-    def then(value): after.append((torch.rand(2).tolist(), random.random())); return value
+    def then(value):
+        after.append((torch.rand(2).tolist(), random.random()))
+        return value
     random.seed(0)
     want = grads([net, loss], lambda: then(one_pass(net, loss, x, labels, 7)))
     random.seed(0)
@@ -647,7 +652,9 @@ def test_a_loader_of_pairs_is_named():
     with pytest.raises(ValueError, match="a list of 2 things.*give the images alone"):
         gradcache_backward(net, build("SupAPLoss", labels), loader, labels)
     class TwoInputs(nn.Module):  # a model that does want pairs
-        def __init__(self): super().__init__(); self.net = net
+        def __init__(self):
+            super().__init__()
+            self.net = net
         def forward(self, pair): return self.net(pair[0])
     one = grads([net], lambda: one_pass(net, build("SupAPLoss", labels), x, labels))
     same(one, grads([net], lambda: gradcache_backward(TwoInputs(), build("SupAPLoss", labels), loader, labels)[0]))

@@ -7,7 +7,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BEGAN = str(time.time())  # a study must train, not read back what an older version of the code left in the store
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb"))
-             if not any(part.startswith(("_", ".")) for part in p.relative_to(ROOT / "nbs").parts) and not (p.parent / ".notest").exists()]
+             if not any(part.startswith(("_", ".")) for part in p.relative_to(ROOT / "nbs").parts)
+             and not (p.parent / ".notest").exists()]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").with_suffix("").as_posix())

@@ -38,7 +38,8 @@ def images(n=12): return [coded(picture(i, *SIZES[i % len(SIZES)]), quality=90) 
 class Counting(BytesStore):
     "Counts what is read; kills its own process, or stops, at the k-th image."
     def __init__(self, data, names, at=None, how=None):
-        super().__init__(data, names); self.reads, self.at, self.how = [], at, how
+        super().__init__(data, names)
+        self.reads, self.at, self.how = [], at, how
     def read(self, i):
         self.reads.append(int(i))
         if self.at is not None and i == self.at: self.how()
@@ -228,7 +229,9 @@ def test_a_fork_maps_the_file_anew(tmp_path):
     pk = quiet(dataset(), 50, tmp_path)
     pk.image(0)
     owner = pk.store._map[0]
-    def child(q): pk.image(1); q.put((pk.store._map[0], os.getpid()))
+    def child(q):
+        pk.image(1)
+        q.put((pk.store._map[0], os.getpid()))
     q = mp.get_context("fork").SimpleQueue()
     p = mp.get_context("fork").Process(target=child, args=(q,))
     p.start()
@@ -246,8 +249,10 @@ def test_training_transforms_that_resize_first_see_the_same(tmp_path):
         t = train_transform("resnet50", 32, **args)
         for i in range(len(ds)):
             if min(ds.image(i).size) < 50: continue
-            torch.manual_seed(i); a = t(ds.image(i))
-            torch.manual_seed(i); b = t(pk.image(i))
+            torch.manual_seed(i)
+            a = t(ds.image(i))
+            torch.manual_seed(i)
+            b = t(pk.image(i))
             assert torch.equal(a, b)
 
 

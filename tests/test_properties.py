@@ -742,7 +742,8 @@ def test_pairs_left_out_are_not_there(name, d, seed):
                             replace(d, emb=d.emb[i:i + 1], labels=d.labels[i:i + 1], ref=d.ref[kept[i]],
                                     ref_labels=d.ref_labels[kept[i]]))
         same(value.detach()[i], one[0])
-        if name == "BlackBoxAPLoss": continue  # its gradient is that of the mean, and so depends on the number of queries
+        # the gradient of BlackBox-AP is that of the mean, and so depends on the number of queries
+        if name == "BlackBoxAPLoss": continue
         same(gq[i], g1[0], 1e-8, 1e-9)
         total[kept[i]] += g2
     if name != "BlackBoxAPLoss": same(gr, total, 1e-8, 1e-8)

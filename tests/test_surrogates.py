@@ -75,8 +75,9 @@ def histograms(scores, positive, nodes):
 
 
 def histogram_ap(scores, positive, nodes):
-    """1 - AP of one query and its derivatives by the scores: AP = sum_j h+_j H+_j / H_j / N+, by the chain rule over the
-    bins."""
+    """1 - AP of one query and its derivatives by the scores.
+
+    AP = sum_j h+_j H+_j / H_j / N+, by the chain rule over the bins."""
     n, width = sum(positive), 2 / (nodes - 1)
     if n == 0: return None, [0.] * len(scores)
     hp, hn = histograms(scores, positive, nodes)
@@ -101,7 +102,7 @@ def rank(scores, k): return sum(t >= scores[k] for t in scores)
 
 
 def blackbox(rows, positives, lam=4., eps=1e-5):
-    "1 - AP of each query, and N (rank(s + lam g) - rank(s)) / lam with g the derivative of the mean by the ranks over N."
+    "1 - AP of each query, and N (rank(s + lam g) - rank(s)) / lam, g the derivative of the mean by the ranks over N."
     queries = sum(any(p) for p in positives)
     values, slopes = [], []
     for s, p in zip(rows, positives):

@@ -26,14 +26,15 @@ def execute(path):
 
 
 def readme_cells(nb):
-    "Yield the cells that a README shows: hidden ones dropped, directives stripped, only Markdown and text outputs kept."
+    "Yield the cells that a README shows: hidden ones and directives dropped, only Markdown and text outputs kept."
     for cell in nb.cells:
         directives = re.findall(r"^#\|\s*(.+)$", cell.source, flags=re.M) if cell.cell_type == "code" else []
         if "hide" in directives or "hide" in cell.metadata.get("tags", []): continue
         if cell.cell_type == "code":
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
             for out in cell.outputs:
-                if "data" in out and "text/markdown" in out.data: out.data = {"text/markdown": out.data["text/markdown"]}
+                shown = out.get("data", {}).get("text/markdown")
+                if shown is not None: out.data = {"text/markdown": shown}
             if "echo: false" in directives: cell.metadata["tags"] = ["remove_input"]
         yield cell
 
@@ -64,7 +65,8 @@ def main(check):
     if not check: execute(INDEX)
     text = readme()
     if not check: README.write_text(text, encoding="utf-8")
-    elif not README.exists() or README.read_text(encoding="utf-8") != text: sys.exit("README.md is not what nbs/index.ipynb gives: run `make prepare`")
+    elif not README.exists() or README.read_text(encoding="utf-8") != text:
+        sys.exit("README.md is not what nbs/index.ipynb gives: run `make prepare`")
 
 
 if __name__ == "__main__": main("--check" in sys.argv[1:])
