@@ -309,6 +309,8 @@ def _file_metrics(a) -> dict:
     relevance = as_relevance(a.relevance or "pop")
     found = read_embeddings(a.file, a.labels, a.levels)
     if found.labels is None: raise UserError(f"{a.file} has no labels: give --labels FILE.")
+    if empty := [n for n, c in zip(found.level_names, found.labels.T) if (c < 0).all()]:
+        raise UserError(f"{a.labels or a.file}: level {empty[0]!r} has no known class, so there is nothing to measure.")
     with about(a.file):
         return evaluate(found.embeddings, found.labels, ks=a.ks or (1, 2, 4, 8), relevance=relevance, device=a.device)
 

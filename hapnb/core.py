@@ -152,6 +152,8 @@ def check_labels(labels, # integers [N] or [N, L], column 0 finest; -1 = unknown
 def _as_matrix(labels, name):
     "Integers as `LongTensor[N, L]`."
     labels = _as_tensor(labels, name)
+    if labels.dtype == torch.uint64 and readable(labels) and (labels.long() < 0).any():
+        raise ValueError(f"{name} holds numbers of 2**63 or more; number the classes anew, as numpy.unique does.")
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.is_complex():
         raise ValueError(f"{name} must be integers, got {labels.dtype}; convert them with .long().")
     if labels.ndim == 1: labels = labels[:, None]

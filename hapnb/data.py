@@ -7,7 +7,7 @@ __all__ = ['find_loader', 'check_arguments', 'load', 'folder_frame', 'find_image
            'load_table', 'RowStore', 'from_huggingface', 'load_huggingface', 'load_toy']
 
 # %% ../nbs/20_data.ipynb #68bbf125
-import hashlib, io, json, os, random, warnings
+import hashlib, io, json, os, random, re, warnings
 from collections import Counter
 from pathlib import Path
 
@@ -65,14 +65,27 @@ def folder_frame(paths, # relative paths of images
         odd = next(p for p, t in zip(paths, tails) if len(t) != usual or not t)
         raise UserError(f"all images must lie at the same depth, one folder per level; {usual} folder(s) deep is usual "
                         f"here, but {odd} is not.")
+    for below in list(zip(*tails))[not has_split:]: _check_no_splits(dict.fromkeys(below))
     levels = list(level_names or [f"level{i}" for i in range(depth.pop())])
     if len(levels) != len(tails[0]):
         raise UserError(f"{len(levels)} level names for {len(tails[0])} levels of folders.")
     if clash := {"path", "split"} & set(levels): raise UserError(f"a level cannot be called {clash.pop()!r}.")
     frame = pd.DataFrame(dict(path=list(paths)))
-    for i, level in enumerate(levels): frame[level] = ["/".join(t[:len(t) - i]) for t in tails]
+    # a folder -1 holds images of unknown class, at every level
+    for i, level in enumerate(levels):
+        frame[level] = ["-1" if t[len(t) - 1 - i].strip() == "-1" else "/".join(t[:len(t) - i]) for t in tails]
     if has_split: frame["split"] = [split_name(p[0]) for p in parts]
     return frame
+
+def _check_no_splits(names):
+    "`UserError` where all folders of a level are splits: only the topmost folders may be."
+    if len({split_name(n) for n in names} - {None}) > 1 and all(map(split_name, names)):
+        raise UserError(f"folders {' and '.join(list(names)[:2])} seem to be splits, but lie below other folders: "
+                        "splits must be the topmost folders (train/class/image.jpg).")
+
+def _kinds_of_split(name):
+    "The splits that the words of a folder's name are names of, such as train in my_train."
+    return {split_name(word.removesuffix("s")) for word in re.split(r"[\W_\d]+", name)} - {None}
 
 def _are_splits(tops):
     "Whether the topmost folders are splits; `UserError` where they may be splits or classes."
@@ -80,6 +93,7 @@ def _are_splits(tops):
     if len(known) == len(tops): return True
     odd = next(t for t in tops if not split_name(t))
     alike = {t for t in tops if looks_like_split(t)}
+    if all(kinds := [_kinds_of_split(t) for t in tops]) and len(set().union(*kinds)) > 1: alike = set(tops)
     if {"train", "test"} <= {split_name(t) for t in known} or len(alike) > 1 and len(alike) == len(tops):
         names = " and ".join([t for t in tops if t in alike][:2])
         raise UserError(f"folders {names} stand beside {odd or 'images'!r}, so it is not clear whether they are splits "
@@ -175,11 +189,14 @@ def load_table(split="test", data_dir=None, # the table: a .csv, .tsv or .parque
     if data_dir is None: raise UserError("data_dir is missing: give the path of a .csv, .tsv or .parquet table.")
     frame, path = read_table(data_dir), Path(data_dir).expanduser()
     if not len(frame): raise UserError(f"{path} has no rows.")
-    if "split" not in frame: frame = frame.rename(columns={c: "split" for c in frame if c.lower() == "split"})
+    splits = [c for c in frame if c.lower() == "split"]
+    if len(splits) > 1: raise UserError(f"{path} has two columns of splits, {splits[0]!r} and {splits[1]!r}: drop one.")
+    frame = frame.rename(columns={c: "split" for c in splits if c not in (levels or ())})
     if image not in frame:
         raise UserError(f"{path} has no column {image!r}.{nearest(image, frame.columns)} Columns: "
                         f"{', '.join(frame.columns)}.")
     levels = level_columns(frame, levels, str(path), leave_out=(image,))
+    if image in levels: raise UserError(f"{path}: column {image!r} holds the images; it cannot be a level, too.")
     check_no_gaps(frame, (image, *levels), str(path))
     store, source = _table_images(frame, image, levels, path, Path(root or path.parent))
     return from_frame(frame.drop(columns=image), store, levels, "table", split, source, val)
@@ -268,6 +285,10 @@ def from_huggingface(ds, # datasets.Dataset or DatasetDict
     "Make a dataset of a Hugging Face one; the parts of a DatasetDict are kept unless `keep_split` is False."
     parts = dict(ds) if isinstance(ds, dict) else {"": ds}
     levels = [levels] if isinstance(levels, str) else list(levels)
+    if not all(hasattr(d, "column_names") and hasattr(d, "__len__") for d in parts.values()):
+        raise UserError("give a datasets.Dataset or a DatasetDict; what is read as a stream has no rows by number.")
+    if len(set(levels)) < len(levels) or {image, "of"} & set(levels):
+        raise UserError(f"levels={levels}: give each level once, without the images; rename a column 'of'.")
     where = {p: f"the Hugging Face dataset{f', part {p!r}' if p else ''}" for p in parts}
     for p, d in parts.items():
         if image in d.column_names: continue

@@ -10,6 +10,7 @@ import http.client, json, os, re, shutil, stat, struct, tarfile, urllib.error, u
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from gzip import BadGzipFile
 from lzma import LZMAError
 from pathlib import Path
 
@@ -179,7 +180,7 @@ def _zip_members(z: zipfile.ZipFile):
             raise UserError(f"{z.filename}: {i.filename} is encrypted; unpack the archive by hand with its password.")
         m, mode = tarfile.TarInfo(i.filename), i.external_attr >> 16
         m.size = i.file_size
-        if i.is_dir(): m.type = tarfile.DIRTYPE
+        if i.filename.endswith("/"): m.type = tarfile.DIRTYPE
         elif stat.S_ISLNK(mode): m.type = tarfile.SYMTYPE
         elif stat.S_IFMT(mode) and not stat.S_ISREG(mode): m.type = tarfile.CHRTYPE
         if m.issym() and i.file_size < 4096: m.linkname = z.read(i).decode("utf-8", "surrogateescape")
@@ -266,11 +267,14 @@ def _opened(archive: Path, limits: Limits):
             raise UserError(f"{archive} is neither a zip nor a tar file ({archive.stat().st_size:,} bytes): it may be "
                             "cut short, or a web page. Fetch it again.")
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, LZMAError, EOFError, NotImplementedError, UnicodeError,
-            struct.error, OverflowError, RecursionError, MemoryError) as e:
+            struct.error, OverflowError, RecursionError, MemoryError, BadGzipFile) as e:
         raise OSError(f"{archive} is damaged or cut short ({str(e)[:200]}). Fetch it again.") from e
 
 def _read_to_the_end(t, archive, limits):
     "Read what follows the last entry: the end is where a compressed file is checked."
+    # `tarfile` takes a damaged header for the end, and would leave out all that follows
+    t.fileobj.seek(t.offset)
+    if t.fileobj.read(512) != bytes(512): raise EOFError("there is no mark of the end after the last whole entry")
     left = limits.ratio * archive.stat().st_size + 10 ** 8
     while piece := t.fileobj.read(2**20):
         left -= len(piece)

@@ -19,7 +19,9 @@ def _eight_bits(im):
     x = np.asarray(im).astype(np.float64)
     low, high = (float(x.min()), float(x.max())) if x.size else (0., 0.)
     tops = [1, 255, 4095, 65535] if im.mode == "F" else [255, 4095, 65535]
-    if not (np.isfinite([low, high]).all() and low >= 0 and high <= tops[-1]):
+    # a little more than 1 is neither a scale to 1 nor one to 255
+    between = im.mode == "F" and 1 < high < 8 and (x % 1).any()
+    if between or not (np.isfinite([low, high]).all() and low >= 0 and high <= tops[-1]):
         raise ValueError(f"grey values from {low:g} to {high:g}: convert the image to 8 bits, or to 16 bits from 0")
     top = next(t for t in tops if high <= t)
     scaled = x if top == 255 else x // 256 if top == 65535 else x * 255 / top
@@ -28,8 +30,12 @@ def _eight_bits(im):
 # %% ../nbs/16_images.ipynb #e22402fc
 def to_rgb(im: Image.Image) -> Image.Image:
     "Bring an opened image to RGB: EXIF rotation applied, transparency on white, deep grey brought to 8 bits."
+    # Pillow turns such grey values round where they have 8 bits, and not where they have more
+    zero_is_white = getattr(im, "tag_v2", {}).get(262) == 0
     im = ImageOps.exif_transpose(im)
-    if im.mode == "F" or im.mode.startswith("I"): im = _eight_bits(im)
+    if im.mode == "F" or im.mode.startswith("I"):
+        im = _eight_bits(im)
+        if zero_is_white: im = ImageOps.invert(im)
     if im.mode == "La": im = im.convert("LA")
     if "A" in im.getbands() or im.mode == "RGBa" or "transparency" in im.info:
         im = im.convert("RGBA")
@@ -50,7 +56,8 @@ _OTHERS = {b"%!PS": "PostScript", b"\xc5\xd0\xd3\xc6": "PostScript (EPS)", b"%PD
 def max_pixels() -> int:
     "The largest number of pixels of an image that is decoded: `HAPNB_MAX_PIXELS`, else 50 million."
     text = os.environ.get("HAPNB_MAX_PIXELS") or "50000000"
-    if not text.isdigit() or int(text) < 1: raise ValueError(f"HAPNB_MAX_PIXELS must be a whole number, got {text!r}.")
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise ValueError(f"HAPNB_MAX_PIXELS must be a whole number, got {text!r}.")
     return int(text)
 
 # %% ../nbs/16_images.ipynb #d27c622a
@@ -86,16 +93,25 @@ def _opened(data):
     return im
 
 # %% ../nbs/16_images.ipynb #714d2237
+def _check_fills_16_bits(im):
+    "`BadImage` for an image of several bands of 16 bits that is black in the upper 8, which alone Pillow reads."
+    bands = [b for b in im.getbands() if b != "A"]
+    if len(im.getbands()) > 1 and all(im.getchannel(b).getextrema()[1] < 16 for b in bands):
+        raise BadImage("bands of 16 bits whose values are below 4096, so that the image would be black: "
+                       "convert it to 8 bits")
+
 def decode(data: bytes, # the content of an image file
            at_least: int = None, # a JPEG may come out smaller, its shorter side no less than this many pixels
            ) -> Image.Image: # RGB
     "Decode an image file; `BadImage` says what is wrong with it."
     try:
         im = _opened(data)
+        deep = ";16" in str(getattr(im, "tile", ""))
         # for JPEGs only, others do not react
         if at_least: im.draft(None, (at_least, at_least))
         # Pillow notices a truncated file only here
         im.load()
+        if deep: _check_fills_16_bits(im)
         return to_rgb(im)
     except BadImage: raise
     # plugins raise many kinds of error for damaged files, SyntaxError and struct.error among them

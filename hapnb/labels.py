@@ -23,7 +23,11 @@ from .core import check_embeddings, check_labels
 from .helpers import nearest, UserError
 
 # %% ../nbs/17_labels.ipynb #fe863988
-_UNKNOWN, _WHOLE, _DECIMAL = re.compile(r"-1(\.0*)?"), re.compile(r"[+-]?\d+"), re.compile(r"[+-]?\d+\.0*")
+_UNKNOWN, _WHOLE = re.compile(r"-1(\.0*)?"), re.compile(r"[+-]?\d+")
+# whole numbers, also with a sign, with zeros after a point or comma, or with an exponent
+_NUMBER = re.compile(r"([+\-\u2212]?)(\d+)([.,]0*)?(e[+-]?0*)?", re.IGNORECASE)
+# blanks, and marks without a width that spreadsheets and web pages leave behind
+_BLANKS = re.compile(r"^[\s\u200b-\u200f\u2060\ufeff]+|[\s\u200b-\u200f\u2060\ufeff]+$")
 
 def _codes_of_text(cells, where):
     "Class numbers of cells of text, and the names; '' and -1 are unknown."
@@ -34,7 +38,7 @@ def _codes_of_text(cells, where):
         row = int(np.flatnonzero(inverse == i)[0])
         raise UserError(f"{where}: row {row} holds {str(c)[:40]!r} ({type(c).__name__}); labels are whole numbers or "
                         "names, one per row, and one kind per column.")
-    text = np.array([unicodedata.normalize("NFC", c).strip() for c in used] + [""], object)
+    text = np.array([_BLANKS.sub("", unicodedata.normalize("NFC", c)) for c in used] + [""], object)
     known = np.array([bool(c) and not _UNKNOWN.fullmatch(c) for c in text], bool)
     names, codes = np.unique(text[known].astype(str), return_inverse=True)
     _check_numbers_as_text(names.tolist(), where)
@@ -45,11 +49,13 @@ def _codes_of_text(cells, where):
 
 def _check_numbers_as_text(names, where):
     "Refuse negative class numbers, and one number that is written in two ways."
-    if names and all(map(_WHOLE.fullmatch, names)) and (low := [n for n in names if n[0] == "-"]):
+    found = [_NUMBER.fullmatch(n) for n in names]
+    if names and all(found) and (low := [n for n in names if n[0] in "-\u2212"]):
         raise UserError(f"{where}: class {low[0]}; classes are 0 or more, and -1 means unknown.")
-    there = set(names)
-    for n in filter(_DECIMAL.fullmatch, names):
-        if (other := n.split(".")[0]) in there:
+    # digits alone stay as they are: 01 is not 1
+    there = {n: n for n in names if n.isdigit()}
+    for n, m in zip(names, found):
+        if m and not n.isdigit() and (other := there.setdefault(m[1].replace("+", "") + m[2], n)) != n:
             raise UserError(f"{where} holds {other!r} and {n!r}, one number written in two ways: write one of them.")
 
 # %% ../nbs/17_labels.ipynb #8191fd7d
@@ -58,11 +64,12 @@ def _codes_of_numbers(values, known, where):
     x = values[known]
     if x.dtype.kind == "c": raise UserError(f"{where} holds complex numbers; labels are whole numbers or names.")
     if x.dtype.kind == "f":
-        x = x.astype(np.float64)
-        bad = np.flatnonzero(~np.isfinite(x) | (np.abs(x) >= 2 ** 53) | (np.floor(x) != x))
+        # larger whole numbers share a float with their neighbours
+        x, most = x.astype(np.float64), min(2 / float(np.finfo(x.dtype).eps), 2 ** 53)
+        bad = np.flatnonzero(~np.isfinite(x) | (np.abs(x) >= most) | (np.floor(x) != x))
         if bad.size:
-            raise UserError(f"{where}: row {np.flatnonzero(known)[bad[0]]} holds {x[bad[0]]}; "
-                            "labels are whole numbers or names.")
+            raise UserError(f"{where}: row {np.flatnonzero(known)[bad[0]]} holds {x[bad[0]]}; labels are "
+                            f"names, or whole numbers below {most:g} where they are {values.dtype}.")
     x = x.astype(np.uint64 if x.dtype.kind == "u" else np.int64)
     if x.dtype.kind == "i" and (x < -1).any():
         raise UserError(f"{where}: row {np.flatnonzero(known)[np.flatnonzero(x < -1)[0]]} holds {x[x < -1][0]}; "
@@ -217,6 +224,10 @@ def _read_csv(path):
         raise UserError(f"{path} cannot be read as a CSV table ({e}): is a quotation mark missing?") from e
     at = next(i for i, (_, r) in enumerate(rows) if r and r != [""])
     head, rest = rows[at][1], rows[at + 1:]
+    many = [{c.count(s) for _, r in rows[at:] for c in r if c} for s in _SEPARATORS if len(head) == 1]
+    if any(len(m) == 1 and m != {0} for m in many):
+        raise UserError(f"{path}, line 1: the whole line stands in quotes ({head[0][:60]!r}), so its values are one: "
+                        "write quotes around single values only.")
     while rest and rest[-1][1] in ([], [""]): rest.pop()
     # a blank line is an unknown class where there is one column, and nothing elsewhere
     rest = [(n, r or [""]) for n, r in rest if len(head) == 1 or r not in ([], [""])]
@@ -283,7 +294,7 @@ def read_table(path, # a .csv, .tsv, .txt or .parquet file
 
 # %% ../nbs/17_labels.ipynb #80f81823
 NO_LEVELS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "image_id", "index", "id",
-             "split", "embedding", "embeddings", "url")
+             "split", "embedding", "embeddings", "url", "width", "height")
 
 def level_columns(frame: pd.DataFrame,
                   levels, # their names, finest first; None: all columns that can be levels
@@ -309,13 +320,20 @@ def level_columns(frame: pd.DataFrame,
         for n in names: _check_doubtful(frame[n], n, len(names), where)
     return names
 
+_FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
+
 def _check_doubtful(column, name, of, where):
     "Refuse a column that is probably no level, unless the user names it."
     known = column.dropna()
     if known.map(lambda v: isinstance(v, (list, dict, bytes, np.ndarray))).any(): return  # `code_column` says it better
     why = None
     if of > 1 and len(known) > 2 and known.nunique() == len(column): why = "has another value in every row"
-    elif len(known) and known.map(looks_like_split).all() and known.nunique() > 1: why = "holds names of splits"
+    elif len(known) and known.map(looks_like_split).all() and (of > 1 or known.nunique() > 1):
+        why = "holds names of splits"
+    elif of > 1 and len(known) and known.astype(str).str.lower().isin(["true", "false"]).all():
+        why = "holds true and false"
+    elif len(known) and known.map(lambda v: isinstance(v, str) and bool(_FILE.search(v))).all():
+        why = "holds names of image files"
     elif len(known) and known.map(lambda v: isinstance(v, str) and bool(re.fullmatch(r"-?\d+\.\d*[1-9]\d*", v))).any():
         why = "holds decimal numbers"
     if why:
@@ -335,12 +353,17 @@ def code_array(labels, # an array [N] or [N, L]: integers, whole floats, boolean
                where: str = "labels", # what to call it in a message
                ) -> tuple: # int64 [N, L] with -1 for unknown; a list of names per level where they were text, else None
     "Bring an array of labels to class numbers; `UserError` for anything else."
-    if torch.is_tensor(labels): labels = labels.detach().cpu().float() if labels.is_floating_point() else labels.cpu()
+    if torch.is_tensor(labels):
+        labels, most = labels.detach().cpu(), 2 / torch.finfo(labels.dtype).eps if labels.is_floating_point() else 0
+        if most and (labels.float().abs() >= most).any():
+            raise UserError(f"{where}: {labels.dtype} does not tell numbers from {most:g} on apart; write integers.")
+        labels = labels.float() if most else labels
     x = np.asarray(labels)
     if x.ndim not in (1, 2) or x.ndim == 2 and not x.shape[1]:
         raise UserError(f"{where} must have shape [N] or [N, L] (column 0 finest), got {list(x.shape)}.")
     x = x[:, None] if x.ndim == 1 else x
-    if x.dtype.kind == "S": x = np.char.decode(x, "utf-8", "replace")
+    try: x = np.char.decode(x, "utf-8") if x.dtype.kind == "S" else x
+    except UnicodeDecodeError as e: raise UserError(f"{where}: {e.object[:40]!r} is not UTF-8 text.") from None
     if x.dtype.kind not in "iubfU":
         raise UserError(f"{where} must be whole numbers or names, got values of type {x.dtype}.")
     coded = [code_column(c, f"{where}, level {i}") for i, c in enumerate(x.T)]
@@ -435,7 +458,9 @@ def embedding_column(path) -> torch.Tensor: # float32 [N, D]
     "Read the column `embedding` of a parquet file, a piece at a time; `UserError` names the row at fault."
     try:
         found, parts, at = pq.ParquetFile(path, page_checksum_verification=True), [], 0
-        if "embedding" not in (names := found.schema_arrow.names):
+        if (names := found.schema_arrow.names).count("embedding") > 1:
+            raise UserError(f"{path} has two columns named 'embedding': rename one.")
+        if "embedding" not in names:
             raise UserError(f"{path} has no column 'embedding'.{nearest('embedding', names)} Columns: "
                             f"{', '.join(names[:12])}.")
         for batch in found.iter_batches(batch_size=65536, columns=["embedding"]):
@@ -458,7 +483,7 @@ class Labelled(NamedTuple):
 def _as_floats(x, where):
     "An array or tensor as float32 [N, D]; `UserError` for other shapes and types."
     x = x if torch.is_tensor(x) else np.asarray(x)
-    kind = "c" if torch.is_tensor(x) and x.is_complex() else "f" if torch.is_tensor(x) else x.dtype.kind
+    kind = x.dtype.kind if not torch.is_tensor(x) else "c" if x.is_complex() else "b" if x.dtype == torch.bool else "f"
     if kind not in "fiu": raise UserError(f"{where} must be real numbers, got {x.dtype}.")
     # values beyond float32 become infinite, and are refused as such later
     with np.errstate(over="ignore"):

@@ -633,3 +633,40 @@ def test_links_to_folders(tmp_path):
         (link := tmp_path / "a/x/back").symlink_to(to)
         with pytest.raises(ValueError, match="back is a link to .*, which holds it"): data.find_images(tmp_path)
         link.unlink()
+
+
+@pytest.mark.parametrize("names, wanted", [
+    (("my_train/a", "my_test/b"), "splits or classes"), (("01_train/a", "02_test/b"), "splits or classes"),
+    (("images/train/a", "images/test/b"), "lie below other folders"),
+    (("a/Train", "a/Test"), "lie below other folders")])
+def test_folders_that_are_probably_splits_are_refused(names, wanted):
+    with pytest.raises(ValueError, match=wanted): data.folder_frame([f"{n}/1.jpg" for n in names])
+
+
+def test_classes_that_are_trains_are_classes():
+    frame = data.folder_frame(["freight_train/1.jpg", "steam_train/1.jpg"])
+    assert frame.level0.tolist() == ["freight_train", "steam_train"]
+
+
+def test_a_folder_minus_one_is_unknown_at_every_level():
+    assert data.folder_frame(["a/-1/1.jpg", "a/b/1.jpg"]).level0.tolist() == ["-1", "a/b"]
+
+
+def test_columns_of_a_table_that_contradict_each_other_are_refused(tree):
+    frame, path = table_of(tree), tree / "t.csv"
+    frame.assign(Split="train", SPLIT="test").to_csv(path, index=False)
+    with pytest.raises(ValueError, match="two columns of splits"): load("table", data_dir=path)
+    frame.to_csv(path, index=False)
+    with pytest.raises(ValueError, match="holds the images"): load("table", data_dir=path, levels=["path"])
+
+
+@pytest.mark.parametrize("levels, wanted", [(["a", "a"], "each level once"), ("image", "each level once")])
+def test_levels_of_hugging_face_that_cannot_be_are_refused(levels, wanted):
+    datasets = pytest.importorskip("datasets")
+    found = datasets.Dataset.from_dict(dict(image=["x"], a=[0]))
+    with pytest.raises(ValueError, match=wanted): data.from_huggingface(found, levels)
+    with pytest.raises(ValueError, match="stream"): data.from_huggingface(found.to_iterable_dataset(), "a")
+
+
+def test_numbers_beyond_64_signed_bits_are_no_unknown_labels():
+    with pytest.raises(ValueError, match="2\\*\\*63"): check_labels(np.array([2 ** 64 - 1], np.uint64))

@@ -439,3 +439,32 @@ def test_two_unpack_at_once(tmp_path, monkeypatch):
     for t in threads: t.start()
     for t in threads: t.join()
     assert made(tmp_path / "out") == GOOD and sorted(written) == sorted(GOOD)
+
+
+@pytest.mark.parametrize("at", [1536, 1024, 1100])
+def test_a_tar_that_ends_between_or_inside_its_headers_is_refused(tmp_path, at):
+    tar(tmp_path / "a.tar", {"a.txt": b"x", "b.txt": b"y"}, mode="w:")
+    data = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(data[:at])
+    with pytest.raises(OSError, match="a.tar is damaged or cut short"): unpack(tmp_path / "a.tar", tmp_path / "out")
+
+
+def test_a_tar_with_a_damaged_header_in_its_middle_is_refused(tmp_path):
+    tar(tmp_path / "a.tar", {"a.txt": b"x", "b.txt": b"y"}, mode="w:")
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    data[data.rindex(b"b.txt")] ^= 1
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(OSError, match="a.tar is damaged or cut short"): unpack(tmp_path / "a.tar", tmp_path / "out")
+
+
+def test_a_zip_entry_without_a_name_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as z: z.writestr(zipfile.ZipInfo(""), b"x")
+    with pytest.raises(UserError, match="has no name"): unpack(tmp_path / "a.zip", tmp_path / "out")
+
+
+def test_a_wrong_checksum_of_gzip_names_the_archive(tmp_path):
+    tar(tmp_path / "a.tgz", {"a.txt": b"x"})
+    data = bytearray((tmp_path / "a.tgz").read_bytes())
+    data[-8] ^= 255
+    (tmp_path / "a.tgz").write_bytes(data)
+    with pytest.raises(OSError, match="a.tgz is damaged or cut short"): unpack(tmp_path / "a.tgz", tmp_path / "out")

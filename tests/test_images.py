@@ -278,3 +278,31 @@ def test_a_name_that_is_not_utf8_is_named(tmp_path, name):
 
 def test_to_rgb_treats_opened_images_alike():
     assert to_rgb(Image.new("RGBA", (2, 2), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_deep_grey_images_where_zero_is_white():
+    grey = np.tile(np.linspace(0, 65535, 16), (4, 1)).astype(np.uint16)
+    out = io.BytesIO()
+    Image.fromarray(grey).save(out, "TIFF", tiffinfo={262: 0})
+    assert Image.open(io.BytesIO(out.getvalue())).tag_v2[262] == 0
+    found = np.asarray(decode(out.getvalue()))[0, :, 0]
+    assert found[0] == 255 and found[-1] == 0
+
+
+@pytest.mark.parametrize("high", [1.0001, 2.5])
+def test_floats_a_little_above_one_are_refused(high):
+    out = io.BytesIO()
+    Image.fromarray(np.linspace(0, high, 16, dtype=np.float32)[None]).save(out, "TIFF")
+    with pytest.raises(OSError, match="grey values from 0 to"): decode(out.getvalue())
+
+
+@pytest.mark.parametrize("top, black", [(255, True), (65535, False)])
+def test_bands_of_16_bits_that_would_be_black_are_refused(top, black):
+    def number(n): return struct.pack(">I", n)
+    def chunk(kind, data): return number(len(data)) + kind + data + number(zlib.crc32(kind + data))
+    line = np.repeat(np.linspace(0, top, 16).astype(">u2"), 3).tobytes()
+    data = (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 1, 16, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(b"\0" + line)) + chunk(b"IEND", b""))
+    if not black: assert np.asarray(decode(data)).max() == 255
+    else:
+        with pytest.raises(OSError, match="bands of 16 bits"): decode(data)

@@ -43,6 +43,16 @@ TEXT = {
     "-1 beside names": ("fine\na\n-1\na\nb\n", [[0], [-1], [0], [1]]),
     "-1 beside empty cells": ("fine,coarse\n-1,x\n,x\na,x\na,x\n", [[-1, 0], [-1, 0], [0, 0], [0, 0]]),
     "-1 as a decimal": ("fine\n-1.0\n2.0\n2.0\n3.0\n", [[-1], [0], [0], [1]]),
+    "marks without a width": ("fine\na\n\u200ba\nb\ufeff\nc\u200b\n", NAMES),
+    "a sign": ("fine\n1\n+1\n2\n3\n", "one number written in two ways"),
+    "zeros after the point": ("fine\n1.0\n1.00\n2.0\n3.0\n", "one number written in two ways"),
+    "an exponent": ("fine\n1\n1e0\n2\n3\n", "one number written in two ways"),
+    "a negative decimal": ("fine\n-2.0\n1.0\n2.0\n3.0\n", "class -2.0"),
+    "a minus of typesetters": ("fine\n\u22121\n1\n2\n3\n", "class \u22121"),
+    "whole lines in quotes": ('"fine;coarse"\n"a;x"\n"a;x"\n"b;x"\n"c;y"\n', "the whole line stands in quotes"),
+    "one split beside levels": ("fine,part\na,test\na,test\nb,test\nc,test\n", "'part' holds names of splits"),
+    "true and false beside levels": ("fine,is_test\na,True\na,True\nb,False\nc,False\n", "holds true and false"),
+    "images under another name": ("src,fine\n1.jpg,a\n1.jpg,a\n2.jpg,b\n3.jpg,c\n", "holds names of image files"),
     "a blank line in one column": ("fine\na\n\na\nb\n", [[0], [-1], [0], [1]]),
     "blank lines at the end": ("fine\na\na\nb\nc\n\n\n", NAMES),
     "blank lines between rows": ("fine,coarse\na,x\n\na,x\nb,x\n\nc,y\n", TWO),
@@ -209,7 +219,11 @@ def test_arrays_of_labels(labels, wanted):
 @pytest.mark.parametrize("labels, wanted", [
     (np.array(3), "shape"), (np.zeros((2, 2, 2), int), "shape"), (np.zeros((3, 0), int), "shape"),
     (np.array(["2020-01-01"], "M8[D]"), "whole numbers or names"), (np.array([1j]), "whole numbers or names"),
-    (np.array([1.5]), "row 0 holds 1.5"), (np.array([-3]), "row 0 holds -3")])
+    (np.array([1.5]), "row 0 holds 1.5"), (np.array([-3]), "row 0 holds -3"),
+    (np.array([b"a", b"caf\xe9"]), "b'caf.*not UTF-8"),
+    (np.array([1, 2 ** 24], np.float32), "row 1 holds 16777216.0.*below 1.67772e.07 where"),
+    (torch.tensor([1001, 1002]).bfloat16(), "bfloat16 does not tell numbers from 256"),
+    (torch.tensor([4001, 4002]).half(), "float16 does not tell numbers from 2048")])
 def test_arrays_that_are_no_labels_are_refused(labels, wanted):
     with pytest.raises(UserError, match=wanted): code_array(labels, "e.npz: labels")
 
@@ -276,6 +290,17 @@ def test_embeddings_in_all_kinds_of_files_are_the_same(tmp_path, kind):
 def test_embeddings_of_other_types_become_floats(tmp_path, x):
     assert torch.equal(read_embeddings(written(tmp_path, "npz", embeddings=x)).embeddings,
                        torch.from_numpy(x.astype(np.float32).copy()))
+
+
+def test_true_and_false_are_no_embeddings_in_any_file(tmp_path):
+    save_file({"embeddings": torch.from_numpy(X) > 0}, tmp_path / "e.safetensors")
+    with pytest.raises(UserError, match="real numbers"): read_embeddings(tmp_path / "e.safetensors")
+
+
+def test_two_columns_of_embeddings_are_refused(tmp_path):
+    two = pa.table([pa.array(list(X)), pa.array(list(-X))], names=["embedding", "embedding"])
+    pq.write_table(two, tmp_path / "e.parquet")
+    with pytest.raises(UserError, match="two columns named 'embedding'"): read_embeddings(tmp_path / "e.parquet")
 
 
 def test_half_precision_of_brains(tmp_path):
