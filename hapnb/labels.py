@@ -24,7 +24,6 @@ from .helpers import nearest, UserError
 
 # %% ../nbs/17_labels.ipynb #fe863988
 _UNKNOWN, _WHOLE = re.compile(r"-1(\.0*)?"), re.compile(r"[+-]?\d+")
-# whole numbers, also with a sign, with zeros after a point or comma, or with an exponent
 _NUMBER = re.compile(r"([+\-\u2212]?)(\d+)([.,]0*)?(e[+-]?0*)?", re.IGNORECASE)
 # blanks, and marks without a width that spreadsheets and web pages leave behind
 _BLANKS = re.compile(r"^[\s\u200b-\u200f\u2060\ufeff]+|[\s\u200b-\u200f\u2060\ufeff]+$")
@@ -226,8 +225,7 @@ def _read_csv(path):
     head, rest = rows[at][1], rows[at + 1:]
     many = [{c.count(s) for _, r in rows[at:] for c in r if c} for s in _SEPARATORS if len(head) == 1]
     if any(len(m) == 1 and m != {0} for m in many):
-        raise UserError(f"{path}, line 1: the whole line stands in quotes ({head[0][:60]!r}), so its values are one: "
-                        "write quotes around single values only.")
+        raise UserError(f"{path}, line 1: the whole line stands in quotes ({head[0][:60]!r}), so its values are one.")
     while rest and rest[-1][1] in ([], [""]): rest.pop()
     # a blank line is an unknown class where there is one column, and nothing elsewhere
     rest = [(n, r or [""]) for n, r in rest if len(head) == 1 or r not in ([], [""])]
@@ -321,15 +319,13 @@ def level_columns(frame: pd.DataFrame,
     return names
 
 _FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
-
 def _check_doubtful(column, name, of, where):
     "Refuse a column that is probably no level, unless the user names it."
     known = column.dropna()
     if known.map(lambda v: isinstance(v, (list, dict, bytes, np.ndarray))).any(): return  # `code_column` says it better
     why = None
     if of > 1 and len(known) > 2 and known.nunique() == len(column): why = "has another value in every row"
-    elif len(known) and known.map(looks_like_split).all() and (of > 1 or known.nunique() > 1):
-        why = "holds names of splits"
+    elif len(known) and known.map(looks_like_split).all() and max(of, known.nunique()) > 1: why = "holds names of splits"
     elif of > 1 and len(known) and known.astype(str).str.lower().isin(["true", "false"]).all():
         why = "holds true and false"
     elif len(known) and known.map(lambda v: isinstance(v, str) and bool(_FILE.search(v))).all():
