@@ -325,7 +325,7 @@ def _check_doubtful(column, name, of, where):
     if known.map(lambda v: isinstance(v, (list, dict, bytes, np.ndarray))).any(): return  # `code_column` says it better
     why = None
     if of > 1 and len(known) > 2 and known.nunique() == len(column): why = "has another value in every row"
-    elif len(known) and known.map(looks_like_split).all() and max(of, known.nunique()) > 1: why = "holds names of splits"
+    elif known.map(looks_like_split).all() and of * known.nunique() > 1: why = "holds names of splits"
     elif of > 1 and len(known) and known.astype(str).str.lower().isin(["true", "false"]).all():
         why = "holds true and false"
     elif len(known) and known.map(lambda v: isinstance(v, str) and bool(_FILE.search(v))).all():
