@@ -321,7 +321,7 @@ def _check_self(exclude_self, self_index, embeddings, queries):
     if exclude_self is not None: exclude_self = check_flag("exclude_self", exclude_self)
     if self_index is not None:
         if exclude_self is False: raise UserError("self_index keeps queries out of their lists, exclude_self=False in.")
-    elif queries is embeddings and exclude_self is not False:
+    elif exclude_self is not False and queries.shape == embeddings.shape and torch.equal(queries, embeddings):
         raise UserError(_SELF.format("are the gallery", "; or leave the query set out"))
     elif exclude_self: raise UserError(_SELF.format("are a set of their own", ""))
 
@@ -345,7 +345,7 @@ def make_retrieval(embeddings, labels, query_embeddings=None, query_labels=None,
     if q_labels.shape[1] != labels.shape[1]:
         raise UserError(f"labels have {labels.shape[1]} level(s), query_labels {q_labels.shape[1]}.")
     check_labels(torch.cat([labels.cpu(), q_labels.cpu()]), "labels and query_labels together")
-    _check_self(exclude_self, self_index, embeddings, query_embeddings)
+    _check_self(exclude_self, self_index, emb, q.to(emb))
     return Retrieval(emb, labels, q.to(emb.dtype), q_labels, _own_rows(self_index, len(q), len(emb)), device)
 
 # %% ../nbs/15_metrics.ipynb #fc716dd6
@@ -388,7 +388,7 @@ def recall_at_k(embeddings: Tensor, # gallery [N, D], floats; normalised here
     r = make_retrieval(embeddings, labels, query_embeddings, query_labels, exclude_self, None, "cpu")
     levels, most = check_levels(levels, r.L), int(r.n[:, 0].min())
     ks, own = check_ks(ks, most), int((r.me >= 0).any())
-    if not ks: raise UserError("ks is empty, so nothing would be computed.")
+    if not ks or not levels: raise UserError("ks or levels are empty, so nothing would be computed.")
     on_gpu = device is not None and pick_device(device).type == "cuda"
     gallery, queries = r.gallery[:r.N].float().numpy(), r.queries[:r.Q].float().numpy()
     near = torch.from_numpy(nearest_rows(gallery, queries, min(max(ks), most) + own, on_gpu))

@@ -145,6 +145,7 @@ _BENCHMARKS, _DYML_KS = ("fine", "middle", "coarse"), (1, 10, 20)
 
 def _with_ks(run, ks, most):
     "`run(ks)` with the usual ks cut at `most` images that can be found; the result is under the ks asked for."
+    ks = ks if np.iterable(ks) else (ks,)
     cut = {int(k): min(int(k), most) if k in _DYML_KS + _KS else k for k in ks}
     found = run(tuple(sorted(set(cut.values()))))
     def names(name):
