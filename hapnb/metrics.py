@@ -321,7 +321,7 @@ def _check_self(exclude_self, self_index, embeddings, queries):
     if exclude_self is not None: exclude_self = check_flag("exclude_self", exclude_self)
     if self_index is not None:
         if exclude_self is False: raise UserError("self_index keeps queries out of their lists, exclude_self=False in.")
-    elif exclude_self is not False and queries.shape == embeddings.shape and torch.equal(queries, embeddings):
+    elif queries is embeddings and exclude_self is not False:
         raise UserError(_SELF.format("are the gallery", "; or leave the query set out"))
     elif exclude_self: raise UserError(_SELF.format("are a set of their own", ""))
 
@@ -345,7 +345,7 @@ def make_retrieval(embeddings, labels, query_embeddings=None, query_labels=None,
     if q_labels.shape[1] != labels.shape[1]:
         raise UserError(f"labels have {labels.shape[1]} level(s), query_labels {q_labels.shape[1]}.")
     check_labels(torch.cat([labels.cpu(), q_labels.cpu()]), "labels and query_labels together")
-    _check_self(exclude_self, self_index, emb, q.to(emb))
+    _check_self(exclude_self, self_index, embeddings, query_embeddings)
     return Retrieval(emb, labels, q.to(emb.dtype), q_labels, _own_rows(self_index, len(q), len(emb)), device)
 
 # %% ../nbs/15_metrics.ipynb #fc716dd6
