@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from .core import check_embeddings
+from .core import check_embeddings, unit_floats
 from .helpers import CLUSTERERS, UserError, check_number, nearest
 from .schemas import Count, schema_of
 from .metrics import check_levels, check_pair
@@ -157,7 +157,7 @@ def cluster(x: Tensor, # embeddings [N, D], floats; normalised here
                         f"choose 1 to {len(x)}.")
     # with any method, one point is one cluster
     if len(x) == 1: return torch.zeros(1, dtype=torch.long, device=x.device)
-    found = _checked(f(F.normalize(x.detach().float(), dim=1), clusters, seed, **args), f"clusters of {method!r}")
+    found = _checked(f(unit_floats(x), clusters, seed, **args), f"clusters of {method!r}")
     if len(found) != len(x): raise UserError(f"clusterer {method!r} gave {len(found)} clusters for {len(x)} points.")
     return torch.from_numpy(_by_appearance(found)).to(x.device)
 
@@ -223,9 +223,9 @@ def nmi(embeddings: Tensor, # [N, D], floats; normalised here
     emb, labels = check_pair(embeddings, labels, "embeddings")
     y = labels[:, check_levels([level], labels.shape[1])[0]].cpu()
     if not bool((y >= 0).any()): raise UserError(f"all labels at level {level} are unknown.")
-    x = F.normalize(emb.cpu()[y >= 0].float(), dim=1).contiguous().numpy()
+    x = unit_floats(emb.cpu()[y >= 0]).contiguous().numpy()
     y = y[y >= 0].numpy()
-    k = len(np.unique(y)) if clusters is None else clusters
+    k = len(np.unique(y)) if clusters is None else check_number("clusters", clusters, whole=True)
     if not 1 <= k <= len(y): raise UserError(f"{k} clusters for {len(y)} images; choose 1 to {len(y)}.")
     return float(normalized_mutual_info_score(y, _kmeans(x, k, seed, iterations, backend)))
 
@@ -399,7 +399,7 @@ def choose(x: Tensor, # embeddings [N, D] of labelled data
 def _clusterings(x, method, name, tried, seed, args):
     "A clustering for each value; the tree of agglomerative clustering is built once."
     if method != "agglomerative": return [cluster(x, method, None, seed, **args, **{name: v}) for v in tried]
-    tree = _tree(F.normalize(x.detach().float(), dim=1), args.get("neighbours"))
+    tree = _tree(unit_floats(x), args.get("neighbours"))
     return [_cut(*tree, threshold=v) for v in tried]
 
 # %% ../nbs/46_clustering.ipynb #c473b1d9

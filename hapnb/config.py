@@ -224,6 +224,9 @@ def _check_together(self: RunConfig):
                 "(image_size).")
     if self.clip_norm is not None and self.clip_norm <= 0:
         _refuse(f"RunConfig.clip_norm must be above 0 or None, got {self.clip_norm}.")
+    if 0 < self.epochs < self.warmup_epochs:
+        _refuse(f"warmup_epochs={self.warmup_epochs} is longer than the training of {self.epochs} epochs; "
+                "give more epochs or a shorter warm-up.")
     if isinstance(size, int) and size <= self.batch_size:
         _refuse(f"memory: {size} rows hold no more than the batch of {self.batch_size}; give a larger size.")
     if self.miner is None and self.miner_args:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shared_levels', 'level_mask', 'level_counts', 'Relevance', 'as_relevance', 'check_labels', 'check_embeddings',
-           'unit_rows', 'Batch', 'EmbeddingLoss']
+           'unit_rows', 'unit_floats', 'Batch', 'EmbeddingLoss']
 
 # %% ../nbs/00_core.ipynb #b2a62401
 import contextlib
@@ -78,6 +78,9 @@ class Relevance:
         if self.kind != "map": raise ValueError(f"weights {self.weights} belong to kind 'map'; {self.kind!r} has none.")
         weights = tuple(float(check_number("each of weights", w, least=0)) for w in self.weights)
         if sum(weights) == 0: raise ValueError(f"weights must be 0 or more and not all 0, got {weights}.")
+        # the losses compute with them in float32
+        if not 1e-20 <= max(weights) <= 1e20:
+            raise ValueError(f"the largest of weights must lie between 1e-20 and 1e20, got {weights}.")
         object.__setattr__(self, "weights", weights)
 
     @property
@@ -238,6 +241,15 @@ def unit_rows(x: Tensor, # floats [N, D], of any finite length
     if not readable(x) or bool(((size > edge) | (size < 1 / edge)).any()):
         x = x * torch.ones_like(size).masked_fill(size > edge, 1 / shift).masked_fill(size < 1 / edge, shift)
     return F.normalize(x, dim=1, eps=2.0**-10 / edge)
+
+def unit_floats(x: Tensor, # floats [N, D], of any finite length and float type
+                ) -> Tensor: # float32 [N, D], rows of length 1, without gradient
+    "Divide each row by its length, in float32, also where float32 cannot hold the row itself."
+    x = x.detach()
+    if x.dtype == torch.float64:
+        size = x.abs().amax(1)
+        if bool(((size > 1e30) | (size < 1e-30)).any()): x = unit_rows(x)
+    return unit_rows(x.float())
 
 # %% ../nbs/00_core.ipynb #dbaa277c
 @dataclass

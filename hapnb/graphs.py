@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import check_embeddings, check_labels
+from .core import check_embeddings, check_labels, unit_floats
 from .helpers import UserError, check_number, pick_device
 from .retrieval import nearest_rows
 
@@ -81,8 +81,7 @@ def _pick(x, found, k):
 # %% ../nbs/47_knn_graphs.ipynb #c944bdbb
 def _unit_rows(x, name="x"):
     "Checked float32 rows of unit length."
-    x = check_embeddings(torch.as_tensor(x), name, unit=True).detach().float()
-    return F.normalize(x, dim=1)
+    return unit_floats(check_embeddings(torch.as_tensor(x), name, unit=True))
 
 def knn_graph(x: Tensor, # [N, D], any length; only the direction counts
               k: int = 10, # neighbours per point, itself not counted; N - 1 where there are fewer points

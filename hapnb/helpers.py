@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'SAMPLERS', 'DATASETS', 'TRUNKS', 'CLUSTERERS', 'MANIFEST', 'UserError', 'nearest', 'check_number',
            'check_flag', 'check_fields', 'check_choice', 'Registry', 'late_names', 'readable', 'transforming',
-           'set_seed', 'pick_device', 'atomic_path', 'write_atomic', 'derive_seed', 'cache_folder', 'file_hash',
+           'set_seed', 'pick_device', 'derive_seed', 'atomic_path', 'write_atomic', 'cache_folder', 'file_hash',
            'repo_root', 'commit', 'hardware', 'locked', 'Damaged', 'hash_of', 'files_in', 'write_manifest',
            'read_manifest', 'check_files', 'made_once']
 
@@ -200,6 +200,24 @@ def pick_device(device: str = "auto", # "auto": CUDA, else MPS, else CPU; or a n
                          "use 'auto' or 'cpu'.")
     return d
 
+# %% ../nbs/90_helpers.ipynb #47624a97
+def derive_seed(seed: int, *purpose) -> int: # 63 bits
+    "Make a seed for one purpose out of a run's seed, such as `derive_seed(0, \"epoch\", 3)`."
+    return int.from_bytes(hashlib.sha256(json.dumps([seed, *purpose]).encode()).digest()[:8], "big") >> 1
+
+# %% ../nbs/90_helpers.ipynb #5549dd3c
+@contextlib.contextmanager
+def _seeded(seed):
+    "Seed torch's CPU generator and Python's for a while, then put both back."
+    torch_state, state = torch.get_rng_state(), random.getstate()
+    try:
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also touch the GPUs, and cost more
+        random.seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        random.setstate(state)
+
 # %% ../nbs/90_helpers.ipynb #da479ef7
 @contextlib.contextmanager
 def atomic_path(path): # where the file shall be
@@ -239,24 +257,6 @@ def write_atomic(path, # where to
 def _forced_at() -> float:
     "When `hapnb reproduce --force` was typed, in seconds; results older than that do not count. 0 without."
     return float(os.environ.get("HAPNB_FORCE") or 0)
-
-# %% ../nbs/90_helpers.ipynb #47624a97
-def derive_seed(seed: int, *purpose) -> int: # 63 bits
-    "Make a seed for one purpose out of a run's seed, such as `derive_seed(0, \"epoch\", 3)`."
-    return int.from_bytes(hashlib.sha256(json.dumps([seed, *purpose]).encode()).digest()[:8], "big") >> 1
-
-# %% ../nbs/90_helpers.ipynb #5549dd3c
-@contextlib.contextmanager
-def _seeded(seed):
-    "Seed torch's CPU generator and Python's for a while, then put both back."
-    torch_state, state = torch.get_rng_state(), random.getstate()
-    try:
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also touch the GPUs, and cost more
-        random.seed(seed)
-        yield
-    finally:
-        torch.set_rng_state(torch_state)
-        random.setstate(state)
 
 # %% ../nbs/90_helpers.ipynb #2789929d
 def cache_folder() -> Path: # or None, with a warning, where nothing can be written

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .clustering import CLUSTERERS
 from .edge_network import HiLander, edge_loss, _take
-from .core import _no_autocast, check_embeddings, check_labels
+from .core import _no_autocast, check_embeddings, check_labels, unit_floats
 from .helpers import UserError, pick_device, write_atomic
 from .schemas import Count, Fraction, schema_of
 from .graphs import (Graph, Level, canonical_order, cluster_means, find_parents, find_roots, knn_graph,
@@ -95,10 +95,10 @@ def published(cls: HiLanderConfig, **changes):
 # %% ../nbs/48_hilander.ipynb #0a817d04
 def _training_set(x, labels):
     "Checked unit rows and labels, those with unknown labels left out."
-    x = check_embeddings(torch.as_tensor(x), "x", unit=True).detach().cpu().float()
+    x = check_embeddings(torch.as_tensor(x), "x", unit=True).detach().cpu()
     y = check_labels(labels)[:, 0].cpu()
     if len(x) != len(y): raise UserError(f"{len(x)} rows but {len(y)} labels.")
-    x, y = F.normalize(x[y >= 0], dim=1), y[y >= 0]
+    x, y = unit_floats(x[y >= 0]), y[y >= 0]
     if len(x) < 2: raise UserError(f"Hi-LANDER learns from neighbours; {len(x)} labelled row(s) are too few.")
     classes, counts = y.unique(return_counts=True)
     if len(classes) < 2: raise UserError(f"all {len(y)} labelled rows are of class {int(classes[0])}; Hi-LANDER "

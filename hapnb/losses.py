@@ -126,8 +126,8 @@ class HAPLoss(RankLoss):
     exceptions: the leak of `with_hrank`, and ties between levels (with start below 1/2 also near ties), which can make
     it negative, never below -1. A query counts if an item of the set is worth something to it. The counts behind the
     relevance are those of the batch, query included. All levels are used. With two levels or more the loss is lower
-    for collapsed than for random embeddings (ties with items at least as relevant count as above): watch whether
-    embeddings collapse. Cost O(Q P N) time with P the positives at any level, O(Q N) memory."""
+    for collapsed than for random embeddings (tied items that are at least as relevant are counted in full): watch
+    whether embeddings collapse. Cost O(Q P N) time with P the positives at any level, O(Q N) memory."""
     tree = True
     def __init__(self,
                  tau: float = 0.01, rho: float = 100., delta: float = 0.05, # as in SupAPLoss

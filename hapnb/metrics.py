@@ -388,7 +388,7 @@ def recall_at_k(embeddings: Tensor, # gallery [N, D], floats; normalised here
     r = make_retrieval(embeddings, labels, query_embeddings, query_labels, exclude_self, None, "cpu")
     levels, most = check_levels(levels, r.L), int(r.n[:, 0].min())
     ks, own = check_ks(ks, most), int((r.me >= 0).any())
-    if not ks: raise UserError("ks is empty, so nothing would be computed.")
+    if not ks or not levels: raise UserError("ks or levels are empty, so nothing would be computed.")
     on_gpu = device is not None and pick_device(device).type == "cuda"
     gallery, queries = r.gallery[:r.N].float().numpy(), r.queries[:r.Q].float().numpy()
     near = torch.from_numpy(nearest_rows(gallery, queries, min(max(ks), most) + own, on_gpu))

@@ -155,7 +155,7 @@ class Head(nn.Module):
 # %% ../nbs/25_models.ipynb #ddc59026
 @patch
 def from_pooled(self: Head, pooled: Tensor): # [B, C]
-    "Embed features that are pooled already (kept ones)."
+    "Embed features that are pooled already (cached ones)."
     z = self.after(self.proj(self.norm(pooled)))
     return z if not self.normalise and self.training else _unit(z)
 

@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from .core import check_embeddings, check_labels, shared_levels
+from .core import check_embeddings, check_labels, shared_levels, unit_floats
 from .helpers import late_names, write_atomic
 
 # %% ../nbs/40_plots.ipynb #e2de5be0
@@ -84,10 +84,10 @@ def top_k(
     k: int = 8,         # items per query, the query itself not counted
 ) -> tuple: # indices [Q, k] and shared levels [Q, k], both int64
     "Retrieve the `k` most similar items of each query, and count the levels that each shares with it."
-    emb, labels = check_embeddings(torch.as_tensor(embeddings)), check_labels(labels)
+    emb, labels = check_embeddings(torch.as_tensor(embeddings), unit=True), check_labels(labels)
     q = torch.as_tensor(queries, dtype=torch.long).reshape(-1)
     _check_top_k(emb, labels, q, k)
-    unit = torch.nn.functional.normalize(emb.float(), dim=1)
+    unit = unit_floats(emb)
     scores = unit[q] @ unit.T
     scores[torch.arange(len(q)), q] = -torch.inf
     idx = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -312,7 +312,7 @@ def score_histogram(
     size, entries = (8 if len(maps) > 1 else 6, 3.2), {}
     fig, axes = plt.subplots(1, len(maps), figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained")
     for ax, (name, e) in zip(axes.flat, maps.items()):
-        unit = torch.nn.functional.normalize(e.float(), dim=1)
+        unit = unit_floats(check_embeddings(e, f"embeddings {name!r}", unit=True))
         entries = _score_panel(ax, unit, q, shared, level_names, bins, margins)
         ax.set_title(name)
     axes[0, 0].set_ylabel("density")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .helpers import check_number, derive_seed, late_names, nearest, pick_device, UserError
 from .large_batches import check_memory, CrossBatchMemory, gradcache_backward, memory_part
-from .schemas import Schema
+from .schemas import Count, Schema
 
 # %% ../nbs/30_train.ipynb #6fb804d3
 PARTS = ("trunk", "head", "loss")
@@ -134,7 +134,7 @@ class StepArgs(Schema):
 
 class MultiStepArgs(Schema):
     "A factor at each of some epochs."
-    milestones: tuple[int, ...] = Field(..., description="epochs at which the rate changes")
+    milestones: tuple[Count, ...] = Field(..., description="epochs at which the rate changes")
     gamma: float = Field(0.1, gt=0, description="the factor")
 
 SCHEDULES = dict(constant=ConstantArgs, cosine=CosineArgs, step=StepArgs, multistep=MultiStepArgs)

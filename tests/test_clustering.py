@@ -274,3 +274,14 @@ def test_importing_is_light():
     code = "import sys, hapnb.clustering; print([m for m in ('faiss', 'sklearn.cluster') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("method", ["kmeans", "agglomerative", "hdbscan"])
+@pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e20, 1e37, 1e-200, 1e200])
+def test_clusters_do_not_depend_on_lengths(method, scale):
+    "Lengths whose squares, or which themselves, leave the range of float32 change no direction."
+    x = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)).repeat_interleave(5, 0)
+    x = x + .1 * torch.randn(60, 8, generator=torch.Generator().manual_seed(1))
+    clusters = None if method == "hdbscan" else 12
+    mixed = x.double() * torch.tensor([1., scale], dtype=torch.float64).repeat(30)[:, None]
+    assert torch.equal(cluster(mixed, method, clusters), cluster(x, method, clusters))

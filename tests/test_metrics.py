@@ -281,6 +281,13 @@ def test_length_of_embeddings_does_not_matter():
     emb, labels = tree(150)
     scale = torch.tensor([1e-30, 1., 1e30])[torch.arange(150) % 3][:, None]
     agree(evaluate(emb * scale, labels), evaluate(emb, labels), 1e-6)
+    assert nmi(emb * scale, labels) == pytest.approx(nmi(emb, labels))
+    assert nmi(emb.double() * scale.double()**5, labels) == pytest.approx(nmi(emb, labels))
+
+
+@pytest.mark.parametrize("weights", [(1e308, 1e308), (1e-320, 0), (1e-30, 1e-30)])
+def test_weights_beyond_float32_are_refused(weights):
+    with pytest.raises(ValueError, match="between 1e-20 and 1e20"): Relevance("map", weights=weights)
 
 
 def test_per_query_in_the_given_order():
@@ -723,6 +730,9 @@ def test_bad_input_elsewhere(emb, labels, words):
     (lambda: dyml(E[:1], Y[:1]), "gallery is empty"),
     (lambda: dyml(benchmarks=[dict(embeddings=E, labels=Y, query_embeddings=E[:, :2], query_labels=Y,
                                    self_index=range(12))]), "dimensions"),
+    (lambda: dyml(E, Y, ks=0), "whole numbers from 1"),
+    (lambda: recall_at_k(E, Y, levels=[]), "levels are empty"),
+    (lambda: nmi(E, Y, clusters=2.5), "clusters"),
     (lambda: nmi(E, Y, level=2), "level 2"),
     (lambda: nmi(E, Y, clusters=0), "0 clusters"),
     (lambda: nmi(E, Y, clusters=13), "13 clusters"),

@@ -39,6 +39,13 @@ def test_top_k_against_a_plain_loop(space):
         assert shared[q].tolist() == [int((labels[q] == labels[j]).sum()) for j in idx[q]]
 
 
+@pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e20, 1e37, 1e-200, 1e200])
+def test_top_k_does_not_depend_on_lengths(space, scale):
+    emb, labels = space
+    found, _ = plots.top_k(emb.double() * scale, labels, [0, 7], 5)
+    assert torch.equal(found, plots.top_k(emb, labels, [0, 7], 5)[0])
+
+
 def test_top_k_keeps_duplicates_and_drops_the_query():
     emb = torch.ones(4, 3)
     idx, _ = plots.top_k(emb, torch.arange(4), [2, 3], k=3)
@@ -145,6 +152,8 @@ def test_figures_are_closed_and_saved_alike(space, tmp_path):
     (lambda e, l: plots.embedding_map(e[:3], l), "labels have 48 rows"),
     (lambda e, l: plots.embedding_map(e / 0, l), "NaN or infinite values in row"),
     (lambda e, l: plots.score_histogram({"m": e[:3]}, l), "'m'"),
+    (lambda e, l: plots.score_histogram(e * 0, l), "all zero"),
+    (lambda e, l: plots.top_k(e * 0, l, [0], 3), "all zero"),
     (lambda e, l: plots.score_histogram(e, l, ["one"]), "1 level names for 3 levels"),
     (lambda e, l: plots.metric_dots([], ["AP"]), "no column"),
     (lambda e, l: plots.curve(rows(), "batch", "AP"), "no column 'batch'"),
