@@ -8,7 +8,7 @@ __all__ = ['Metric', 'parse_metric', 'all_metrics', 'choose_metrics', 'query_val
 
 # %% ../nbs/15_metrics.ipynb #7141d54c
 from dataclasses import dataclass, replace
-import re
+import re, warnings
 
 import torch
 import numpy as np
@@ -346,6 +346,9 @@ def make_retrieval(embeddings, labels, query_embeddings=None, query_labels=None,
         raise UserError(f"labels have {labels.shape[1]} level(s), query_labels {q_labels.shape[1]}.")
     check_labels(torch.cat([labels.cpu(), q_labels.cpu()]), "labels and query_labels together")
     _check_self(exclude_self, self_index, embeddings, query_embeddings)
+    if exclude_self is None and self_index is None and q.shape == emb.shape and torch.equal(q.cpu(), emb.cpu()):
+        warnings.warn("the query set is a copy of the gallery, so each query finds itself first: leave query_embeddings "
+                      "out, or give self_index; exclude_self=False says that it is meant.", RuntimeWarning, stacklevel=3)
     return Retrieval(emb, labels, q.to(emb.dtype), q_labels, _own_rows(self_index, len(q), len(emb)), device)
 
 # %% ../nbs/15_metrics.ipynb #fc716dd6

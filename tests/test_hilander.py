@@ -283,7 +283,7 @@ def test_edge_loss_against_a_loop():
 
 
 def test_sampled_balance_keeps_as_many_of_each():
-    from hapnb.hilander import _thin
+    from hapnb.edge_network import _thin
     yes, no = torch.rand(30, 5) < .2, torch.rand(30, 5) < .9
     no &= ~yes
     a, b = (_thin(yes, no, torch.Generator().manual_seed(s)) for s in (0, 1))

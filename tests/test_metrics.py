@@ -1,5 +1,5 @@
 """hapnb.metrics against the original implementation's values, against brute force in float64, and at its limits."""
-import json, math, subprocess, sys, textwrap
+import json, math, subprocess, sys, textwrap, warnings
 from pathlib import Path
 
 import numpy as np
@@ -790,3 +790,13 @@ def test_memory_is_bounded(classes, limit, metrics, tied):
     job = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     grown = float(job.stdout)
     assert grown < limit + 15, f"grew by {grown:.0f} MB"
+
+
+@pytest.mark.parametrize("measure", [evaluate, recall_at_k])
+def test_a_copy_of_the_gallery_as_query_set_is_pointed_out(measure):
+    x, y = torch.randn(20, 4), torch.arange(20) // 2
+    with pytest.warns(RuntimeWarning, match="each query finds itself first"): measure(x, y, x.clone(), y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measure(x, y, x.clone(), y, exclude_self=False)
+        measure(x, y, x[:10].clone(), y[:10])
