@@ -77,6 +77,7 @@ def folder_frame(paths, # relative paths of images
     if has_split: frame["split"] = [split_name(p[0]) for p in parts]
     return frame
 
+# %% ../nbs/20_data.ipynb #05b76d18
 def _check_no_splits(names):
     "`UserError` where all folders of a level are splits: only the topmost folders may be."
     if len({split_name(n) for n in names} - {None}) > 1 and all(map(split_name, names)):

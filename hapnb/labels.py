@@ -318,6 +318,7 @@ def level_columns(frame: pd.DataFrame,
         for n in names: _check_doubtful(frame[n], n, len(names), where)
     return names
 
+# %% ../nbs/17_labels.ipynb #87935386
 _FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 def _check_doubtful(column, name, of, where):
     "Refuse a column that is probably no level, unless the user names it."

@@ -347,8 +347,9 @@ def make_retrieval(embeddings, labels, query_embeddings=None, query_labels=None,
     check_labels(torch.cat([labels.cpu(), q_labels.cpu()]), "labels and query_labels together")
     _check_self(exclude_self, self_index, embeddings, query_embeddings)
     if exclude_self is None and self_index is None and q.shape == emb.shape and torch.equal(q.cpu(), emb.cpu()):
-        warnings.warn("the query set is a copy of the gallery, so each query finds itself first: leave query_embeddings "
-                      "out, or give self_index; exclude_self=False says that it is meant.", RuntimeWarning, stacklevel=3)
+        warnings.warn("the query set is a copy of the gallery, so each query finds itself first: leave the query set "
+                      "out, or give self_index; exclude_self=False says that it is meant.",
+                      RuntimeWarning, stacklevel=3)
     return Retrieval(emb, labels, q.to(emb.dtype), q_labels, _own_rows(self_index, len(q), len(emb)), device)
 
 # %% ../nbs/15_metrics.ipynb #fc716dd6
