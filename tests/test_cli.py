@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from hapnb import cli, commands, doctor, runs, study
+from hapnb import cli, commands, doctor, driver, runs, study
 from hapnb.cli import main
 from toy_study import STUDY, write_study
 
@@ -111,7 +111,7 @@ def test_reproduce_full_goes_to_figures_and_a_failure_is_named(clone, call):
 
 
 def test_outside_a_clone_studies_say_where_they_are(monkeypatch, call):
-    monkeypatch.setattr(study, "repo_root", lambda start=None: None)
+    for module in (commands, driver, study): monkeypatch.setattr(module, "repo_root", lambda start=None: None)
     status, _, err = call("studies")
     assert status == 2 and "inside a clone" in err
 

@@ -186,7 +186,7 @@ def test_arrays_of_others(tmp_path):
 
 @pytest.mark.parametrize("arrays, text", [
     (dict(embedings=[[1.]]), "Did you mean 'embedings'"), (dict(embeddings=[[1j]]), "real numbers"),
-    (dict(embeddings=[[1.]], labels=[.5]), "whole numbers or names"),
+    (dict(embeddings=[[1.]], labels=[.5]), "names, or whole numbers"),
     (dict(embeddings=[[1.], [2.]], labels=[0]), "2 embeddings")])
 def test_faults_in_arrays_name_the_file(tmp_path, arrays, text):
     path = saved(tmp_path / "a.npz", **arrays)

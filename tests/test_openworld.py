@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import hapnb.features
 import hapnb.train as T
 from hapnb import emoji, openworld as ow, openworld_recipes as recipes, openworld_report as report, selection, study
-from hapnb import batches, runs
+from hapnb import batches, build, runs
 from hapnb.clustering import clustering_scores
 from hapnb.config import RunConfig, load_splits, thaw
 from hapnb.datasets import deal_open_world
@@ -130,16 +130,16 @@ def test_missing_and_empty(tmp_path):
 def test_features_of_parts_are_computed_once(monkeypatch):
     cfg, calls = RunConfig.from_dict(TOY), []
     whole, test = load_splits(cfg)
-    real = runs._features
-    monkeypatch.setattr(runs, "_IN_MEMORY", {})
-    monkeypatch.setattr(runs, "_features", lambda c, d, *a: calls.append(d) or real(c, d, *a))
+    real = build._features
+    monkeypatch.setattr(build, "_IN_MEMORY", {})
+    monkeypatch.setattr(build, "_features", lambda c, d, *a: calls.append(d) or real(c, d, *a))
     part = whole.subset([5, 1, 9, 1], share=True, relabel=True)
-    x = runs.features_of(cfg, part)
-    assert torch.equal(runs.features_of(cfg, ow.training_part(whole, [5, 1, 9, 1], torch.tensor([4, 4, 2, 2]))), x)
-    assert torch.equal(x, runs.features_of(cfg, whole)[[5, 1, 9, 1]])
-    assert torch.equal(runs.features_of(cfg, part.subset([2])), x[2:3])
+    x = build.features_of(cfg, part)
+    assert torch.equal(build.features_of(cfg, ow.training_part(whole, [5, 1, 9, 1], torch.tensor([4, 4, 2, 2]))), x)
+    assert torch.equal(x, build.features_of(cfg, whole)[[5, 1, 9, 1]])
+    assert torch.equal(build.features_of(cfg, part.subset([2])), x[2:3])
     assert calls == [whole]
-    runs.features_of(cfg, whole.subset([5, 1]))  # a part that was not told to share is a dataset like any other
+    build.features_of(cfg, whole.subset([5, 1]))  # a part that was not told to share is a dataset like any other
     assert len(calls) == 2
     assert part.fingerprint == whole.subset([5, 1, 9, 1], relabel=True).fingerprint
     assert cfg.key((part, test)) == cfg.key((whole.subset([5, 1, 9, 1], relabel=True), test))
@@ -150,7 +150,7 @@ def test_parts_read_the_packed_copy_of_the_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("HAPNB_CACHE", str(tmp_path / "cache"))
     base = {**TOY, "freeze": "bn", "epochs": 1, "lr": 1e-4, "packed": 40}
     r = quiet(CFG.replace(base=base, select=dict(mode="all"), rounds=2), tmp_path / "store")
-    assert len(list((tmp_path / "cache/packed").glob("*.pack"))) == 2
+    assert len(list((tmp_path / "cache/packed").glob("*.arrow"))) == 2
     assert r.rounds["images"].is_monotonic_increasing
     assert r.rounds["selected"][0] > 0
     cfg = RunConfig.from_dict(base)
@@ -689,12 +689,12 @@ def test_a_pool_that_nobody_can_score(tmp_path, monkeypatch, result):
 
 
 def test_nan_features_are_named(tmp_path, monkeypatch):
-    real, parts = hapnb.features.features_of, ow.load_parts(CFG)
-    def spoilt(cfg, dataset, *args):
-        x = real(cfg, dataset, *args).clone()
-        x[70] = float("nan")
-        return x
-    monkeypatch.setattr(hapnb.features, "features_of", spoilt)
+    real, parts = hapnb.features.embed_part, ow.load_parts(CFG)
+    def spoilt(*args, **more):
+        z = real(*args, **more).clone()
+        z[70] = float("nan")
+        return z
+    monkeypatch.setattr(hapnb.features, "embed_part", spoilt)
     name = parts.whole.store.name(int(parts.whole.index[np.concatenate([parts.labelled, parts.pool])[70]]))
     with pytest.raises(ValueError, match=f"NaN or infinite, first row 70 \\({name}\\)"): quiet(CFG, tmp_path)
 

@@ -202,8 +202,8 @@ def test_map_hap_metric_is_the_weighted_mean_of_level_aps(d, seed):
     if d.ref is None: d = replace(d, ref=d.emb, ref_labels=d.labels)
     L = d.labels.shape[1]
     w = level_weights(L, seed)
-    m = evaluate(d.ref, d.ref_labels, d.emb, d.labels, relevance=Relevance("map", weights=w), metrics=["AP", "H-AP"],
-                 per_query=True)["per_query"]
+    m = evaluate(d.ref, d.ref_labels, d.emb.clone(), d.labels, relevance=Relevance("map", weights=w),
+                 metrics=["AP", "H-AP"], per_query=True, exclude_self=False)["per_query"]
     level = torch.tensor(np.stack([m[f"AP_level{l}"] for l in range(L)], 1))
     want, got = mean_over_levels(level, ~level.isnan(), w), torch.tensor(m["H-AP"])
     there = ~want.isnan()  # some level with a weight has a positive
