@@ -275,7 +275,8 @@ def _kept(path, recipe, compute, say=None):
             own.append(e)
             raise
         save_file({"features": x}, part)
-    try: return load_file(made_once(path, recipe, make, say))["features"]
+    # a copy in memory: the file may be written again while these features are in use, and a mapped one would change
+    try: return load_file(made_once(path, recipe, make, say))["features"].clone()
     except (OSError, SafetensorError) as e:
         if e in own: raise
         why = getattr(e, "strerror", None) or e
