@@ -12,11 +12,12 @@ __all__ = ['available', 'sums', 'pull']
 import os, warnings
 from functools import lru_cache
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from .helpers import readable
+from .helpers import KERNELS, readable
 from .ranking import Leaky, Sigmoid, Step, Sup
 
 # %% ../nbs/01c_kernels.ipynb #3756c4d6
@@ -118,9 +119,9 @@ def _launch(f, outputs, inputs, weights=None, slope=False):
     return out
 
 # %% ../nbs/01c_kernels.ipynb #0c3fe496
-def available(device) -> bool: # "cuda", torch.device("cuda:1"), ...
+def available(device) -> bool: # "cuda", torch.device("cuda:1"), or a tensor there
     "Say whether the kernel runs on a device: a CUDA device with Triton, or any in Triton's interpreter."
-    return _works(str(device), os.environ.get("TRITON_INTERPRET") == "1")
+    return _works(str(getattr(device, "device", device)), os.environ.get("TRITON_INTERPRET") == "1")
 
 @lru_cache(maxsize=64)
 def _works(device, interpreted):
@@ -158,6 +159,9 @@ def pull(f, s: Tensor, k: Tensor, # as in `sums`; f has a derivative
     if not _serves(f, s, k, outer): return _plain_pull(f, s, k, outer)
     s, k, o = _scaled(f, s, k, outer)
     return _launch(f, s, k, o, slope=True), -o * _launch(f, k, s, slope=True)
+
+# %% ../nbs/01c_kernels.ipynb #d4e97609
+KERNELS.register("cuda")(SimpleNamespace(available=available, sums=sums, pull=pull))
 
 # %% ../nbs/01c_kernels.ipynb #b290b432
 def _chunks(s, k):
