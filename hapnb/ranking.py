@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .core import level_counts, level_mask
-from .helpers import _full, check_flag, check_number, readable, transforming
+from .helpers import KERNELS, _full, check_flag, check_number, readable, transforming
 
 # %% ../nbs/01_ranking.ipynb #7ee898bf
 class Step:
@@ -288,6 +288,26 @@ def _block(k, live, groups, combine, need, dk, ds, scratches):
         dk -= o * inner.sum(-1)
     return torch.where(live, worth, 0.).sum(1)
 
+# %% ../nbs/01_ranking.ipynb #6d6d8982
+def _kernels(scores, parts):
+    "The kernels for these scores and surrogates, or None: the blocks above."
+    name = scores.device.type
+    if name not in KERNELS or not readable(scores): return None
+    found = KERNELS.get(name)
+    return found if found.available(scores) and all(type(p.f) in (Step, Sigmoid, Sup, Leaky) for p in parts) else None
+
+def _level_by_kernels(kernels, scores, shared, counts, index, a, parts, combine, total, grad):
+    "As `_level`, with whole sums from kernels instead of blocks."
+    k, live, kcol = _pack(scores, level_mask(shared, a), counts[:, a])
+    if not k.shape[1]: return
+    k, groups = k.masked_fill(~live, 0.), _gather(scores, shared, counts, parts, [_Scratch(scores) for _ in parts])
+    worth, outer = combine(a, [kernels.sums(f, s, k) for s, _, f in groups], index)
+    total += torch.where(live, worth, 0.).sum(1)
+    for (s, col, f), o in zip(groups, outer) if grad is not None else []:
+        if o is None or not f.smooth: continue
+        ds, dk = kernels.pull(f, s, k, torch.where(live, o, 0.))
+        _spread(grad, slice(None), [(kcol, dk), (col, ds)])
+
 # %% ../nbs/01_ranking.ipynb #2842613b
 class _RankScore(torch.autograd.Function):
     "Forward also finds the gradient, so that backward is one product."
@@ -300,7 +320,10 @@ class _RankScore(torch.autograd.Function):
         for first in range(0, len(scores), height):
             rows = slice(first, min(first + height, len(scores)))
             own, part = (scores[rows], shared[rows], counts[rows], index[rows]), None if grad is None else grad[rows]
-            for a in range(levels, 0, -1): _level(*own, a, parts(a), combine, block, total[rows], part, scratches)
+            for a in range(levels, 0, -1):
+                kernels = _kernels(scores, parts(a))
+                if kernels: _level_by_kernels(kernels, *own, a, parts(a), combine, total[rows], part)
+                else: _level(*own, a, parts(a), combine, block, total[rows], part, scratches)
         ctx.save_for_backward(grad, scores)
         ctx.formula = shared, levels, parts, combine, counts
         return total
