@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACCURACY', 'Edge', 'Pieces', 'pieces', 'Accuracy', 'choose', 'rank_levels']
 
-# %% ../nbs/01b_loglinear.ipynb #22aba60c
+# %% ../nbs/01b_loglinear.ipynb #8c0b6813
 import math
 import warnings
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from .core import level_mask
 from .helpers import METHODS, readable
 from .ranking import Leaky, Sigmoid, Step, Sup, _pack
 
-# %% ../nbs/01b_loglinear.ipynb #fb96d45c
+# %% ../nbs/01b_loglinear.ipynb #803c8fb5
 @dataclass(frozen=True)
 class Edge:
     "A jump or a bend of a surrogate: beyond it, `jump + slope * (x - at)` is added."
@@ -42,7 +42,7 @@ class Pieces:
 def _above(x): return x > 0
 def _level_or_above(x): return x >= 0
 
-# %% ../nbs/01b_loglinear.ipynb #d6cad130
+# %% ../nbs/01b_loglinear.ipynb #aa3b5f98
 @singledispatch
 def pieces(f) -> Pieces:
     "Take a surrogate apart; None for one that cannot be (it is then summed directly)."
@@ -68,7 +68,7 @@ def _(f: Leaky):
     top = Edge((1 - start) / rise, lambda x: rise * x + start >= 1, slope=-rise)
     return Pieces((Edge(0., _above, start, rise - leak), top), lean=leak)
 
-# %% ../nbs/01b_loglinear.ipynb #4c23f380
+# %% ../nbs/01b_loglinear.ipynb #a46d9f96
 def _prefix(x):
     "Sums of the first 0, 1, .., n numbers of each row, float64 `[.., n + 1]`."
     out = torch.zeros(*x.shape[:-1], x.shape[-1] + 1, dtype=torch.float64, device=x.device)
@@ -83,7 +83,7 @@ def _suffix(x):
 
 def _take(x, column): return x if column is None else x.gather(-1, column)
 
-# %% ../nbs/01b_loglinear.ipynb #c2be3435
+# %% ../nbs/01b_loglinear.ipynb #8910844e
 class _Rows:
     "Scores of a few queries, sorted from high to low; what follows from them is computed once, when asked for."
     def __init__(self, scores, shared):
@@ -117,7 +117,7 @@ class _Rows:
 
     def decays(self, low, high, scale, r): return _prefix(self("mask", low, high) * self("decay", scale, r))
 
-# %% ../nbs/01b_loglinear.ipynb #29fb4d8f
+# %% ../nbs/01b_loglinear.ipynb #f8c6986c
 @patch
 def runs(self: _Rows, scale):
     "Where the run of equal scores that each column belongs to begins, and where the next run begins."
@@ -142,7 +142,7 @@ def beyond(self: _Rows, scale, edge, k):
         found, step = torch.where(ok, far, found), step >> 1
     return found
 
-# %% ../nbs/01b_loglinear.ipynb #8c504b0e
+# %% ../nbs/01b_loglinear.ipynb #7d7db57c
 @dataclass(frozen=True)
 class Accuracy:
     "How the smooth part is computed: error relative to each sum, terms in a box, width of a box (in units of tau)."
@@ -152,7 +152,7 @@ class Accuracy:
 
 ACCURACY = {torch.float64: Accuracy(1e-10, 13, 1.5), torch.float32: Accuracy(1e-6, 10, 2.)}
 
-# %% ../nbs/01b_loglinear.ipynb #98e871b4
+# %% ../nbs/01b_loglinear.ipynb #6a4da1d5
 @lru_cache(64)
 def _tail(delta: float, error: float) -> tuple:
     "Coefficients c_r such that `1 - sigmoid(delta + y) = sum c_r exp(-r y)` for y >= 0, r = 1, 2, .."
@@ -180,7 +180,7 @@ def _table(boxes: int, accuracy: Accuracy, dtype, device: str) -> Tensor:
         out.append(block.transpose(2, 0, 3, 1).reshape(p * boxes, p * boxes))
     return torch.from_numpy(np.concatenate(out, 1)).to(device, dtype)
 
-# %% ../nbs/01b_loglinear.ipynb #ddff1c4e
+# %% ../nbs/01b_loglinear.ipynb #d0588881
 class _Boxes:
     "Sorted rows in boxes of equal width from the highest score down: sums of the sigmoid over sets of levels."
     def __init__(self, rows, scale, levels, sets, dtype):
@@ -193,7 +193,8 @@ class _Boxes:
         self.n = (int(self.box[:, -1].max()) // 8 + 1) * 8
         self.table = _table(self.n, self.accuracy, dtype, str(u.device))
         # an item that is not in the retrieval set has a level of its own
-        self.own = torch.where(rows.level < 0, levels + 1, rows.level) * self.n + self.box
+        own = torch.where(rows.level < 0, levels + 1, rows.level).long()
+        self.own = own * self.n + self.box
         moments = self.spread(self.empty(levels + 2), self.own, torch.ones_like(u), self.y)
         moments = moments.unflatten(2, (levels + 2, self.n))
         below = torch.stack([moments[:, :, low:high + 1].sum(2) for low, high in self.sets], 2)
@@ -230,7 +231,7 @@ class _Boxes:
         for i, (low, high) in enumerate(self.sets): by_level[:, :, low:high + 1] += back[:, :, i, None]
         return self.read(by_level.flatten(2), self.own, self.y)
 
-# %% ../nbs/01b_loglinear.ipynb #3bcdccb0
+# %% ../nbs/01b_loglinear.ipynb #e2c85335
 class _Sum:
     "The sum of one surrogate over one set of levels, at the positives in columns `k` of sorted rows."
     def __init__(self, rows, part, k, live, boxes, places):
@@ -282,7 +283,7 @@ class _Sum:
         self.value = self.value + boxes.read(boxes.sigmoid, self.box, self.y)
         self.fall = self.fall + boxes.read(boxes.derivative, self.box, self.y)
 
-# %% ../nbs/01b_loglinear.ipynb #82f3a8b7
+# %% ../nbs/01b_loglinear.ipynb #6e44cba3
 @patch
 def pull(self: _Sum, outer, grad):
     "Send `outer [q, P]` back: add `sum_k outer_k f'(u_j - u_k)` to `grad [q, N]` of the items of the set."
@@ -308,7 +309,7 @@ def _pull_tail(self: _Sum, weight, behind):
         total = total + r * c * self.rows("decay", self.scale, r) * _suffix(weight).gather(1, behind)
     return total
 
-# %% ../nbs/01b_loglinear.ipynb #08db8113
+# %% ../nbs/01b_loglinear.ipynb #ee1ce067
 def _few_rows(scores, shared, counts, index, levels, chosen, parts, combine, total, grad):
     "As `rank_levels`, for as many queries as fit a cache."
     rows, need = _Rows(scores, shared), grad is not None
@@ -341,7 +342,7 @@ def _pull(found, outer, live, k, back):
         s.pull(o, back)
     back.add_(own) if k is None else back.scatter_add_(1, k, own)
 
-# %% ../nbs/01b_loglinear.ipynb #622cba25
+# %% ../nbs/01b_loglinear.ipynb #0345f694
 # what one query costs, in ns: a triple of the direct way; the sort and a level of the log-linear way, for each item
 _COST = {"cpu": (1.4, 70., 80.), "cuda": (0.02, 0.5, 0.5)}
 # exponentials must not overflow; the table of boxes stays small (64 MB in float64)
@@ -382,7 +383,7 @@ def choose(scores, counts, levels, parts, method):
                   "which is exact and slower.")
     return []
 
-# %% ../nbs/01b_loglinear.ipynb #27be965b
+# %% ../nbs/01b_loglinear.ipynb #16c2e010
 # scores at once: a few arrays of this size fit a CPU's cache
 def _slab(device): return 2**17 if device.type == "cpu" else 2**24
 
