@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACCURACY', 'Edge', 'Pieces', 'pieces', 'Accuracy', 'choose', 'rank_levels']
 
-# %% ../nbs/01b_loglinear.ipynb #8c0b6813
+# %% ../nbs/01b_loglinear.ipynb #c2df4bd8
 import math
 import warnings
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from .core import level_mask
 from .helpers import METHODS, readable
 from .ranking import Leaky, Sigmoid, Step, Sup, _pack
 
-# %% ../nbs/01b_loglinear.ipynb #803c8fb5
+# %% ../nbs/01b_loglinear.ipynb #df699640
 @dataclass(frozen=True)
 class Edge:
     "A jump or a bend of a surrogate: beyond it, `jump + slope * (x - at)` is added."
@@ -42,7 +42,7 @@ class Pieces:
 def _above(x): return x > 0
 def _level_or_above(x): return x >= 0
 
-# %% ../nbs/01b_loglinear.ipynb #aa3b5f98
+# %% ../nbs/01b_loglinear.ipynb #386d2d26
 @singledispatch
 def pieces(f) -> Pieces:
     "Take a surrogate apart; None for one that cannot be (it is then summed directly)."
@@ -68,7 +68,7 @@ def _(f: Leaky):
     top = Edge((1 - start) / rise, lambda x: rise * x + start >= 1, slope=-rise)
     return Pieces((Edge(0., _above, start, rise - leak), top), lean=leak)
 
-# %% ../nbs/01b_loglinear.ipynb #a46d9f96
+# %% ../nbs/01b_loglinear.ipynb #529ec9a0
 def _prefix(x):
     "Sums of the first 0, 1, .., n numbers of each row, float64 `[.., n + 1]`."
     out = torch.zeros(*x.shape[:-1], x.shape[-1] + 1, dtype=torch.float64, device=x.device)
@@ -83,7 +83,7 @@ def _suffix(x):
 
 def _take(x, column): return x if column is None else x.gather(-1, column)
 
-# %% ../nbs/01b_loglinear.ipynb #8910844e
+# %% ../nbs/01b_loglinear.ipynb #e83810e1
 class _Rows:
     "Scores of a few queries, sorted from high to low; what follows from them is computed once, when asked for."
     def __init__(self, scores, shared):
@@ -117,7 +117,7 @@ class _Rows:
 
     def decays(self, low, high, scale, r): return _prefix(self("mask", low, high) * self("decay", scale, r))
 
-# %% ../nbs/01b_loglinear.ipynb #f8c6986c
+# %% ../nbs/01b_loglinear.ipynb #c2852cd6
 @patch
 def runs(self: _Rows, scale):
     "Where the run of equal scores that each column belongs to begins, and where the next run begins."
@@ -142,7 +142,7 @@ def beyond(self: _Rows, scale, edge, k):
         found, step = torch.where(ok, far, found), step >> 1
     return found
 
-# %% ../nbs/01b_loglinear.ipynb #7d7db57c
+# %% ../nbs/01b_loglinear.ipynb #e1fec1bc
 @dataclass(frozen=True)
 class Accuracy:
     "How the smooth part is computed: error relative to each sum, terms in a box, width of a box (in units of tau)."
@@ -152,16 +152,17 @@ class Accuracy:
 
 ACCURACY = {torch.float64: Accuracy(1e-10, 13, 1.5), torch.float32: Accuracy(1e-6, 10, 2.)}
 
-# %% ../nbs/01b_loglinear.ipynb #6a4da1d5
+# %% ../nbs/01b_loglinear.ipynb #ac149234
 @lru_cache(64)
 def _tail(delta: float, error: float) -> tuple:
     "Coefficients c_r such that `1 - sigmoid(delta + y) = sum c_r exp(-r y)` for y >= 0, r = 1, 2, .."
     a = math.exp(-min(delta, 700.))
-    if a < error: return ()
-    # 1 - sigmoid is t a / (1 + a t) with t = exp(-y) in 0..1; interpolation is off by less than 2 rho^-n of its value
+    if a <= error: return ()
+    # this is t a / (1 + a t) with t = exp(-y) in 0..1; interpolation is off by less than 2 rho^-n of it, n^2 times that
+    # for the derivative
     pole = 1 + 2 / a
-    rho = pole + math.sqrt(pole * pole - 1)
-    n = math.ceil(math.log(2 / error) / math.log(rho))
+    rho, n = pole + math.sqrt(pole * pole - 1), 1
+    while 2 * a * n * n * rho ** -n > error: n += 1
     t = (np.cos(np.pi * (np.arange(n) + .5) / n) + 1) / 2
     return tuple(np.linalg.solve(np.vander(t, increasing=True), a / (1 + a * t)).tolist())
 
@@ -180,7 +181,7 @@ def _table(boxes: int, accuracy: Accuracy, dtype, device: str) -> Tensor:
         out.append(block.transpose(2, 0, 3, 1).reshape(p * boxes, p * boxes))
     return torch.from_numpy(np.concatenate(out, 1)).to(device, dtype)
 
-# %% ../nbs/01b_loglinear.ipynb #d0588881
+# %% ../nbs/01b_loglinear.ipynb #30e0b1a1
 class _Boxes:
     "Sorted rows in boxes of equal width from the highest score down: sums of the sigmoid over sets of levels."
     def __init__(self, rows, scale, levels, sets, dtype):
@@ -231,7 +232,7 @@ class _Boxes:
         for i, (low, high) in enumerate(self.sets): by_level[:, :, low:high + 1] += back[:, :, i, None]
         return self.read(by_level.flatten(2), self.own, self.y)
 
-# %% ../nbs/01b_loglinear.ipynb #e2c85335
+# %% ../nbs/01b_loglinear.ipynb #adbeaddc
 class _Sum:
     "The sum of one surrogate over one set of levels, at the positives in columns `k` of sorted rows."
     def __init__(self, rows, part, k, live, boxes, places):
@@ -268,7 +269,7 @@ class _Sum:
 
     def _cap(self, edge, place, n):
         "Beyond the first edge the sigmoid stays where it is: take away what it rises there."
-        self.tail = _tail(edge.at, self.boxes.accuracy.error / 10)
+        self.tail = _tail(edge.at, self.boxes.accuracy.error)
         self.value = self.value - n / (1 + math.exp(min(edge.at, 700.)))
         self.growth = torch.exp(self.at + edge.at)
         power = 1.
@@ -283,7 +284,7 @@ class _Sum:
         self.value = self.value + boxes.read(boxes.sigmoid, self.box, self.y)
         self.fall = self.fall + boxes.read(boxes.derivative, self.box, self.y)
 
-# %% ../nbs/01b_loglinear.ipynb #6e44cba3
+# %% ../nbs/01b_loglinear.ipynb #2fae5016
 @patch
 def pull(self: _Sum, outer, grad):
     "Send `outer [q, P]` back: add `sum_k outer_k f'(u_j - u_k)` to `grad [q, N]` of the items of the set."
@@ -309,7 +310,7 @@ def _pull_tail(self: _Sum, weight, behind):
         total = total + r * c * self.rows("decay", self.scale, r) * _suffix(weight).gather(1, behind)
     return total
 
-# %% ../nbs/01b_loglinear.ipynb #ee1ce067
+# %% ../nbs/01b_loglinear.ipynb #ac0bb664
 def _few_rows(scores, shared, counts, index, levels, chosen, parts, combine, total, grad):
     "As `rank_levels`, for as many queries as fit a cache."
     rows, need = _Rows(scores, shared), grad is not None
@@ -342,11 +343,11 @@ def _pull(found, outer, live, k, back):
         s.pull(o, back)
     back.add_(own) if k is None else back.scatter_add_(1, k, own)
 
-# %% ../nbs/01b_loglinear.ipynb #0345f694
+# %% ../nbs/01b_loglinear.ipynb #73c3e536
 # what one query costs, in ns: a triple of the direct way; the sort and a level of the log-linear way, for each item
 _COST = {"cpu": (1.4, 70., 80.), "cuda": (0.02, 0.5, 0.5)}
 # exponentials must not overflow; the table of boxes stays small (64 MB in float64)
-_HIGHEST, _LARGEST = 650., 2000
+_HIGHEST, _LARGEST = 690., 2000
 
 def _worth_it(scores, counts, levels, parts):
     "The levels that are cheaper in the log-linear way."
@@ -367,7 +368,7 @@ def _too_wide(scores, surrogate):
     exponent = 0.
     if p.capped:
         delta = p.edges[0].at
-        exponent = (wide / 2 + delta) * len(_tail(delta, accuracy.error / 10))
+        exponent = (wide / 2 + delta) * len(_tail(delta, accuracy.error))
     # written so that scores which are not finite are too wide
     return not (exponent <= _HIGHEST and accuracy.terms * (wide / accuracy.width + 9) <= _LARGEST)
 
@@ -383,7 +384,7 @@ def choose(scores, counts, levels, parts, method):
                   "which is exact and slower.")
     return []
 
-# %% ../nbs/01b_loglinear.ipynb #16c2e010
+# %% ../nbs/01b_loglinear.ipynb #9ddad9b1
 # scores at once: a few arrays of this size fit a CPU's cache
 def _slab(device): return 2**17 if device.type == "cpu" else 2**24
 
