@@ -120,7 +120,7 @@ def _launch(f, outputs, inputs, weights=None, slope=False):
 # %% ../nbs/01c_kernels.ipynb #0c3fe496
 def available(device) -> bool: # "cuda", torch.device("cuda:1"), or a tensor there
     "Say whether the kernel runs on a device: a CUDA device with Triton, or any in Triton's interpreter."
-    return _works(str(getattr(device, "device", device)), os.environ.get("TRITON_INTERPRET") == "1")
+    return readable() and _works(str(getattr(device, "device", device)), os.environ.get("TRITON_INTERPRET") == "1")
 
 @lru_cache(maxsize=64)
 def _works(device, interpreted):
@@ -168,15 +168,18 @@ def _chunks(s, k):
     step = max(1, 2**24 // max(s.numel(), 1))
     return [slice(first, first + step) for first in range(0, k.shape[1], step)]
 
+# the surrogates' own methods take scaled scores once Step has a scale
+def _for_blocks(f, s, k): return _scaled(f, s, k) if hasattr(Step, "scale") else (s, k)
+
 def _plain_sums(f, s, k):
     "As `sums`, in blocks."
-    out = torch.zeros_like(k)
+    (s, k), out = _for_blocks(f, s, k), torch.zeros_like(k)
     for c in _chunks(s, k): out[:, c] = f.sums(s[:, None, :], k[:, c, None])[0]
     return out
 
 def _plain_pull(f, s, k, outer):
     "As `pull`, in blocks."
-    ds, dk, o = torch.zeros_like(s), torch.zeros_like(k), outer * f.scale
+    (s, k), ds, dk, o = _for_blocks(f, s, k), torch.zeros_like(s), torch.zeros_like(k), outer * f.scale
     for c in _chunks(s, k):
         inner = f.derivative(f.sums(s[:, None, :], k[:, c, None])[1])
         ds += torch.bmm(o[:, None, c], inner)[:, 0]

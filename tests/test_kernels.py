@@ -39,6 +39,15 @@ def test_without_a_gpu_pytorch_serves(f, monkeypatch):
         for mine, leaf in zip(pull(f, s, k, outer), leaves): torch.testing.assert_close(mine, leaf.grad)
 
 
+def test_fake_tensors_on_a_gpu_keep_their_shapes():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode(), torch.device("cuda"):
+        s, k, outer = torch.randn(2, 7), torch.randn(2, 3), torch.randn(2, 3)
+        assert not available(s)
+        found = sums(Sup(), s, k), *pull(Sup(), s, k, outer)
+    assert [(tuple(t.shape), t.device.type) for t in found] == [((2, n), "cuda") for n in (3, 7, 3)]
+
+
 def test_a_device_where_triton_fails_is_told_once(monkeypatch):
     def broken(*args): raise RuntimeError("no C compiler")
     monkeypatch.setattr(kernels, "_launch", broken)

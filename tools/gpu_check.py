@@ -28,7 +28,7 @@ SIZES = {
     "full": dict(losses=kit.NAMES, batches=(256, 512, 1024, 2048, 4096, 8192), dim=512, call=8., plain=2048,
                  queries=20_000, tests=(), part=None, run=dict(epochs=4),
                  kernels=((256, 252, 4), (1024, 1020, 4), (1024, 512, 512), (4096, 4092, 4), (4096, 2048, 2048))),
-    "small": dict(losses=kit.NAMES, batches=(32, 64, 128, 256), dim=64, call=.5, plain=64,
+    "small": dict(losses=kit.NAMES, batches=(32, 64, 128), dim=64, call=.5, plain=64,
                   queries=2000, tests=(), part=72, run=dict(epochs=2, image_size=64, batch_size=16),
                   kernels=((4, 28, 4), (8, 40, 24), (4, 1000, 2))),
     "tiny": dict(losses=("SupAPLoss", "HAPLoss", "NormSoftmaxLoss"), batches=(16, 32, 64), dim=8, call=.05, plain=16,
