@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from hapnb.helpers import SAMPLERS
-from hapnb.samplers import (BalancedSampler, HierarchicalSampler, MPerClassSampler, RandomBatchSampler, WholeClassSampler,
-                            class_rows, epoch_summary, make_sampler)
+from hapnb.samplers import (BalancedSampler, HierarchicalSampler, MPerClassSampler, RandomBatchSampler,
+                            WholeClassSampler, class_rows, epoch_summary, make_sampler)
 
 
 def unequal(classes=24, supers=4, seed=0):
@@ -176,7 +176,8 @@ def test_whole_classes_divide_a_class_only_at_a_cut(sizes, parts, unknown):
     (lambda: HierarchicalSampler(unequal(), 20, m=4), "multiple of 2 x m = 8"),
     (lambda: HierarchicalSampler(unequal(), 16, small="shrt"), "Did you mean 'short'"),
     (lambda: RandomBatchSampler(range(3), 4), "3 images do not fill one batch of 4"),
-    (lambda: WholeClassSampler([0, 0, -1], 3), "2 images with a known class do not fill 1 batch.es. of 3; use batch_size <= 2"),
+    (lambda: WholeClassSampler([0, 0, -1], 3),
+     "2 images with a known class do not fill 1 batch.es. of 3; use batch_size <= 2"),
     (lambda: WholeClassSampler([0, 0, 1, 1], 2, batches=3), "do not fill 3 batch.es. of 2; use batch_size <= 1"),
     (lambda: RandomBatchSampler(range(8), 4, seed=-1), "seed must be a whole number, 0 or more"),
     (lambda: RandomBatchSampler([[0, 0], [0, 1]], 2), "not a tree"),
