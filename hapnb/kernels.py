@@ -169,7 +169,8 @@ def _chunks(s, k):
     return [slice(first, first + step) for first in range(0, k.shape[1], step)]
 
 # the surrogates' own methods take scaled scores once Step has a scale
-def _for_blocks(f, s, k): return _scaled(f, s, k) if hasattr(Step, "scale") else (s, k)
+def _for_blocks(f, *tensors):
+    return [t.clamp(min=-1e38) for t in _scaled(f, *tensors)] if hasattr(Step, "scale") else tensors
 
 def _plain_sums(f, s, k):
     "As `sums`, in blocks."
