@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .core import level_counts, level_mask
-from .helpers import KERNELS, _full, check_flag, check_number, readable, transforming
+from .helpers import KERNELS, METHODS, _full, check_choice, check_flag, check_number, readable, transforming
 
 # %% ../nbs/01_ranking.ipynb #7ee898bf
 class Step:
@@ -312,15 +312,21 @@ def _level_by_kernels(kernels, scores, shared, counts, index, a, parts, combine,
 class _RankScore(torch.autograd.Function):
     "Forward also finds the gradient, so that backward is one product."
     @staticmethod
-    def forward(ctx, scores, shared, levels, parts, combine, block, counts):
+    def forward(ctx, scores, shared, levels, parts, combine, block, counts, method):
         grad = torch.zeros_like(scores) if ctx.needs_input_grad[0] else None
         total, index = scores.new_zeros(len(scores)), torch.arange(len(scores), device=scores.device)
         height = max(1, block // max(scores.shape[1], 1))
         scratches = _scratches(scores, max(len(parts(a)) for a in range(1, levels + 1)), block <= 2**18)
+        by_sorting = []
+        if method != "direct":
+            way = METHODS.get("loglinear")
+            by_sorting = way.choose(scores, counts, levels, parts, method)
+        if by_sorting: way.rank_levels(scores, shared, counts, index, levels, by_sorting, parts, combine, total, grad)
         for first in range(0, len(scores), height):
             rows = slice(first, min(first + height, len(scores)))
             own, part = (scores[rows], shared[rows], counts[rows], index[rows]), None if grad is None else grad[rows]
             for a in range(levels, 0, -1):
+                if a in by_sorting: continue
                 kernels = _kernels(scores, parts(a))
                 if kernels: _level_by_kernels(kernels, *own, a, parts(a), combine, total[rows], part)
                 else: _level(*own, a, parts(a), combine, block, total[rows], part, scratches)
@@ -334,7 +340,7 @@ class _RankScore(torch.autograd.Function):
         # gradients are enabled here only if this one will be differentiated itself
         if not torch.is_grad_enabled(): grad = grad * g[:, None]
         else: grad, = torch.autograd.grad(_by_cube(scores, *ctx.formula), scores, g, create_graph=True)
-        return grad, None, None, None, None, None, None
+        return grad, *[None] * 7
 
 # %% ../nbs/01_ranking.ipynb #193a5b30
 def rank_score(scores: Tensor, # similarity of each query and item, floats [Q, N]; half precision is computed in float32
@@ -344,15 +350,18 @@ def rank_score(scores: Tensor, # similarity of each query and item, floats [Q, N
                combine, # combine(a, sums, rows) -> (contribution [q, p], [its derivative by each sum, or None])
                block: int = None, # triples at once; default: what fits the device
                counts: Tensor = None, # `level_counts(shared, levels)` [Q, L+1], if they are known already
+               method: str = "auto", # "direct" (all pairs), "loglinear" (sorted; where its bound holds), or the cheaper
                ) -> Tensor: # score of each query [Q], 0 without a positive; float32 or float64
     """Sum, over the positives of each query, what their smoothed ranks are worth.
 
-    Memory O(Q N) for any number of positives; O(Q P N) for second derivatives and inside `torch.func`."""
+    Time O(Q P N) or, log-linear, O(Q N log N). Memory O(Q N) for any number of positives; O(Q P N) for second
+    derivatives and inside `torch.func`. A surrogate too narrow for the log-linear way is a warning, and summed directly."""
     if not scores.is_floating_point(): raise ValueError(f"scores must be floats, got {scores.dtype}.")
     if scores.ndim != 2 or scores.shape != shared.shape:
         sizes = f"scores are {tuple(scores.shape)} but shared levels {tuple(shared.shape)}"
         raise ValueError(f"{sizes}; both must be [Q, N].")
+    check_choice("method", method, ("auto", "direct", "loglinear"))
     if counts is None: counts = level_counts(shared, levels)
     if transforming(): return _by_cube(_full(scores), shared, levels, parts, combine, counts)
     block = _block_size(scores.device) if block is None else check_number("block", block, least=1, whole=True)
-    return _RankScore.apply(_full(scores), shared, levels, parts, combine, block, counts)
+    return _RankScore.apply(_full(scores), shared, levels, parts, combine, block, counts, method)
