@@ -200,6 +200,10 @@ def _tree_break(labels):
         rows = np.flatnonzero(labels[:, level] >= 0)
         if not len(rows): continue
         fine, coarse = labels[rows, level], labels[rows, level + 1]
+        # neighbours in the order of the classes: sound labels need no more
+        order = fine.argsort(kind="stable")
+        f, c = fine[order], coarse[order]
+        if not ((f[1:] == f[:-1]) & ((c[1:] != c[:-1]) | (c[1:] < 0))).any(): continue
         _, first, group, size = np.unique(fine, return_index=True, return_inverse=True, return_counts=True)
         # the first row of each row's class
         first = first[group]
@@ -225,11 +229,19 @@ def check_embeddings(emb: Tensor, # floats [N, D]
     if not readable(emb) or not emb.numel(): return emb
     # NaN and inf survive amax, so one pass finds all faults
     size = _full(emb.detach().abs().amax(1))
+    least, most = _LENGTHS if products else (torch.finfo(size.dtype).tiny if unit else 0., torch.finfo(size.dtype).max)
+    if _within(size, least, most): return emb
     bad = ~size.isfinite()
     if unit: bad = bad | (size < torch.finfo(size.dtype).tiny)
     if products: bad = bad | (size > 0) & (size < _LENGTHS[0]) | (size > _LENGTHS[1])
     if bool(bad.any()): _refuse_rows(size, bad, name, unit)
     return emb
+
+def _within(x, least, most):
+    "Can the values be read, and do they all lie within these bounds (NaN does not)?"
+    if not readable(x): return False
+    low, high = torch.aminmax(x) if x.numel() else (least, most)
+    return least <= float(low) <= float(high) <= most
 
 # %% ../nbs/00_core.ipynb #28a0be8d
 # Where products of rows are used, the largest value of a row lies between these, so that no product is lost in float32,
@@ -253,16 +265,11 @@ def unit_rows(x: Tensor, # floats [N, D], of any finite length
               ) -> Tensor: # [N, D], rows of length 1; a row of zeros stays one
     "Divide each row by its length, whatever the length is."
     edge, shift = (2.0**50, 2.0**88) if x.dtype == torch.float32 else (2.0**400, 2.0**700)
+    length = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True)
+    if not transforming() and _within(length, 1 / edge, edge): return _Unit.apply(x, length)
     size = x.detach().abs().amax(1, keepdim=True)
-    if not readable(x) or _beyond(size, 1 / edge, edge):
-        x = x * torch.ones_like(size).masked_fill(size > edge, 1 / shift).masked_fill(size < 1 / edge, shift)
-    return F.normalize(x, dim=1, eps=2.0**-10 / edge) if transforming() else _Unit.apply(x, 2.0**-10 / edge)
-
-def _beyond(size, least, most):
-    "Is any size outside these bounds?"
-    if not size.numel(): return False
-    low, high = torch.aminmax(size)
-    return bool(low < least) or bool(high > most)
+    x = x * torch.ones_like(size).masked_fill(size > edge, 1 / shift).masked_fill(size < 1 / edge, shift)
+    return F.normalize(x, dim=1, eps=2.0**-10 / edge)
 
 def unit_floats(x: Tensor, # floats [N, D], of any finite length and float type
                 ) -> Tensor: # float32 [N, D], rows of length 1, without gradient
@@ -277,19 +284,16 @@ def unit_floats(x: Tensor, # floats [N, D], of any finite length and float type
 class _Unit(torch.autograd.Function):
     "Rows divided by their length. Its backward has three passes; that of `F.normalize` has a dozen."
     @staticmethod
-    def forward(ctx, x, eps):
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_(min=eps)
+    def forward(ctx, x, length):
         unit = x / length
         ctx.save_for_backward(x, unit, length)
-        ctx.eps = eps
         return unit
 
     @staticmethod
     def backward(ctx, g):
         x, unit, length = ctx.saved_tensors
         # gradients are enabled here only if this one will be differentiated itself
-        if torch.is_grad_enabled():
-            return torch.autograd.grad(F.normalize(x, dim=1, eps=ctx.eps), x, g, create_graph=True)[0], None
+        if torch.is_grad_enabled(): return torch.autograd.grad(F.normalize(x, dim=1), x, g, create_graph=True)[0], None
         # the part along the row changes its length only, and is taken away
         return torch.addcmul(g, unit, (g * unit).sum(1, keepdim=True), value=-1).div_(length), None
 
@@ -414,22 +418,21 @@ def extra_repr(self: EmbeddingLoss):
 class _Gram(torch.autograd.Function):
     "Similarities of a set with itself. Its backward is one product; autograd's, for two factors, would be two."
     @staticmethod
-    def forward(x): return x @ x.T
-
-    @staticmethod
-    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs)
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x @ x.T
 
     @staticmethod
     def backward(ctx, g):
         x, = ctx.saved_tensors
         # gradients are enabled here only if this one will be differentiated itself
         if x.device.type != "cpu" or torch.is_grad_enabled() or _is_batched(g): return (g + g.mT) @ x
-        # tiles, for memory; a transpose that is written first is several times faster than one that is added
-        out, n = torch.empty_like(x), 1024
+        # tiles; a transpose that is written first is several times faster than one that is added
+        out, n = torch.empty_like(x), 256
         for i in range(0, len(g), n):
-            tiles = [g[j:j + n, i:i + n].contiguous().T.contiguous() for j in range(0, len(g), n)]
-            both = tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1)
-            torch.mm(both.add_(g[i:i + n]), x, out=out[i:i + n])
+            both = g[i:i + n].clone()
+            for j in range(0, len(g), n): both[:, j:j + n] += g[j:j + n, i:i + n].contiguous().T.contiguous()
+            torch.mm(both, x, out=out[i:i + n])
         return out
 
 def _left_out(indices_tuple, Q, N, square, loss):

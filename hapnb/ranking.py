@@ -264,7 +264,7 @@ def _empty(s, filled, value):
     np.copyto(s.numpy(), value, where=~filled.numpy(), casting="same_kind")
     return s
 
-def _order(n, live):
+def _order(n):
     "Queries with most positives first (None: as they are), and how many slots each needs."
     n, order = n.sort(descending=True, stable=True)
     n = n.tolist()
