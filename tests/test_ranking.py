@@ -122,9 +122,10 @@ def test_blocks_of_any_size_give_the_same(name, args, labels, monkeypatch):
 def test_a_graph_that_is_kept_gives_the_same_gradient_again(name, args):
     emb = rows(48).requires_grad_()
     value = make_loss(name, **args)(emb, LABELS["unknown"])
-    first, second = (torch.autograd.grad(value, emb, g, retain_graph=True)[0] for g in (torch.tensor(1.), torch.tensor(3.)))
+    weights = torch.tensor([1., 3.], dtype=value.dtype)
+    first, second = (torch.autograd.grad(value, emb, w, retain_graph=True)[0] for w in weights)
     assert torch.allclose(3 * first, second, rtol=1e-12, atol=0)
-    batched = torch.autograd.grad(value, emb, torch.tensor([1., 3.]), is_grads_batched=True)[0]
+    batched = torch.autograd.grad(value, emb, weights, is_grads_batched=True)[0]
     assert torch.allclose(batched, torch.stack([first, second]), rtol=1e-12, atol=0)
 
 
