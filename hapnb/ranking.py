@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .core import level_counts, level_mask
-from .helpers import KERNELS, _full, _is_batched, check_flag, check_number, readable, transforming
+from .helpers import (KERNELS, METHODS, _full, _is_batched, check_choice, check_flag, check_number, readable,
+                           transforming)
 
 # %% ../nbs/01_ranking.ipynb #7ee898bf
 class Step:
@@ -339,11 +340,15 @@ def _level_by_kernels(kernels, slab, index, a, parts, combine, total, grad):
         _spread(grad, slice(None), [(kcol, dk), (col, ds)])
 
 # %% ../nbs/01_ranking.ipynb #2842613b
-def _engine(need, scores, shared, levels, parts, combine, block, counts):
+def _engine(need, scores, shared, levels, parts, combine, block, counts, method):
     "The score of each query, and its derivatives by the scores if there is a `need` for them."
     grad, total = torch.zeros_like(scores) if need else None, scores.new_zeros(len(scores))
     index, height = torch.arange(len(scores), device=scores.device), max(1, block // max(scores.shape[1], 1))
-    needed = {a: parts(a) for a in range(levels, 0, -1)}
+    way = None if method == "direct" else METHODS.get("loglinear")
+    sorting = way.choose(scores, counts, levels, parts, method) if way else []
+    if sorting: way.rank_levels(scores, shared, counts, index, levels, sorting, parts, combine, total, grad)
+    needed = {a: parts(a) for a in range(levels, 0, -1) if a not in sorting}
+    if not needed: return total, grad
     scratches = _scratches(scores, max(map(len, needed.values())), block <= 2**18)
     for first in range(0, len(scores), height):
         rows = slice(first, min(first + height, len(scores)))
@@ -366,16 +371,16 @@ class _RankScore(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         scores, = ctx.saved_tensors
-        shared, levels, parts, combine, _, counts = ctx.formula
+        shared, levels, parts, combine, _, counts, _ = ctx.formula
         # gradients are enabled here only if this one will be differentiated itself
         if torch.is_grad_enabled():
             total = _by_cube(scores, shared, levels, parts, combine, counts)
-            return torch.autograd.grad(total, scores, g, create_graph=True)[0], *[None] * 6
+            return torch.autograd.grad(total, scores, g, create_graph=True)[0], *[None] * 7
         grad, ctx.grad = ctx.grad, None
         # a second pass through a graph that was kept (`retain_graph=True`)
         if grad is None: _, grad = _engine(True, scores, *ctx.formula)
         # in place, because a new table of this size costs more than the product
-        return grad * g[:, None] if _is_batched(g) else grad.mul_(g[:, None]), *[None] * 6
+        return grad * g[:, None] if _is_batched(g) else grad.mul_(g[:, None]), *[None] * 7
 
 # %% ../nbs/01_ranking.ipynb #193a5b30
 def rank_score(scores: Tensor, # similarity of each query and item, floats [Q, N]; half precision is computed in float32
@@ -385,15 +390,18 @@ def rank_score(scores: Tensor, # similarity of each query and item, floats [Q, N
                combine, # combine(a, sums, rows) -> (contribution [q, p], [its derivative by each sum, or None])
                block: int = None, # triples at once; default: what fits the device
                counts: Tensor = None, # `level_counts(shared, levels)` [Q, L+1], if they are known already
+               method: str = "auto", # "direct" (all pairs), "loglinear" (sorted; where its bound holds), or the cheaper
                ) -> Tensor: # score of each query [Q], 0 without a positive; float32 or float64
     """Sum, over the positives of each query, what their smoothed ranks are worth.
 
-    Memory O(Q N) for any number of positives; O(Q P N) for second derivatives and inside `torch.func`."""
+    Time O(Q P N) or, log-linear, O(Q N log N). Memory O(Q N) for any number of positives; O(Q P N) for second
+    derivatives and inside `torch.func`. A surrogate too narrow for the log-linear way is a warning, and summed directly."""
     if not scores.is_floating_point(): raise ValueError(f"scores must be floats, got {scores.dtype}.")
     if scores.ndim != 2 or scores.shape != shared.shape:
         sizes = f"scores are {tuple(scores.shape)} but shared levels {tuple(shared.shape)}"
         raise ValueError(f"{sizes}; both must be [Q, N].")
+    check_choice("method", method, ("auto", "direct", "loglinear"))
     if counts is None: counts = level_counts(shared, levels)
     if transforming(): return _by_cube(_full(scores), shared, levels, parts, combine, counts)
     block = _block_size(scores.device) if block is None else check_number("block", block, least=1, whole=True)
-    return _RankScore.apply(_full(scores), shared, levels, parts, combine, block, counts)
+    return _RankScore.apply(_full(scores), shared, levels, parts, combine, block, counts, method)

@@ -43,6 +43,10 @@ def golden_inputs(case):
     return torch.tensor(x / np.sqrt((x ** 2).sum(1, keepdims=True))), torch.tensor(labels)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a GPU; HAPNB_GPU_DEVICE=cpu rehearses these tests without one")
+
+
 def pytest_runtest_setup():
     "Seed torch before each test: it may begin with other numbers in each process."
     torch.manual_seed(0)

@@ -5,8 +5,10 @@ By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels_interpreted.py
 import pytest
 import torch
 from hapnb import kernels
+from hapnb.helpers import KERNELS
 from hapnb.kernels import available, pull, sums
 from hapnb.ranking import HUGE, Leaky, Sigmoid, Step, Sup
+from test_ranking import LABELS, by_loss, make_loss, rows, step
 
 F32, F64 = torch.float32, torch.float64
 SMOOTH = [Sigmoid(), Sigmoid(.1), Leaky(), Leaky(3., 1.2, 0.), Sup(), Sup(delta=None), Sup(offset=None),
@@ -111,3 +113,17 @@ def test_no_positive_no_item_no_query():
         s, k, outer = problem(F32, Q, W, P)
         assert [tuple(t.shape) for t in results(Sup(), s, k, outer)] == [(Q, P), (Q, W), (Q, P)]
         assert not sums(Sup(), s, k).any()
+
+
+@by_loss
+@pytest.mark.parametrize("labels", ["few", "unknown"])
+def test_losses_give_the_same_with_the_kernel_as_with_blocks(name, args, labels, monkeypatch):
+    loss, emb, labels = make_loss(name, **args), rows(12), LABELS[labels][::4] // 2
+    value, grad = step(loss, emb, labels)
+    calls = []
+    monkeypatch.setitem(KERNELS._items, "cpu", KERNELS.get("cuda"))
+    monkeypatch.setattr(kernels, "_launch", lambda *a, launch=kernels._launch, **k: calls.append(1) or launch(*a, **k))
+    found, slope = step(loss, emb, labels)
+    assert calls
+    torch.testing.assert_close(found, value, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(slope, grad, rtol=1e-10, atol=1e-11 * grad.abs().max().item())
