@@ -43,6 +43,20 @@ def golden_inputs(case):
     return torch.tensor(x / np.sqrt((x ** 2).sum(1, keepdims=True))), torch.tensor(labels)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    "Let each process begin with its part of the notebooks, the longest tests, so that all end at about the same time."
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    long = [i for i in items if i.path.name == "test_notebooks.py"]
+    short = [i for i in items if i.path.name != "test_notebooks.py"]
+    # xdist gives each process a run of neighbours of the same length
+    sizes = [max(0, len(items) // processes - len(long[n::processes])) for n in range(processes - 1)]
+    items.clear()
+    for n, size in enumerate([*sizes, len(short)]):
+        items += long[n::processes] + short[:size]
+        short = short[size:]
+
+
 def pytest_runtest_setup():
     "Seed torch before each test: it may begin with other numbers in each process."
     torch.manual_seed(0)

@@ -82,10 +82,10 @@ def become_child(log, environment):
         coverage.process_startup()
 
 
-def serve():
+def serve(libraries):
     "Fork for each line `[path, log]` of standard input and print `[status, CPU seconds]`; returns the path in a fork."
     measured = {name: os.environ.pop(name) for name in COVERAGE if name in os.environ}
-    for name in LIBRARIES: importlib.import_module(name)
+    for name in libraries: importlib.import_module(name)
     assert threading.active_count() == 1 and not any(name.split(".")[0] == "hapnb" for name in sys.modules)
     # the collector leaves what was imported alone, so forks share its memory
     gc.collect()
@@ -100,5 +100,5 @@ def serve():
 
 
 if __name__ == "__main__":
-    path = serve() if sys.argv[1] == "--serve" else sys.argv[1]
+    path = serve(sys.argv[2:] or LIBRARIES) if sys.argv[1] == "--serve" else sys.argv[1]
     sys.exit(0 if path is None else not run(path))

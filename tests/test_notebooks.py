@@ -1,7 +1,9 @@
 """Every notebook runs from top to bottom, each in a process of its own."""
-import json, os, select, subprocess, sys, time
+import json, os, select, signal, subprocess, sys, time
 from pathlib import Path
 
+import nbformat
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,11 +23,16 @@ def command(*args):
 
 class Server:
     "Runs notebooks in forks of one process that has imported PyTorch."
-    def __init__(self, log):
-        self.log, self.process = log, None
+    def __init__(self, log, libraries=()):
+        self.log, self.libraries, self.process = log, libraries, None
 
-    def start(self):
-        self.process = subprocess.Popen(**command("--serve"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def begin(self, path):
+        "Start a notebook, and the server if there is none."
+        if not self.process or self.process.poll() is not None:
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self.process = subprocess.Popen(**command("--serve", *self.libraries), **pipes)
+        self.process.stdin.write(json.dumps([str(path), str(self.log)]).encode() + b"\n")
+        self.process.stdin.flush()
 
     def stop(self):
         "End the server and the notebook that it runs, if any."
@@ -35,9 +42,7 @@ class Server:
 
     def run(self, path):
         "Exit status, output and CPU seconds of a notebook."
-        if not self.process or self.process.poll() is not None: self.start()
-        self.process.stdin.write(json.dumps([str(path), str(self.log)]).encode() + b"\n")
-        self.process.stdin.flush()
+        self.begin(path)
         late = not select.select([self.process.stdout], [], [], LIMIT)[0]
         reply = b"" if late else self.process.stdout.readline()
         if not reply: self.stop()
@@ -67,3 +72,40 @@ def test_notebook(path, run_notebook, record_property):
 
 
 def test_there_are_notebooks(): assert len(NOTEBOOKS) > 3
+
+
+def write_notebook(path, *cells):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells]), path)
+    return path
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="notebooks are not forked here")
+
+
+@linux
+def test_a_notebook_that_fails_is_red_and_each_begins_anew(tmp_path):
+    server = Server(tmp_path / "log", ["json"])
+    good = write_notebook(tmp_path / "good.ipynb", "import sys, hapnb", "assert not hasattr(hapnb, 'x')", "hapnb.x = 1")
+    bad = write_notebook(tmp_path / "bad.ipynb", "print('before')", "1 / 0")
+    assert [server.run(good)[0] for _ in range(2)] == [0, 0], "the second sees what the first did"
+    status, output, _ = server.run(bad)
+    assert status == 1 and "ZeroDivisionError" in output
+    assert server.run(write_notebook(tmp_path / "dies.ipynb", "import os; os.kill(os.getpid(), 9)"))[0] == -9
+    server.stop()
+
+
+@linux
+@pytest.mark.parametrize("end", ["the tests are killed", "the server is killed"])
+def test_no_notebook_outlives_the_tests(tmp_path, end):
+    server, note = Server(tmp_path / "log", ["json"]), tmp_path / "pid"
+    cells = "import subprocess, sys, pathlib, os", "p = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=-1)"
+    server.begin(write_notebook(tmp_path / "long.ipynb", *cells, f"pathlib.Path({str(note)!r}).touch()", "p.wait()"))
+    for _ in range(600):
+        if note.exists(): break
+        time.sleep(0.1)
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    assert len(family) == 2
+    # a test process that is killed closes its end of the pipe
+    if end == "the server is killed": server.process.send_signal(signal.SIGKILL)
+    server.stop()
+    assert not psutil.wait_procs(family, timeout=20)[1]
