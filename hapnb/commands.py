@@ -7,8 +7,12 @@ __all__ = ['studies', 'reproduce', 'print_metrics', 'train', 'evaluate']
 
 # %% ../nbs/65_commands.ipynb #a5b60383
 import argparse, dataclasses, json, os, sys, time, typing
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
+
+from .driver import stop_studies
 from .grids import check_store
 from .helpers import UserError, hardware, nearest, pick_device, repo_root, write_atomic
 from .options import (
@@ -17,6 +21,7 @@ from .options import (
 from .study import (
     PROFILES, StudyFailed, figures_dir, find_studies, from_root, pick_studies, run_study, study_state)
 from .tables import write_claims
+from .workers import slots
 
 # %% ../nbs/65_commands.ipynb #a2d37457
 @command(add_store, "example:\n  hapnb studies")
@@ -87,9 +92,9 @@ def _unchanged(record, before):
 
 def _clock(seconds): return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
-def _say(began):
-    "A printer of lines with the time since `began`."
-    return lambda line: print(f"  [{_clock(time.monotonic() - began):>6}] {line}", flush=True)
+def _say(began, name=""):
+    "A printer of lines with the time since `began`, and with a name where several studies print."
+    return lambda line: print(f"  {name}[{_clock(time.monotonic() - began):>6}] {line}", flush=True)
 
 # %% ../nbs/65_commands.ipynb #a74d5177
 def _made(study, a, store, out): # (executed notebook, whether it was there already)
@@ -100,7 +105,8 @@ def _made(study, a, store, out): # (executed notebook, whether it was there alre
     record, executed = (store / "notebooks" / f"{label}.{ending}" for ending in ("json", "ipynb"))
     before = _state(study.path, parameters, out)
     if not a.force and _unchanged(record, before) and executed.exists(): return executed, True
-    executed = run_study(study.path, store, parameters, say=_say(time.monotonic()), name=label)
+    say = _say(time.monotonic(), f"{study.name} " * (a.at_once > 1))
+    executed = run_study(study.path, store, parameters, say=say, name=label)
     after = study_state(study.path, parameters, out)
     # a study that was edited meanwhile leaves no record
     if before and before["inputs"] == after["inputs"]: write_atomic(record, json.dumps(after))
@@ -117,14 +123,40 @@ def _reproduce_one(study, number, total, a, store, out) -> bool:
         return False
     took = f"done in {_clock(time.monotonic() - began)}"
     if fresh: took = "unchanged since it was made (--force runs it again)"
-    print(f"{took}; tables and figures: {near(out)}/; executed notebook: {near(executed)}")
+    if a.at_once > 1: took = f"\n{study.name}: {took}"
     main = out / "main.md"
-    if main.exists(): print("\n" + main.read_text(encoding="utf-8"), flush=True)
+    table = "\n\n" + main.read_text(encoding="utf-8") if main.exists() else ""
+    # one call, so that another study does not print in between
+    print(f"{took}; tables and figures: {near(out)}/; executed notebook: {near(executed)}{table}", flush=True)
     return True
+
+# %% ../nbs/65_commands.ipynb #9106fe6f
+# memory that a study with its workers needs, bytes (measured)
+_STUDY_SIZE = 3e9
+
+def _at_once(found, a) -> int:
+    "How many studies run at a time: two where cores and memory allow it and none of them measures the machine."
+    device = pick_device(a.device)
+    if len(found) < 2 or a.jobs == 1 or any(s.on_demand for s in found): return 1
+    fits = slots(device) > 1 and psutil.virtual_memory().total >= 2 * _STUDY_SIZE
+    return 2 if device.type == "cpu" and fits else 1
+
+def _reproduce_all(found, a, store, out) -> list: # of bool: which worked
+    "Run studies, as many at a time as `a.at_once` says; an interrupted one ends them all."
+    one = lambda i, s: _reproduce_one(s, i, len(found), a, store, out / s.name)
+    if a.at_once == 1: return [one(i, s) for i, s in enumerate(found, 1)]
+    # threads of one study that wait must not keep the core from the other
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with ThreadPoolExecutor(a.at_once) as pool:
+        try: return list(pool.map(one, range(1, len(found) + 1), found))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop_studies()
+            raise
 
 # %% ../nbs/65_commands.ipynb #5eaccbd8
 @command(_reproduce_options, """examples:
-  hapnb reproduce                             all studies, bundled images, about half an hour on two cores
+  hapnb reproduce                             all studies, bundled images, about 12 minutes on two cores
   hapnb reproduce benchmark --profile smoke   does it work at all?
   hapnb reproduce --profile full --seeds 5    what figures/ is committed from
   hapnb reproduce 10 --dataset folder --data-dir ~/photos
@@ -137,7 +169,8 @@ def reproduce(a) -> int:
     out = Path(from_root(a.out) if a.out else figures_dir(a.profile, a.dataset, a.store))
     print(f"{len(found)} {'study' if len(found) == 1 else 'studies'}, profile {a.profile}, data {a.dataset}, "
           f"on {hardware(a.device)}\nruns: {near(store)}   tables and figures: {near(out)}")
-    worked = [_reproduce_one(s, i, len(found), a, store, out / s.name) for i, s in enumerate(found, 1)]
+    a.at_once = _at_once(found, a)
+    worked = _reproduce_all(found, a, store, out)
     if any(out.glob("*/claims.json")): print(f"\nclaims of the papers and verdicts: {near(write_claims(out))}")
     failed = [s.name for s, ok in zip(found, worked) if not ok]
     print(f"\n{sum(worked)} of {len(found)} studies done." + (f" Failed: {', '.join(failed)}." if failed else ""))

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .core import Batch, EmbeddingLoss, Relevance, as_relevance, level_counts
-from .helpers import LOSSES, check_flag, check_number, nearest
+from .helpers import LOSSES, check_choice, check_flag, check_number, nearest
 from .hypergraph import *
 from .pairs import *
 from .proxies import *
@@ -37,8 +37,10 @@ class RankLoss(EmbeddingLoss):
 
     def __init__(self,
                  level: int = 0, # column of the labels that tells the positives; None where `tree`
-                 similarity: str = "cosine", reduction: str = "mean"):
+                 similarity: str = "cosine", reduction: str = "mean",
+                 method: str = "auto"): # of `rank_score`: "direct", "loglinear", or the cheaper one
         super().__init__(similarity, reduction)
+        self.method = check_choice("method", method, ("auto", "direct", "loglinear"))
         if (level is None) != self.tree:
             raise ValueError(f"level must be a column number of the labels, got {level!r}; "
                              "losses over all levels are HAPLoss, SmoothHAPLoss and the NDCG losses.")
@@ -49,7 +51,8 @@ class RankLoss(EmbeddingLoss):
         shared = batch.shared(None if self.level is None else self.pick_level(batch, self.level))
         L = batch.labels.shape[1] if self.level is None else 1
         counts, scores = level_counts(shared, L), batch.scores()
-        total = rank_score(scores, shared, L, partial(self.parts, L=L), self.combiner(counts, scores), counts=counts)
+        total = rank_score(scores, shared, L, partial(self.parts, L=L), self.combiner(counts, scores), counts=counts,
+                           method=self.method)
         has = counts[:, self.lowest:].sum(1) > 0
         return (1 - total) * has, has
 
@@ -65,8 +68,9 @@ class SmoothAPLoss(RankLoss):
     def __init__(self,
                  tau: float = 0.01, # width of the sigmoid, in cosine units
                  level: int = 0, # column of the labels that tells the positives
-                 similarity: str = "cosine", reduction: str = "mean"):
-        super().__init__(level, similarity, reduction)
+                 similarity: str = "cosine", reduction: str = "mean",
+                 method: str = "auto"): # how ranks are computed, as in RankLoss
+        super().__init__(level, similarity, reduction, method)
         self.f = Sigmoid(tau)
 
     def parts(self, a, L): return [Part(0, 0, self.f), Part(1, 1, self.f)]
@@ -97,8 +101,9 @@ class SupAPLoss(RankLoss):
                  start: float = 0.5, # added to the sigmoid between 0 and delta
                  level: int = 0, # column of the labels that tells the positives
                  similarity: str = "cosine", reduction: str = "mean",
-                 strict: bool = False): # an exact tie counts 1, as in the step; officially 1/2
-        super().__init__(level, similarity, reduction)
+                 strict: bool = False, # an exact tie counts 1, as in the step; officially 1/2
+                 method: str = "auto"): # how ranks are computed, as in RankLoss
+        super().__init__(level, similarity, reduction, method)
         self.f = Sup(tau, rho, delta, offset, start, strict)
 
     def parts(self, a, L): return [Part(0, 0, self.f), Part(1, 1, Step())]
@@ -137,8 +142,9 @@ class HAPLoss(RankLoss):
                  beta: float = 25., gamma: float = 0.5, # with_hrank: slope and value just above zero
                  leak: float = 10., # with_hrank: slope below zero
                  similarity: str = "cosine", reduction: str = "mean",
-                 strict: bool = False): # an exact tie counts 1, as in the step; officially 1/2
-        super().__init__(None, similarity, reduction)
+                 strict: bool = False, # an exact tie counts 1, as in the step; officially 1/2
+                 method: str = "auto"): # how ranks are computed, as in RankLoss
+        super().__init__(None, similarity, reduction, method)
         self.f, self.above = Sup(tau, rho, delta, offset, start, strict), Leaky(beta, gamma, leak)
         self.relevance, self.with_hrank = as_relevance(relevance), check_flag("with_hrank", with_hrank)
         self.lowest = self.relevance.lowest
@@ -170,8 +176,9 @@ class SmoothHAPLoss(RankLoss):
     def __init__(self,
                  tau: float = 0.01, # width of the sigmoid, in cosine units
                  relevance: Relevance = Relevance("pop", alpha=1.), # or "pop", "map", or a dict of its fields
-                 similarity: str = "cosine", reduction: str = "mean"):
-        super().__init__(None, similarity, reduction)
+                 similarity: str = "cosine", reduction: str = "mean",
+                 method: str = "auto"): # how ranks are computed, as in RankLoss
+        super().__init__(None, similarity, reduction, method)
         self.f, self.relevance = Sigmoid(tau), as_relevance(relevance)
         self.lowest = self.relevance.lowest
 
@@ -250,8 +257,9 @@ class SupRecallLoss(_OfRank):
                  offset: float = 1.44, start: float = 0.5, # as in SupAPLoss
                  level: int = 0, # column of the labels that tells the positives
                  similarity: str = "cosine", reduction: str = "mean",
-                 strict: bool = False): # an exact tie counts 1, as in the step; officially 1/2
-        super().__init__(level, similarity, reduction)
+                 strict: bool = False, # an exact tie counts 1, as in the step; officially 1/2
+                 method: str = "auto"): # how ranks are computed, as in RankLoss
+        super().__init__(level, similarity, reduction, method)
         self.f = Sup(tau, rho, delta, offset, start, strict)
         self.ks, self.temperature = _check_recall(ks, temperature), temperature
 
@@ -269,8 +277,9 @@ class SmoothRecallLoss(_OfRank):
                  temperature: float = 1.0, # width of "within the first k", in ranks
                  tau: float = 0.01, # width of the sigmoid, in cosine units
                  level: int = 0, # column of the labels that tells the positives
-                 similarity: str = "cosine", reduction: str = "mean"):
-        super().__init__(level, similarity, reduction)
+                 similarity: str = "cosine", reduction: str = "mean",
+                 method: str = "auto"): # how ranks are computed, as in RankLoss
+        super().__init__(level, similarity, reduction, method)
         self.f, self.ks, self.temperature = Sigmoid(tau), _check_recall(ks, temperature), temperature
 
     def worth(self, counts, scores): return _recall(self.ks, self.temperature, counts, scores)
@@ -286,8 +295,9 @@ class SupNDCGLoss(_OfRank):
                  tau: float = 0.01, rho: float = 100., delta: float = 0.05, # as in SupAPLoss
                  offset: float = 1.44, start: float = 0.5, # as in SupAPLoss
                  similarity: str = "cosine", reduction: str = "mean",
-                 strict: bool = False): # an exact tie counts 1, as in the step; officially 1/2
-        super().__init__(None, similarity, reduction)
+                 strict: bool = False, # an exact tie counts 1, as in the step; officially 1/2
+                 method: str = "auto"): # how ranks are computed, as in RankLoss
+        super().__init__(None, similarity, reduction, method)
         self.f = Sup(tau, rho, delta, offset, start, strict)
 
     def worth(self, counts, scores): return _ndcg(counts, scores)
@@ -298,8 +308,9 @@ class SmoothNDCGLoss(_OfRank):
     "NDCG over all levels on sigmoid ranks; contracts as `SupNDCGLoss`, `tau` as `SmoothAPLoss`."
     exact = False
     tree = True
-    def __init__(self, tau: float = 0.01, similarity: str = "cosine", reduction: str = "mean"):
-        super().__init__(None, similarity, reduction)
+    def __init__(self, tau: float = 0.01, similarity: str = "cosine", reduction: str = "mean",
+                 method: str = "auto"): # how ranks are computed, as in RankLoss
+        super().__init__(None, similarity, reduction, method)
         self.f = Sigmoid(tau)
 
     def worth(self, counts, scores): return _ndcg(counts, scores)
@@ -338,10 +349,11 @@ class ROADMAPLoss(SumLoss):
                  pos_margin: float = 0.9, neg_margin: float = 0.6, average: str = "nonzero", # as in CalibrationLoss
                  level: int = 0, # column of the labels that tells the positives
                  similarity: str = "cosine", reduction: str = "mean",
-                 strict: bool = False): # an exact tie counts 1, as in the step; officially 1/2
+                 strict: bool = False, # an exact tie counts 1, as in the step; officially 1/2
+                 method: str = "auto"): # how ranks are computed, as in RankLoss
         if not isinstance(weight, (tuple, list)) or len(weight) != 2:
             raise ValueError(f"weight must be two numbers, (SupAP, calibration), got {weight!r}.")
-        rank = SupAPLoss(tau, rho, delta, offset, start, level, similarity, strict=strict)
+        rank = SupAPLoss(tau, rho, delta, offset, start, level, similarity, strict=strict, method=method)
         calibration = CalibrationLoss(pos_margin, neg_margin, level, average, similarity)
         super().__init__({"rank": (weight[0], rank), "calibration": (weight[1], calibration)}, similarity, reduction)
 
@@ -361,10 +373,12 @@ class HAPPIERLoss(SumLoss):
                  beta: float = 25., gamma: float = 0.5, leak: float = 10., # as in HAPLoss
                  temperature: float = 0.05, # of the softmax, as in NormSoftmaxLoss
                  similarity: str = "cosine", reduction: str = "mean",
-                 strict: bool = False): # an exact tie counts 1, as in the step; officially 1/2
+                 strict: bool = False, # an exact tie counts 1, as in the step; officially 1/2
+                 method: str = "auto"): # how ranks are computed, as in RankLoss
         if not 0 <= check_number("lam", lam) <= 1: raise ValueError(f"lam must lie in 0..1, got {lam}.")
         smoothed = dict(with_hrank=with_hrank, beta=beta, gamma=gamma, leak=leak)
-        rank = HAPLoss(tau, rho, delta, offset, start, relevance, **smoothed, similarity=similarity, strict=strict)
+        rank = HAPLoss(tau, rho, delta, offset, start, relevance, **smoothed, similarity=similarity, strict=strict,
+                       method=method)
         cluster = NormSoftmaxLoss(num_classes, embedding_size, temperature, similarity=similarity)
         super().__init__({"rank": (1 - lam, rank), "cluster": (lam, cluster)}, similarity, reduction)
 

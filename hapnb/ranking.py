@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .core import level_counts, level_mask
-from .helpers import _full, check_flag, check_number, readable, transforming
+from .helpers import KERNELS, METHODS, _full, check_choice, check_flag, check_number, readable, transforming
 
 # %% ../nbs/01_ranking.ipynb #7ee898bf
 class Step:
@@ -288,19 +288,47 @@ def _block(k, live, groups, combine, need, dk, ds, scratches):
         dk -= o * inner.sum(-1)
     return torch.where(live, worth, 0.).sum(1)
 
+# %% ../nbs/01_ranking.ipynb #6d6d8982
+def _kernels(scores, parts):
+    "The kernels for these scores and surrogates, or None: the blocks above."
+    name = scores.device.type
+    if name not in KERNELS or not readable(scores): return None
+    found = KERNELS.get(name)
+    return found if found.available(scores) and all(type(p.f) in (Step, Sigmoid, Sup, Leaky) for p in parts) else None
+
+def _level_by_kernels(kernels, scores, shared, counts, index, a, parts, combine, total, grad):
+    "As `_level`, with whole sums from kernels instead of blocks."
+    k, live, kcol = _pack(scores, level_mask(shared, a), counts[:, a])
+    if not k.shape[1]: return
+    k, groups = k.masked_fill(~live, 0.), _gather(scores, shared, counts, parts, [_Scratch(scores) for _ in parts])
+    worth, outer = combine(a, [kernels.sums(f, s, k) for s, _, f in groups], index)
+    total += torch.where(live, worth, 0.).sum(1)
+    for (s, col, f), o in zip(groups, outer) if grad is not None else []:
+        if o is None or not f.smooth: continue
+        ds, dk = kernels.pull(f, s, k, torch.where(live, o, 0.))
+        _spread(grad, slice(None), [(kcol, dk), (col, ds)])
+
 # %% ../nbs/01_ranking.ipynb #2842613b
 class _RankScore(torch.autograd.Function):
     "Forward also finds the gradient, so that backward is one product."
     @staticmethod
-    def forward(ctx, scores, shared, levels, parts, combine, block, counts):
+    def forward(ctx, scores, shared, levels, parts, combine, block, counts, method):
         grad = torch.zeros_like(scores) if ctx.needs_input_grad[0] else None
         total, index = scores.new_zeros(len(scores)), torch.arange(len(scores), device=scores.device)
         height = max(1, block // max(scores.shape[1], 1))
         scratches = _scratches(scores, max(len(parts(a)) for a in range(1, levels + 1)), block <= 2**18)
+        by_sorting = [] if method == "direct" else METHODS.get("loglinear").choose(scores, counts, levels, parts, method)
+        if by_sorting:
+            sort = METHODS.get("loglinear").rank_levels
+            sort(scores, shared, counts, index, levels, by_sorting, parts, combine, total, grad)
         for first in range(0, len(scores), height):
             rows = slice(first, min(first + height, len(scores)))
             own, part = (scores[rows], shared[rows], counts[rows], index[rows]), None if grad is None else grad[rows]
-            for a in range(levels, 0, -1): _level(*own, a, parts(a), combine, block, total[rows], part, scratches)
+            for a in range(levels, 0, -1):
+                if a in by_sorting: continue
+                kernels = _kernels(scores, parts(a))
+                if kernels: _level_by_kernels(kernels, *own, a, parts(a), combine, total[rows], part)
+                else: _level(*own, a, parts(a), combine, block, total[rows], part, scratches)
         ctx.save_for_backward(grad, scores)
         ctx.formula = shared, levels, parts, combine, counts
         return total
@@ -311,7 +339,7 @@ class _RankScore(torch.autograd.Function):
         # gradients are enabled here only if this one will be differentiated itself
         if not torch.is_grad_enabled(): grad = grad * g[:, None]
         else: grad, = torch.autograd.grad(_by_cube(scores, *ctx.formula), scores, g, create_graph=True)
-        return grad, None, None, None, None, None, None
+        return grad, *[None] * 7
 
 # %% ../nbs/01_ranking.ipynb #193a5b30
 def rank_score(scores: Tensor, # similarity of each query and item, floats [Q, N]; half precision is computed in float32
@@ -321,6 +349,7 @@ def rank_score(scores: Tensor, # similarity of each query and item, floats [Q, N
                combine, # combine(a, sums, rows) -> (contribution [q, p], [its derivative by each sum, or None])
                block: int = None, # triples at once; default: what fits the device
                counts: Tensor = None, # `level_counts(shared, levels)` [Q, L+1], if they are known already
+               method: str = "auto", # "direct" (all pairs), "loglinear" (sorted; where its bound holds), or the cheaper
                ) -> Tensor: # score of each query [Q], 0 without a positive; float32 or float64
     """Sum, over the positives of each query, what their smoothed ranks are worth.
 
@@ -329,7 +358,8 @@ def rank_score(scores: Tensor, # similarity of each query and item, floats [Q, N
     if scores.ndim != 2 or scores.shape != shared.shape:
         sizes = f"scores are {tuple(scores.shape)} but shared levels {tuple(shared.shape)}"
         raise ValueError(f"{sizes}; both must be [Q, N].")
+    check_choice("method", method, ("auto", "direct", "loglinear"))
     if counts is None: counts = level_counts(shared, levels)
     if transforming(): return _by_cube(_full(scores), shared, levels, parts, combine, counts)
     block = _block_size(scores.device) if block is None else check_number("block", block, least=1, whole=True)
-    return _RankScore.apply(_full(scores), shared, levels, parts, combine, block, counts)
+    return _RankScore.apply(_full(scores), shared, levels, parts, combine, block, counts, method)

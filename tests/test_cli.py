@@ -2,7 +2,7 @@
 
 Wrong command lines have a table of their own in `test_cli_wrong.py`.
 """
-import dataclasses, json, os, subprocess, sys, time
+import dataclasses, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import layouts_fine, layouts_hier
@@ -159,7 +159,7 @@ def test_a_study_on_demand_is_listed_and_runs_only_when_named(clone, quick, call
 def test_help_explains_and_has_examples(call, command):
     status, out, _ = call(*command.split(), "--help")
     assert status == 0 and "usage: hapnb" in out and ("example" in out or not command)
-    assert "half an hour on two cores" in out or command != "reproduce"
+    assert "about 12 minutes on two cores" in out or command != "reproduce"
 
 
 def test_help_describes_every_setting_of_a_run(call):
@@ -241,20 +241,22 @@ def test_a_pipe_that_is_closed_early_is_no_failure(tmp_path, line, allowed):
     assert int(p.stdout) in allowed and p.stderr == ""
 
 
-def test_a_killed_command_leaves_no_process(clone, tmp_path):
+@pytest.mark.parametrize("kind, studies", [(signal.SIGKILL, ["long"]), (signal.SIGINT, ["long", "longer"])])
+def test_a_killed_command_leaves_no_process(clone, tmp_path, kind, studies):
     cell = ("import os, time, pathlib\n"
-            "pathlib.Path(store, 'kernel').write_text(str(os.getpid()))\n"
+            "pathlib.Path(store, f'kernel{os.getpid()}').touch()\n"
             "time.sleep(60)")
-    write_study(clone / "nbs/studies/30_long.ipynb", STUDY, [cell])
-    argv = [sys.executable, "-m", "hapnb.cli", "reproduce", "long", "--device", "cpu", "--store", str(tmp_path)]
+    for i, name in enumerate(studies): write_study(clone / f"nbs/studies/3{i}_{name}.ipynb", STUDY, [cell])
+    argv = [sys.executable, "-m", "hapnb.cli", "reproduce", *studies, "--device", "cpu", "--store", str(tmp_path)]
     p = subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=clone, stdout=subprocess.DEVNULL)
     for _ in range(600):
-        if (tmp_path / "kernel").exists() and (tmp_path / "kernel").read_text(): break
+        kernels = [int(k.name.removeprefix("kernel")) for k in tmp_path.glob("kernel*")]
+        if len(kernels) == len(studies): break
         time.sleep(0.1)
     family = psutil.Process(p.pid).children(recursive=True)
-    assert int((tmp_path / "kernel").read_text()) in [c.pid for c in family]
-    p.kill()
-    p.wait()
+    assert set(kernels) <= {c.pid for c in family} and len(kernels) == len(studies)
+    p.send_signal(kind)
+    p.wait(60)
     assert not psutil.wait_procs(family, timeout=20)[1]
 
 

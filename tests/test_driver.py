@@ -1,5 +1,6 @@
 """The driver of study notebooks: what is checked before and after papermill, dead kernels, finding studies."""
 import json
+from pathlib import Path
 
 import pytest
 
@@ -109,6 +110,11 @@ def test_studies_on_demand_run_only_when_named(tmp_path):
     assert [(s.name, s.on_demand) for s in find_studies(tmp_path)] == [("10_benchmark", False), ("90_speed", True)]
     assert [s.name for s in pick_studies((), tmp_path)] == ["10_benchmark"]
     assert [s.name for s in pick_studies(["speed", "10"], tmp_path)] == ["90_speed", "10_benchmark"]
+
+
+def test_studies_that_measure_the_machine_run_on_demand():
+    measuring = {"90_speed", "91_images", "92_cluster_speed"}
+    assert {s.name for s in find_studies(Path(__file__).parents[1]) if s.on_demand} == measuring
 
 
 def test_the_state_of_a_study_tells_what_has_changed(tmp_path, monkeypatch):
