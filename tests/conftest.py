@@ -45,16 +45,19 @@ def golden_inputs(case):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    "Let each process begin with its part of the notebooks, the longest tests, so that all end at about the same time."
+    """Let each process begin with its part of the notebooks, the longest tests: all end at about the same time.
+
+    The first process begins with the studies. They share features of images, for which a second one would wait.
+    """
     processes = getattr(config, "workerinput", {}).get("workercount", 1)
-    long = [i for i in items if i.path.name == "test_notebooks.py"]
-    short = [i for i in items if i.path.name != "test_notebooks.py"]
-    # xdist gives each process a run of neighbours of the same length
-    sizes = [max(0, len(items) // processes - len(long[n::processes])) for n in range(processes - 1)]
+    notebooks = sorted((i for i in items if i.path.name == "test_notebooks.py"), key=lambda i: "[studies/" not in i.name)
+    others = [i for i in items if i.path.name != "test_notebooks.py"]
     items.clear()
-    for n, size in enumerate([*sizes, len(short)]):
-        items += long[n::processes] + short[:size]
-        short = short[size:]
+    # xdist gives each process neighbours: first as many as there are for each
+    for left in range(processes, 0, -1):
+        mine, more = len(notebooks) // left, len(others) // left
+        items += notebooks[:mine] + others[:more]
+        notebooks, others = notebooks[mine:], others[more:]
 
 
 def pytest_runtest_setup():

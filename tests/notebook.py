@@ -2,12 +2,13 @@
 
 `python tests/notebook.py nbs/X.ipynb` runs one notebook. `python tests/notebook.py --serve` imports the libraries once
 and then forks one process for each path that it reads from standard input, so that 80 notebooks do not import PyTorch
-80 times. A fork imports `hapnb` itself: each notebook starts with the state of a new process.
+80 times. A fork imports `hapnb` itself: each notebook starts with the state of a new process. Studies start workers,
+which `multiprocessing` forks from a server of its own; such a server is ready too, with the same libraries.
 
 nbdev_test runs a cell under a made-up file name, so the tests that stand beside the code would count for nothing.
 Here an exported cell keeps the file name and the line numbers that it has in `hapnb/`.
 """
-import ast, ctypes, gc, importlib, json, os, re, select, signal, sys, threading
+import ast, ctypes, gc, importlib, json, multiprocessing.util, os, re, select, signal, socket, sys, threading
 from pathlib import Path
 
 import nbdev.test
@@ -68,14 +69,53 @@ def wait_for(child):
             sys.exit(1)
 
 
+def die_with_parent():
+    "Let the kernel kill this process when its parent dies, however it dies (PR_SET_PDEATHSIG)."
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def lend_libraries():
+    "Fork a process that becomes the server of workers when `multiprocessing` starts one; else it ends with this one."
+    ours, its = socket.socketpair()
+    spare, start = os.fork(), multiprocessing.util.spawnv_passfds
+    if not spare:
+        ours.close()
+        serve_workers(its)
+    its.close()
+
+    def spawnv_passfds(path, args, passed):
+        "Start a process as before, except the first server of workers."
+        if "multiprocessing.forkserver" not in args[-1] or len(passed) != 2 or ours.fileno() < 0:
+            return start(path, args, passed)
+        with ours:
+            socket.send_fds(ours, [b"!"], passed)
+            ours.sendall(json.dumps([args[-1], dict(os.environ), sys.path, os.getcwd()]).encode())
+        return spare
+    multiprocessing.util.spawnv_passfds = spawnv_passfds
+
+
+def serve_workers(pipe):
+    "Wait for the files and the command of a server of workers, and run it as a new interpreter would."
+    die_with_parent()
+    sign, files, *_ = socket.recv_fds(pipe, 1, 2)
+    if not sign: os._exit(0)
+    with pipe.makefile() as text: command, environment, sys.path[:], folder = json.load(text)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    command, n = re.subn(r"main\(\d+, \d+", "main({}, {}".format(*files), command)
+    assert n == 1, command
+    exec(command)
+
+
 def become_child(log, environment):
     "Make the fork a process like any other: its own group, its output in `log`, no way to outlive the server."
     os.setpgid(0, 0)
-    # PR_SET_PDEATHSIG: the kernel kills this process when the server dies, however it dies
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    die_with_parent()
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     empty = os.open(os.devnull, os.O_RDONLY)
     for new, old in ((empty, 0), (out, 1), (out, 2)): os.dup2(new, old)
+    lend_libraries()
     os.environ.update(environment)
     if any(name in os.environ for name in COVERAGE):
         import coverage

@@ -16,7 +16,8 @@ LIMIT = 900
 
 def command(*args):
     "Arguments of `Popen` for `tests/notebook.py`."
-    env = {**os.environ, "MPLBACKEND": "agg", "IN_TEST": "1", "HAPNB_FORCE": BEGAN}
+    env = {**os.environ, "MPLBACKEND": "agg", "IN_TEST": "1", "HAPNB_FORCE": BEGAN,
+           "JE_ARROW_MALLOC_CONF": "background_thread:false"}
     for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"): env.setdefault(threads, "1")
     return dict(args=[sys.executable, str(ROOT / "tests" / "notebook.py"), *map(str, args)], cwd=ROOT, env=env)
 
