@@ -9,11 +9,12 @@ BIN     := .venv/bin
 READY   := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test lab prepare clean
+.PHONY: help install reproduce test gpu-check lab prepare clean
 
 help:
 	@echo "make reproduce   regenerate tables and figures (STUDY=10_benchmark, PROFILE=smoke|quick|full|network|paper)"
 	@echo "make test        run every notebook and every test, with coverage (ARGS='-k plots' for a part)"
+	@echo "make gpu-check   on a machine with a GPU: check it in 8 minutes (ARGS='--device cpu' rehearses without one)"
 	@echo "make lab         open the notebooks in JupyterLab"
 	@echo "make prepare     after editing notebooks: export hapnb/, clean, rewrite README.md"
 	@echo "make clean       remove caches and build leftovers (keeps .venv and runs)"
@@ -33,6 +34,9 @@ reproduce: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest tests -q -n $(JOBS) --dist worksteal --cov --cov-report=term --durations=8 $(ARGS)
+
+gpu-check: $(READY)
+	@$(BIN)/python tools/gpu_check.py $(ARGS)
 
 lab: $(READY)
 	@$(BIN)/jupyter lab nbs $(ARGS)

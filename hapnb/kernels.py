@@ -83,9 +83,9 @@ def _constants(f):
     return (*own, *[0.] * (5 - len(own)))
 
 @lru_cache(maxsize=64)
-def _constants_on(f, dtype, device):
+def _on(constants, dtype, device):
     "The constants as a tensor: Triton would pass a Python float in float32."
-    return torch.tensor(_constants(f), dtype=dtype, device=device)
+    return torch.tensor(constants, dtype=dtype, device=device)
 
 @lru_cache(maxsize=1)
 def _compiled():
@@ -99,17 +99,16 @@ def _compiled():
 
 # %% ../nbs/01c_kernels.ipynb #0415b24e
 def _tile(A, B, triples=2048):
-    "Powers of two: at most 128 outputs, and inputs to fill the tile."
-    power = lambda n: 1 << max(n - 1, 0).bit_length()
-    TA = min(power(A), 128)
-    return TA, min(power(B), triples // TA)
+    "Outputs and inputs of a tile, powers of two; few shapes, since each is compiled for itself."
+    TA = 512 if B <= 4 else min(max(1 << (A - 1).bit_length(), 4), 128)
+    return TA, triples // TA
 
 def _launch(f, outputs, inputs, weights=None, slope=False):
     "Run the kernel on scaled scores: outputs [Q, A], inputs [Q, B]; with weights [Q, B] the outputs are items."
     (Q, A), B, dtype = outputs.shape, inputs.shape[1], outputs.dtype
     out = torch.zeros_like(outputs)
     if not out.numel() or not B: return out
-    (TA, TB), c = _tile(A, B), _constants_on(f, dtype, outputs.device)
+    (TA, TB), c = _tile(A, B), _on(_constants(f), dtype, outputs.device)
     strict, weighted = bool(getattr(f, "strict", False)), weights is not None
     # Triton starts kernels on the current device
     with torch.cuda.device_of(outputs):
@@ -121,7 +120,7 @@ def _launch(f, outputs, inputs, weights=None, slope=False):
 # %% ../nbs/01c_kernels.ipynb #0c3fe496
 def available(device) -> bool: # "cuda", torch.device("cuda:1"), or a tensor there
     "Say whether the kernel runs on a device: a CUDA device with Triton, or any in Triton's interpreter."
-    return _works(str(getattr(device, "device", device)), os.environ.get("TRITON_INTERPRET") == "1")
+    return readable() and _works(str(getattr(device, "device", device)), os.environ.get("TRITON_INTERPRET") == "1")
 
 @lru_cache(maxsize=64)
 def _works(device, interpreted):
@@ -169,15 +168,19 @@ def _chunks(s, k):
     step = max(1, 2**24 // max(s.numel(), 1))
     return [slice(first, first + step) for first in range(0, k.shape[1], step)]
 
+# the surrogates' own methods take scaled scores once Step has a scale
+def _for_blocks(f, *tensors):
+    return [t.clamp(min=-1e38) for t in _scaled(f, *tensors)] if hasattr(Step, "scale") else tensors
+
 def _plain_sums(f, s, k):
     "As `sums`, in blocks."
-    out = torch.zeros_like(k)
+    (s, k), out = _for_blocks(f, s, k), torch.zeros_like(k)
     for c in _chunks(s, k): out[:, c] = f.sums(s[:, None, :], k[:, c, None])[0]
     return out
 
 def _plain_pull(f, s, k, outer):
     "As `pull`, in blocks."
-    ds, dk, o = torch.zeros_like(s), torch.zeros_like(k), outer * f.scale
+    (s, k), ds, dk, o = _for_blocks(f, s, k), torch.zeros_like(s), torch.zeros_like(k), outer * f.scale
     for c in _chunks(s, k):
         inner = f.derivative(f.sums(s[:, None, :], k[:, c, None])[1])
         ds += torch.bmm(o[:, None, c], inner)[:, 0]

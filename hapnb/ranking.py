@@ -317,10 +317,11 @@ class _RankScore(torch.autograd.Function):
         total, index = scores.new_zeros(len(scores)), torch.arange(len(scores), device=scores.device)
         height = max(1, block // max(scores.shape[1], 1))
         scratches = _scratches(scores, max(len(parts(a)) for a in range(1, levels + 1)), block <= 2**18)
-        by_sorting = [] if method == "direct" else METHODS.get("loglinear").choose(scores, counts, levels, parts, method)
-        if by_sorting:
-            sort = METHODS.get("loglinear").rank_levels
-            sort(scores, shared, counts, index, levels, by_sorting, parts, combine, total, grad)
+        by_sorting = []
+        if method != "direct":
+            way = METHODS.get("loglinear")
+            by_sorting = way.choose(scores, counts, levels, parts, method)
+        if by_sorting: way.rank_levels(scores, shared, counts, index, levels, by_sorting, parts, combine, total, grad)
         for first in range(0, len(scores), height):
             rows = slice(first, min(first + height, len(scores)))
             own, part = (scores[rows], shared[rows], counts[rows], index[rows]), None if grad is None else grad[rows]
@@ -353,7 +354,8 @@ def rank_score(scores: Tensor, # similarity of each query and item, floats [Q, N
                ) -> Tensor: # score of each query [Q], 0 without a positive; float32 or float64
     """Sum, over the positives of each query, what their smoothed ranks are worth.
 
-    Memory O(Q N) for any number of positives; O(Q P N) for second derivatives and inside `torch.func`."""
+    Time O(Q P N) or, log-linear, O(Q N log N). Memory O(Q N) for any number of positives; O(Q P N) for second
+    derivatives and inside `torch.func`. A surrogate too narrow for the log-linear way is a warning, and summed directly."""
     if not scores.is_floating_point(): raise ValueError(f"scores must be floats, got {scores.dtype}.")
     if scores.ndim != 2 or scores.shape != shared.shape:
         sizes = f"scores are {tuple(scores.shape)} but shared levels {tuple(shared.shape)}"

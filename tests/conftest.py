@@ -60,6 +60,10 @@ def pytest_collection_modifyitems(config, items):
         notebooks, others = notebooks[mine:], others[more:]
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a GPU; HAPNB_GPU_DEVICE=cpu rehearses these tests without one")
+
+
 def pytest_runtest_setup():
     "Seed torch before each test: it may begin with other numbers in each process."
     torch.manual_seed(0)

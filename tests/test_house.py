@@ -148,7 +148,7 @@ def test_a_module_is_one_idea(path):
 
 
 HEAVY = ("pandas", "scipy.stats", "timm", "torchvision", "accelerate", "pydantic", "matplotlib", "pyarrow", "papermill",
-         "optuna", "sklearn", "hapnb.train", "hapnb.data", "hapnb.models", "hapnb.runs")
+         "optuna", "sklearn", "triton", "hapnb.train", "hapnb.data", "hapnb.models", "hapnb.runs")
 
 
 def test_losses_import_nothing_of_training():

@@ -20,11 +20,6 @@ def test_in_the_interpreter_the_kernel_does_what_pytorch_does():
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-def test_losses_load_no_triton():
-    code = "import sys, hapnb.losses, hapnb.kernels; sys.exit('triton' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
 @pytest.mark.parametrize("f", [Sigmoid(.1), Sup(), Leaky()], ids=repr)
 def test_without_a_gpu_pytorch_serves(f, monkeypatch):
     "Values and gradients against a cube of differences, whatever the size of a block."
@@ -37,6 +32,15 @@ def test_without_a_gpu_pytorch_serves(f, monkeypatch):
         monkeypatch.setattr(kernels, "_chunks", lambda s, k: [slice(i, min(i + step, 9)) for i in range(0, 9, step)])
         torch.testing.assert_close(sums(f, s, k), total.detach())
         for mine, leaf in zip(pull(f, s, k, outer), leaves): torch.testing.assert_close(mine, leaf.grad)
+
+
+def test_fake_tensors_on_a_gpu_keep_their_shapes():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode(), torch.device("cuda"):
+        s, k, outer = torch.randn(2, 7), torch.randn(2, 3), torch.randn(2, 3)
+        assert not available(s)
+        found = sums(Sup(), s, k), *pull(Sup(), s, k, outer)
+    assert [(tuple(t.shape), t.device.type) for t in found] == [((2, n), "cuda") for n in (3, 7, 3)]
 
 
 def test_a_device_where_triton_fails_is_told_once(monkeypatch):
@@ -68,7 +72,7 @@ def compiled(arch, dtype, kind, slope, items, TA, TB):
 
 
 @triton_needed
-@pytest.mark.parametrize("arch, dtype, TA, TB", [(90, "fp32", 128, 16), (75, "fp32", 4, 512), (90, "fp64", 1, 2048)])
+@pytest.mark.parametrize("arch, dtype, TA, TB", [(90, "fp32", 128, 16), (75, "fp32", 4, 512), (90, "fp64", 512, 4)])
 def test_every_variant_compiles_for_gpus(arch, dtype, TA, TB, tmp_path, monkeypatch):
     "No GPU is needed. float32 must not join operations, or equal scores differ; nothing may spill from registers."
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))

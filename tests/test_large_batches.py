@@ -16,11 +16,11 @@ from torch import nn
 import hapnb.losses
 import hapnb.train as T
 from hapnb.helpers import LOSSES
-from hapnb.large_batches import CrossBatchMemory, gradcache_backward, memory_part, takes_references
+from hapnb.large_batches import CrossBatchMemory, gradcache_backward, InSlabs, memory_part, takes_references
 from hapnb import runs
 from hapnb.batches import FeatureBatches
-from hapnb.losses import make_loss
-from hapnb.measure import profile_run
+from hapnb.losses import make_loss, RankLoss
+from hapnb.measure import peak_memory, profile_run
 from hapnb.config import RunConfig
 from hapnb.runs import Result
 from hapnb.train import Trainer
@@ -804,3 +804,30 @@ def test_run_with_two_processes_in_two_passes(tmp_path, cfg):
     assert two.environment["processes"] == 2
     torch.testing.assert_close(one.embeddings(), two.embeddings(), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(one.history.loss, two.history.loss, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", [n for n in OURS if issubclass(LOSSES.get(n), RankLoss)])
+def test_slabs_of_queries_give_the_loss_of_the_whole_batch(name):
+    loss, labels = build(name, images()[1]), images()[1].clone()
+    labels[4:8] = -1
+    for rows in (1, 7, 30, 64):
+        emb = torch.randn(30, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
+        net = nn.Linear(8, 8).double()
+        def step(l):
+            value = 3 * l(net(emb), labels)
+            value.backward()
+            return value.detach()
+        want, got = (grads([net], lambda: step(l)) for l in (loss, InSlabs(loss, rows)))
+        assert abs(want[0] - got[0]) < 1e-12
+        for a, b in zip(want[1], got[1]): assert (a - b).abs().max() <= 1e-11 * a.abs().max()
+
+
+def test_slabs_hold_a_slab_of_pairs_and_need_no_gradient():
+    labels, emb = torch.arange(1024)[:, None] // torch.tensor([[8, 128]]), torch.randn(1024, 16, requires_grad=True)
+    loss = make_loss("HAPLoss")
+    whole, slabs = (peak_memory(lambda: l(emb, labels).backward()) for l in (loss, InSlabs(loss, 64)))
+    assert whole > 12 * 1024**2 and slabs < whole - 10 * 1024 * 900
+    with torch.no_grad(): assert not InSlabs(loss, 64)(emb, labels).requires_grad
+    unlabelled = InSlabs(loss, 64)(emb, torch.full((1024, 2), -1))
+    assert float(unlabelled) == 0
+    unlabelled.backward()

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from hapnb.helpers import SAMPLERS
-from hapnb.samplers import (BalancedSampler, HierarchicalSampler, MPerClassSampler, RandomBatchSampler, class_rows,
-                            epoch_summary, make_sampler)
+from hapnb.samplers import (BalancedSampler, HierarchicalSampler, MPerClassSampler, RandomBatchSampler,
+                            WholeClassSampler, class_rows, epoch_summary, make_sampler)
 
 
 def unequal(classes=24, supers=4, seed=0):
@@ -14,7 +14,8 @@ def unequal(classes=24, supers=4, seed=0):
     return np.stack([fine, fine * supers // classes], 1)
 
 
-ARGS = {"random": {}, "m_per_class": {"m": 4}, "balanced": {"m": 4}, "hierarchical": {"m": 4, "batches_per_pair": 2}}
+ARGS = {"random": {}, "m_per_class": {"m": 4}, "balanced": {"m": 4}, "hierarchical": {"m": 4, "batches_per_pair": 2},
+        "whole_classes": {}}
 NAMES = sorted(ARGS)
 
 
@@ -146,6 +147,21 @@ def test_random_uses_everything_once():
     assert len(list(RandomBatchSampler(range(10), 3))) == len(RandomBatchSampler(range(10), 3)) == 3
 
 
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=30), parts=st.integers(1, 6), unknown=st.integers(0, 3))
+def test_whole_classes_divide_a_class_only_at_a_cut(sizes, parts, unknown):
+    labels = np.concatenate([np.repeat(np.arange(len(sizes)), sizes), np.full(unknown, -1)])
+    known, size = sum(sizes), max(1, sum(sizes) // parts)
+    batches = list(WholeClassSampler(labels, size))
+    assert len(batches) == known // size and all(len(b) == size for b in batches)
+    rows = sum(batches, [])
+    assert len(set(rows)) == len(rows) and (labels[rows] >= 0).all()
+    changes = np.count_nonzero(np.diff(labels[rows]))
+    assert changes == len(set(labels[rows].tolist())) - 1
+    if parts == 1: assert sorted(rows) == list(range(known))
+    assert list(WholeClassSampler(labels, size, batches=1)) == batches[:1]
+
+
 @pytest.mark.parametrize("make, words", [
     (lambda: make_sampler("m_per_clas", [0, 1], 2), "Did you mean 'm_per_class'"),
     (lambda: make_sampler("balanced", [0, 1], 2, batchs=1), "Did you mean 'batches'"),
@@ -160,6 +176,9 @@ def test_random_uses_everything_once():
     (lambda: HierarchicalSampler(unequal(), 20, m=4), "multiple of 2 x m = 8"),
     (lambda: HierarchicalSampler(unequal(), 16, small="shrt"), "Did you mean 'short'"),
     (lambda: RandomBatchSampler(range(3), 4), "3 images do not fill one batch of 4"),
+    (lambda: WholeClassSampler([0, 0, -1], 3),
+     "2 images with a known class do not fill 1 batch.es. of 3; use batch_size <= 2"),
+    (lambda: WholeClassSampler([0, 0, 1, 1], 2, batches=3), "do not fill 3 batch.es. of 2; use batch_size <= 1"),
     (lambda: RandomBatchSampler(range(8), 4, seed=-1), "seed must be a whole number, 0 or more"),
     (lambda: RandomBatchSampler([[0, 0], [0, 1]], 2), "not a tree"),
 ])
@@ -173,6 +192,7 @@ def test_large_sets_are_quick():
     fine = np.repeat(np.arange(11318), np.random.default_rng(0).integers(2, 9, 11318))
     labels = np.stack([fine, fine // 944], 1)
     start = time.process_time()
-    for name, args in (("m_per_class", {}), ("hierarchical", {}), ("balanced", {}), ("random", {})):
+    for name, args in (("m_per_class", {}), ("hierarchical", {}), ("balanced", {}), ("random", {}),
+                       ("whole_classes", {})):
         assert epoch_summary(make_sampler(name, labels, 256, **args))["batches"] > 100
     assert time.process_time() - start < 20
