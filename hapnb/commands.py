@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from .driver import stop_studies
+from .driver import stop_studies, study_context
 from .grids import check_store
 from .helpers import UserError, hardware, nearest, pick_device, repo_root, write_atomic
 from .options import (
@@ -106,7 +106,7 @@ def _made(study, a, store, out): # (executed notebook, whether it was there alre
     before = _state(study.path, parameters, out)
     if not a.force and _unchanged(record, before) and executed.exists(): return executed, True
     say = _say(time.monotonic(), f"{study.name} " * (a.at_once > 1))
-    executed = run_study(study.path, store, parameters, say=say, name=label)
+    executed = run_study(study.path, store, parameters, say=say, name=label, context=a.context)
     after = study_state(study.path, parameters, out)
     # a study that was edited meanwhile leaves no record
     if before and before["inputs"] == after["inputs"]: write_atomic(record, json.dumps(after))
@@ -147,6 +147,7 @@ def _reproduce_all(found, a, store, out) -> list: # of bool: which worked
     if a.at_once == 1: return [one(i, s) for i, s in enumerate(found, 1)]
     # threads of one study that wait must not keep the core from the other
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    a.context = study_context()
     with ThreadPoolExecutor(a.at_once) as pool:
         try: return list(pool.map(one, range(1, len(found) + 1), found))
         except BaseException:
@@ -156,7 +157,7 @@ def _reproduce_all(found, a, store, out) -> list: # of bool: which worked
 
 # %% ../nbs/65_commands.ipynb #5eaccbd8
 @command(_reproduce_options, """examples:
-  hapnb reproduce                             all studies, bundled images, about 12 minutes on two cores
+  hapnb reproduce                             all studies, bundled images, about 14 minutes on two cores
   hapnb reproduce benchmark --profile smoke   does it work at all?
   hapnb reproduce --profile full --seeds 5    what figures/ is committed from
   hapnb reproduce 10 --dataset folder --data-dir ~/photos
@@ -169,7 +170,7 @@ def reproduce(a) -> int:
     out = Path(from_root(a.out) if a.out else figures_dir(a.profile, a.dataset, a.store))
     print(f"{len(found)} {'study' if len(found) == 1 else 'studies'}, profile {a.profile}, data {a.dataset}, "
           f"on {hardware(a.device)}\nruns: {near(store)}   tables and figures: {near(out)}")
-    a.at_once = _at_once(found, a)
+    a.at_once, a.context = _at_once(found, a), None
     worked = _reproduce_all(found, a, store, out)
     if any(out.glob("*/claims.json")): print(f"\nclaims of the papers and verdicts: {near(write_claims(out))}")
     failed = [s.name for s, ok in zip(found, worked) if not ok]

@@ -7,11 +7,15 @@ __all__ = ['PROFILES', 'StudyFailed', 'declared_parameters', 'check_parameters',
            'run_study', 'StudyFile', 'find_studies', 'pick_studies', 'code_hash', 'study_state']
 
 # %% ../nbs/60_driver.ipynb #9bdd9ca6
-import ast, hashlib, json, math, os, re, subprocess, sys, threading
+import ast, atexit, hashlib, json, math, os, re, signal, subprocess, sys, threading, time, traceback
 from dataclasses import dataclass
+from multiprocessing import reduction
 from pathlib import Path
 
-from .helpers import file_hash, nearest, repo_root, UserError, _version
+from fastcore.basics import patch
+
+from .helpers import file_hash, nearest, repo_root, UserError, _environment, _follow_parent, _version
+from .workers import share_server, worker_context, _plain_main
 
 # %% ../nbs/60_driver.ipynb #a9dd1769
 class StudyFailed(RuntimeError):
@@ -111,6 +115,7 @@ from papermill import execute_notebook
 execute_notebook(**asked, kernel_name="python3", language="python", progress_bar=False,
                  stdout_file=sys.stdout, stderr_file=sys.stderr)"""
 
+# %% ../nbs/60_driver.ipynb #7993ee79
 # the processes of studies that run now
 _RUNNING = set()
 
@@ -118,33 +123,43 @@ def stop_studies():
     "End all studies that run in other threads: their `run_study` raises KeyboardInterrupt."
     while _RUNNING: _RUNNING.pop().terminate()
 
-def _papermill(notebook, executed, parameters, say):
+def _papermill(notebook, executed, parameters, say, context=None):
     "Execute a notebook once in a process of its own; (exit status, text of its errors)."
     # papermill fills braces in paths
     plain = lambda p: str(p).replace("{", "{{").replace("}", "}}")
     asked = dict(input_path=plain(notebook), output_path=plain(executed), parameters=parameters,
                  cwd=str(notebook.parent))
-    child = subprocess.Popen([sys.executable, "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True, errors="replace", env=_child_environment())
+    child = _Fresh(asked) if context is None else _Forked(asked, context)
     errors = []
     listener = threading.Thread(target=lambda: errors.extend(child.stderr), daemon=True)
     listener.start()
     _RUNNING.add(child)
     try:
-        print(json.dumps(asked), file=child.stdin, flush=True)
         for line in child.stdout:
             if not _NOISE.search(line): say(line.rstrip())
         status = child.wait()
     finally:
-        if child.poll() is None:
-            child.terminate()
-            child.wait(20)
+        child.stop()
         # `stop_studies` has taken it out
         stopped = child not in _RUNNING
         _RUNNING.discard(child)
     if stopped: raise KeyboardInterrupt
     listener.join(5)
     return status, "".join(l for l in errors if not _NOISE.search(l))
+
+# %% ../nbs/60_driver.ipynb #f8cc772a
+class _Fresh(subprocess.Popen):
+    "A child that begins as a new Python."
+    def __init__(self, asked):
+        super().__init__([sys.executable, "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True, errors="replace", env=_child_environment())
+        print(json.dumps(asked), file=self.stdin, flush=True)
+
+    def stop(self):
+        "End it if it still runs."
+        if self.poll() is not None: return
+        self.terminate()
+        self.wait(20)
 
 # %% ../nbs/60_driver.ipynb #08e531a5
 _NOISE = re.compile(r"running over TCP without encryption|IProgress not found|^\s*$|from \.autonotebook import tqdm")
@@ -163,6 +178,120 @@ def from_root(path) -> Path:
     "Make a path absolute; a relative one counts from the project's root."
     return (repo_root() or Path.cwd()) / Path(path).expanduser()
 
+# %% ../nbs/60_driver.ipynb #a8dd1f1d
+_PRELOAD = ("hapnb.study", "hapnb.recipes", "hapnb.data", "papermill", "ipykernel.kernelapp", "jupyter_client")
+
+def study_context():
+    "How studies are forked: a context of `multiprocessing`, or None where each begins as a new Python."
+    import torch
+    with _environment(**_child_environment()): context = worker_context(torch.device("cpu"), _PRELOAD, {})
+    return context if context.get_start_method() == "forkserver" else None
+
+class _Forked:
+    "A child that is forked from the server."
+    def __init__(self, asked, context):
+        "Fork it, with pipes for what it prints."
+        ends = [os.pipe(), os.pipe()]
+        fds = [reduction.DupFd(w) for _, w in ends]
+        self.process = context.Process(target=_study_process, args=(asked, _child_environment(), *fds))
+        with _plain_main(): self.process.start()
+        for _, w in ends: os.close(w)
+        self.stdout, self.stderr = (open(r, errors="replace") for r, _ in ends)
+
+    def terminate(self): self.process.terminate()
+
+    def wait(self):
+        self.process.join()
+        return self.process.exitcode
+
+    def stop(self):
+        "End it if it still runs."
+        if self.process.is_alive(): self.terminate()
+        self.process.join(20)
+
+# %% ../nbs/60_driver.ipynb #746bb71e
+def _study_process(asked, environment, out, err):
+    "The body of a forked child: its environment, its kernel, papermill."
+    os.environ.clear()
+    os.environ.update(environment)
+    for fd, duplicate in ((1, out), (2, err)): os.dup2(duplicate.detach(), fd)
+    sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
+    kernel = _Kernel()
+    _follow_parent()
+    from jupyter_client.provisioning import local_provisioner
+    from papermill import execute_notebook
+    local_provisioner.launch_kernel = kernel.launch
+    execute_notebook(**asked, kernel_name="python3", language="python", progress_bar=False,
+                     stdout_file=sys.stdout, stderr_file=sys.stderr)
+
+def _kernel_process(asked):
+    "The body of a forked kernel."
+    os.environ.clear()
+    os.environ.update(asked["env"])
+    os.chdir(asked["cwd"])
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    share_server()
+    sys.argv = asked["argv"]
+    from ipykernel.kernelapp import IPKernelApp
+    IPKernelApp.launch_instance(argv=sys.argv[1:])
+
+# %% ../nbs/60_driver.ipynb #5e674150
+class _Kernel:
+    "A kernel that is forked now and launched later; what `jupyter_client` asks of its process."
+    stdin = stdout = stderr = returncode = None
+
+    def __init__(self):
+        "Fork: the child goes on, the kernel waits for its order and never leaves this function."
+        wait, self.order = os.pipe()
+        self.parent, self.pid = os.getpid(), os.fork()
+        if self.pid: return os.close(wait)
+        os.close(self.order)
+        os.setsid()
+        status = 1
+        try:
+            # empty: the child has ended before it asked for a kernel
+            if text := open(wait).read(): _kernel_process(json.loads(text))
+            status = 0
+        except SystemExit as e: status = e.code or 0
+        except BaseException: traceback.print_exc()
+        finally:
+            # as any Python ends; semaphores of the workers are given back here
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            os._exit(status if isinstance(status, int) else 1)
+
+    def launch(self, cmd, env=None, cwd=None, **_):
+        "What `jupyter_client` calls to start a kernel: `cmd` is python -m ipykernel_launcher ..."
+        # a session of its own, before anything sends signals to its group
+        while os.getpgid(self.pid) != self.pid: time.sleep(.01)
+        argv = [*cmd[cmd.index("-m") + 1:], f"--IPKernelApp.parent_handle={self.parent}"]
+        order = dict(argv=argv, env=dict(env or os.environ), cwd=str(cwd or os.getcwd()))
+        with open(self.order, "w") as f: json.dump(order, f)
+        return self
+
+# %% ../nbs/60_driver.ipynb #417a1303
+@patch
+def poll(self: _Kernel):
+    "Its exit status; None while it runs."
+    if self.returncode is None and (found := os.waitpid(self.pid, os.WNOHANG))[0]:
+        self.returncode = os.waitstatus_to_exitcode(found[1])
+    return self.returncode
+
+@patch
+def wait(self: _Kernel, timeout=None):
+    while self.poll() is None: time.sleep(.02)
+    return self.returncode
+
+@patch
+def send_signal(self: _Kernel, number):
+    if self.poll() is None: os.kill(self.pid, number)
+
+@patch
+def terminate(self: _Kernel): self.send_signal(signal.SIGTERM)
+
+@patch
+def kill(self: _Kernel): self.send_signal(signal.SIGKILL)
+
 # %% ../nbs/60_driver.ipynb #bbdd676e
 def run_study(notebook, # path of the notebook
               store="runs", # the executed notebook goes to <store>/notebooks/
@@ -170,6 +299,7 @@ def run_study(notebook, # path of the notebook
               name: str = "", # of the executed notebook, without its ending; default: that of the notebook
               say=print, # gets the study's output line by line; None: say nothing
               retries: int = 1, # after a dead kernel
+              context=None, # of `study_context`: fork the study; default: a new Python
               ) -> Path: # the executed notebook
     "Execute a study notebook with checked parameters; `UserError` before, `StudyFailed` after."
     notebook, say = Path(notebook).expanduser().absolute(), say or (lambda line: None)
@@ -178,7 +308,7 @@ def run_study(notebook, # path of the notebook
     executed.parent.mkdir(parents=True, exist_ok=True)
     for left in range(retries, -1, -1):
         executed.unlink(missing_ok=True)
-        status, errors = _papermill(notebook, executed, parameters, say)
+        status, errors = _papermill(notebook, executed, parameters, say, context)
         if not (left and _DEAD.search(errors)): break
         say("the notebook's kernel died; trying once more (finished runs are kept)")
     _check_executed(notebook.stem, executed, status, errors)

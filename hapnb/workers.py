@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from fastcore.basics import patch
+from threadpoolctl import threadpool_limits
 
 from .helpers import pick_device, _environment, _follow_parent, _THREADS
 
@@ -29,7 +30,10 @@ def _start_worker(modules, gpus, started, environment):
             started.value += 1
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus[(started.value - 1) % len(gpus)]
     import torch
-    if not gpus: torch.set_num_threads(1)
+    if not gpus:
+        torch.set_num_threads(1)
+        # libraries of a server that has more threads
+        threadpool_limits(1)
     for m in modules: importlib.import_module(m)
 
 # %% ../nbs/37_workers.ipynb #3cd37640
@@ -135,7 +139,8 @@ def _start(self: Workers, context, jobs):
     gpus = visible_gpus(self.device)
     threads = {} if gpus else dict.fromkeys(_THREADS, "1")
     environment = {**os.environ, **threads} if context.get_start_method() == "forkserver" else None
-    return ProcessPoolExecutor(jobs, context, _start_worker, (self.modules, gpus, context.Value("i", 0), environment))
+    started = context.Value("i", 0) if gpus else None
+    return ProcessPoolExecutor(jobs, context, _start_worker, (self.modules, gpus, started, environment))
 
 # %% ../nbs/37_workers.ipynb #f294e249
 def _kill(pool):
@@ -162,6 +167,7 @@ _READ_EARLY = ("ACCELERATE", "ARROW", "ATEN", "HF_", "HOME", "HUGGING", "KMP_", 
                "PYTORCH", "TIMM", "TORCH", "TZ", "XDG_")
 # what the imports of the server read when it was started
 _SERVER = {}
+_ONE_THREAD = dict.fromkeys(_THREADS, "1")
 
 def _read_early():
     "Collect what the server's imports depend on: variables, and the files of this package."
@@ -170,19 +176,26 @@ def _read_early():
     return read, {f.name: f.stat().st_mtime_ns for f in files}
 
 # %% ../nbs/37_workers.ipynb #8c270762
-def worker_context(device):
+def worker_context(device,
+                   more=(), # names of further modules that the server imports
+                   threads=_ONE_THREAD): # variables that say how many threads libraries use in it
     "Choose how workers start; where they are forked, the server runs already or begins to import."
     fresh = multiprocessing.get_context("spawn")
     if device.type != "cpu" or sys.platform != "linux" or sys.version_info < (3, 11): return fresh
     if _SERVER.setdefault("read", now := _read_early()) != now: return fresh
     from multiprocessing import forkserver
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_SHARED))
+    context.set_forkserver_preload([*_SHARED, *more])
     # the server must find the same modules, in the same order
     places = os.pathsep.join(p or os.getcwd() for p in sys.path)
     variables = dict(PYTHONPATH=places, PYTHONSAFEPATH="1", JE_ARROW_MALLOC_CONF="background_thread:false")
-    with _plain_main(), _environment(**variables, **dict.fromkeys(_THREADS, "1")): forkserver.ensure_running()
+    with _plain_main(), _environment(**variables, **threads): forkserver.ensure_running()
     return context
+
+def share_server():
+    "Have this process, a descendant of the server, fork its own workers from the same server."
+    from multiprocessing import forkserver, resource_tracker
+    forkserver._forkserver.ensure_running = resource_tracker.ensure_running
 
 # %% ../nbs/37_workers.ipynb #98a0ab0c
 class Progress:

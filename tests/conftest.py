@@ -43,6 +43,23 @@ def golden_inputs(case):
     return torch.tensor(x / np.sqrt((x ** 2).sum(1, keepdims=True))), torch.tensor(labels)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Let each process begin with its part of the notebooks, the longest tests: all end at about the same time.
+
+    The first process begins with the studies. They share features of images, for which a second one would wait.
+    """
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    notebooks = sorted((i for i in items if i.path.name == "test_notebooks.py"), key=lambda i: "[studies/" not in i.name)
+    others = [i for i in items if i.path.name != "test_notebooks.py"]
+    items.clear()
+    # xdist gives each process neighbours: first as many as there are for each
+    for left in range(processes, 0, -1):
+        mine, more = len(notebooks) // left, len(others) // left
+        items += notebooks[:mine] + others[:more]
+        notebooks, others = notebooks[mine:], others[more:]
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU; HAPNB_GPU_DEVICE=cpu rehearses these tests without one")
 

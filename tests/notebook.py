@@ -1,9 +1,14 @@
-"""Run one notebook as `nbdev_test` does, and let coverage see exported cells as lines of the module they make.
+"""Run notebooks as `nbdev_test` does, and let coverage see exported cells as lines of the module they make.
+
+`python tests/notebook.py nbs/X.ipynb` runs one notebook. `python tests/notebook.py --serve` imports the libraries once
+and then forks one process for each path that it reads from standard input, so that 80 notebooks do not import PyTorch
+80 times. A fork imports `hapnb` itself: each notebook starts with the state of a new process. Studies start workers,
+which `multiprocessing` forks from a server of its own; such a server is ready too, with the same libraries.
 
 nbdev_test runs a cell under a made-up file name, so the tests that stand beside the code would count for nothing.
 Here an exported cell keeps the file name and the line numbers that it has in `hapnb/`.
 """
-import ast, re, sys
+import ast, ctypes, gc, importlib, json, multiprocessing.util, os, re, select, signal, socket, sys, threading
 from pathlib import Path
 
 import nbdev.test
@@ -11,6 +16,12 @@ from execnb.shell import CaptureShell
 from IPython.core.compilerop import CachingCompiler
 
 ROOT = Path(__file__).resolve().parents[1]
+# What the notebooks import most, by time. None of these starts a thread pool or touches a GPU when it is imported.
+LIBRARIES = ("torch", "torch._dynamo", "torchvision.transforms.v2", "timm", "pandas", "matplotlib.pyplot", "seaborn",
+             "scipy.stats", "scipy.optimize", "sklearn.cluster", "sklearn.manifold", "sklearn.neighbors",
+             "accelerate", "optuna", "pydantic", "papermill", "nbclient", "safetensors.torch", "fastcore.test")
+# coverage must begin after the fork: one measurement per notebook
+COVERAGE = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
 
 
 def exported_cells():
@@ -41,8 +52,93 @@ class Shell(CaptureShell):
         return super().cell(cell, **kwargs)
 
 
-if __name__ == "__main__":
+def run(path):
+    "Run a notebook in this process; True if every cell passed."
     nbdev.test.CaptureShell = Shell
     flags = nbdev.test.get_config().tst_flags.split()
-    passed, _ = nbdev.test.test_nb(Path(sys.argv[1]).resolve(), skip_flags=flags, basepath=ROOT)
-    sys.exit(not passed)
+    return nbdev.test.test_nb(Path(path).resolve(), skip_flags=flags, basepath=ROOT)[0]
+
+
+def wait_for(child):
+    "Exit status and CPU seconds of `child`. If standard input closes first, the tests are gone: end its whole group."
+    while True:
+        pid, status, used = os.wait4(child, os.WNOHANG)
+        if pid: return os.waitstatus_to_exitcode(status), round(used.ru_utime + used.ru_stime, 2)
+        if select.select([sys.stdin], [], [], .02)[0]:
+            os.killpg(child, signal.SIGKILL)
+            sys.exit(1)
+
+
+def die_with_parent():
+    "Let the kernel kill this process when its parent dies, however it dies (PR_SET_PDEATHSIG)."
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def lend_libraries():
+    "Fork a process that becomes the server of workers when `multiprocessing` starts one; else it ends with this one."
+    ours, its = socket.socketpair()
+    spare, start = os.fork(), multiprocessing.util.spawnv_passfds
+    if not spare:
+        ours.close()
+        serve_workers(its)
+    its.close()
+
+    def spawnv_passfds(path, args, passed):
+        "Start a process as before, except the first server of workers."
+        if "multiprocessing.forkserver" not in args[-1] or len(passed) != 2 or ours.fileno() < 0:
+            return start(path, args, passed)
+        with ours:
+            socket.send_fds(ours, [b"!"], passed)
+            ours.sendall(json.dumps([args[-1], dict(os.environ), sys.path, os.getcwd()]).encode())
+        return spare
+    multiprocessing.util.spawnv_passfds = spawnv_passfds
+
+
+def serve_workers(pipe):
+    "Wait for the files and the command of a server of workers, and run it as a new interpreter would."
+    die_with_parent()
+    sign, files, *_ = socket.recv_fds(pipe, 1, 2)
+    if not sign: os._exit(0)
+    with pipe.makefile() as text: command, environment, sys.path[:], folder = json.load(text)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    command, n = re.subn(r"main\(\d+, \d+", "main({}, {}".format(*files), command)
+    assert n == 1, command
+    exec(command)
+
+
+def become_child(log, environment):
+    "Make the fork a process like any other: its own group, its output in `log`, no way to outlive the server."
+    os.setpgid(0, 0)
+    die_with_parent()
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    empty = os.open(os.devnull, os.O_RDONLY)
+    for new, old in ((empty, 0), (out, 1), (out, 2)): os.dup2(new, old)
+    lend_libraries()
+    os.environ.update(environment)
+    if any(name in os.environ for name in COVERAGE):
+        import coverage
+        coverage.process_startup()
+
+
+def serve(libraries):
+    "Fork for each line `[path, log]` of standard input and print `[status, CPU seconds]`; returns the path in a fork."
+    measured = {name: os.environ.pop(name) for name in COVERAGE if name in os.environ}
+    for name in libraries: importlib.import_module(name)
+    assert threading.active_count() == 1 and not any(name.split(".")[0] == "hapnb" for name in sys.modules)
+    # the collector leaves what was imported alone, so forks share its memory
+    gc.collect()
+    gc.freeze()
+    while line := sys.stdin.buffer.raw.readline():
+        path, log = json.loads(line)
+        child = os.fork()
+        if not child:
+            become_child(log, measured)
+            return path
+        print(json.dumps(wait_for(child)), flush=True)
+
+
+if __name__ == "__main__":
+    path = serve(sys.argv[2:] or LIBRARIES) if sys.argv[1] == "--serve" else sys.argv[1]
+    sys.exit(0 if path is None else not run(path))

@@ -1,5 +1,5 @@
 """A toy run, in a module of its own so that worker processes can import it, and toy study notebooks."""
-import json, os, signal, sys, time, zlib
+import contextlib, io, json, os, signal, sys, time, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import nbformat
 import pandas as pd
 import psutil
+from fastcore.xtras import working_directory
 
 from hapnb.helpers import write_atomic, write_manifest
 
@@ -103,6 +104,26 @@ def write_study(path, parameters=PARAMETERS, cells=(), tags=("parameters",), ker
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, path)
     return path
+
+
+def run_here(notebook, executed, parameters, say):
+    "Run the cells of a notebook in this process; takes and returns the same as `driver._papermill`, in milliseconds."
+    nb, names, status = nbformat.read(notebook, 4), {}, 0
+    cells = [c for c in nb.cells if c.cell_type == "code"]
+    given = nbformat.v4.new_code_cell("\n".join(f"{k} = {v!r}" for k, v in parameters.items()))
+    nb.cells.insert(nb.cells.index(cells[0]) + 1, given)
+    for cell in [cells[0], given, *cells[1:]]:
+        printed, state = io.StringIO(), "pending" if status else "completed"
+        try:
+            with contextlib.redirect_stdout(printed), working_directory(notebook.parent):
+                if not status: exec(cell.source, names)
+        except Exception as e:
+            error = nbformat.v4.new_output("error", ename=type(e).__name__, evalue=str(e), traceback=[])
+            cell.outputs, state, status = [error], "failed", 1
+        cell.metadata["papermill"] = {"status": state}
+        for line in printed.getvalue().splitlines(): say(line)
+    nbformat.write(nb, executed)
+    return status, ""
 
 
 # `python toy_study.py STORE`: a grid to be killed
