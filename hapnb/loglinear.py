@@ -340,7 +340,8 @@ def _few_rows(scores, shared, counts, index, levels, chosen, parts, combine, tot
     boxes = {f: _Boxes(rows, f.scale, levels, sets, scores.dtype) for f, sets in smooth.items()}
     back = rows("centred", 1.).new_zeros(scores.shape) if need else None
     for a in chosen:
-        _, live, k = _pack(rows.scores, level_mask(rows.level, a), counts[:, a])
+        packed, live, k = _pack(rows.scores, level_mask(rows.level, a), counts[:, a])
+        if live is None: live = torch.ones_like(packed, dtype=torch.bool)
         if not live.shape[1]: continue
         places = {}
         found = [_Sum(rows, p, k, live, boxes.get(p.f), places) for p in sums[a]]
