@@ -199,7 +199,7 @@ def _send_back(model, loss, chunks, emb, grad, devices, states):
     finally: _set_random_state(after, devices)
     if not trained and not (isinstance(loss, nn.Module) and _trains(loss)): raise RuntimeError(_NOTHING)
 
-# %% ../nbs/26_large_batches.ipynb #34709880
+# %% ../nbs/26_large_batches.ipynb #fdeaf38c
 class InSlabs(nn.Module):
     "A rank loss of the whole batch, computed for a few queries at a time: the same value and gradient, less memory."
     def __init__(self,
@@ -215,7 +215,7 @@ class InSlabs(nn.Module):
     def forward(self, emb: Tensor, labels) -> Tensor: # scalar
         return _Slabs.apply(emb, check_labels(labels), self.loss, self.rows)
 
-# %% ../nbs/26_large_batches.ipynb #63b81b2f
+# %% ../nbs/26_large_batches.ipynb #f8885bce
 class _Slabs(torch.autograd.Function):
     "Forward also finds the gradient, slab by slab."
     @staticmethod

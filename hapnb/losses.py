@@ -64,7 +64,7 @@ class SmoothAPLoss(RankLoss):
     """Smooth average precision: every step is a sigmoid (Brown et al., ECCV 2020).
 
     `loss(embeddings [Q, D], labels [Q] or [Q, L], ref_emb=None, ref_labels=None) -> scalar` in 0..1.
-    Classes may have any number of images, in any order. Cost O(Q P N) time, O(Q N) memory."""
+    Classes may have any number of images, in any order. Cost O(Q N min(P, log N)) time, O(Q N) memory."""
     def __init__(self,
                  tau: float = 0.01, # width of the sigmoid, in cosine units
                  level: int = 0, # column of the labels that tells the positives
@@ -132,7 +132,7 @@ class HAPLoss(RankLoss):
     it negative, never below -1. A query counts if an item of the set is worth something to it. The counts behind the
     relevance are those of the batch, query included. All levels are used. With two levels or more the loss is lower
     for collapsed than for random embeddings (tied items that are at least as relevant are counted in full): watch
-    whether embeddings collapse. Cost O(Q P N) time with P the positives at any level, O(Q N) memory."""
+    whether embeddings collapse. Cost O(Q N min(P, L log N)) time for P positives at any of L levels, O(Q N) memory."""
     tree = True
     def __init__(self,
                  tau: float = 0.01, rho: float = 100., delta: float = 0.05, # as in SupAPLoss

@@ -17,12 +17,13 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .core import level_counts, level_mask
-from .helpers import KERNELS, METHODS, _full, check_choice, check_flag, check_number, readable, transforming
+from .helpers import (KERNELS, METHODS, _full, _is_batched, check_choice, check_flag, check_number, readable,
+                           transforming)
 
 # %% ../nbs/01_ranking.ipynb #7ee898bf
 class Step:
     "The exact step `[x >= 0]`; it has no derivative."
-    smooth = False
+    smooth, scale = False, 1.
     def __call__(self, x): return (x >= 0).to(x.dtype)
 
 # %% ../nbs/01_ranking.ipynb #222192fe
@@ -105,17 +106,19 @@ class Part:
 
 # %% ../nbs/01_ranking.ipynb #d61d55e7
 def _pack(scores, mask, n, dense=0.7):
-    "Scores where `mask` (`n` per row), packed to the left [Q, width]; filled slots; their columns (None: in place)."
+    "Scores where `mask` (`n` per row), packed left [Q, width]; filled slots (None: all); columns (None: in place)."
     Q, N = scores.shape
     # reading a value waits for the device
-    width = int(n.max()) if readable(mask) else N
-    if width > dense * N or not readable(mask): return scores, mask, None
-    at = _flat(mask)
-    q, j = at // N, at % N
-    slot = torch.arange(len(q), device=q.device) - (n.cumsum(0) - n)[q]
-    column = torch.zeros(Q, width, dtype=torch.long, device=scores.device)
-    column[q, slot] = j
-    return scores.gather(1, column), torch.arange(width, device=q.device) < n[:, None], column
+    if not readable(mask) or not Q: return scores, mask, None
+    least, width = (int(m) for m in torch.aminmax(n))
+    if width > dense * N: return scores, mask, None
+    # positions in the flattened mask less the start of their row
+    column = _flat(mask) - (torch.arange(Q, device=n.device) * N).repeat_interleave(n)
+    if least == width: column, filled = column.view(Q, width), None
+    else:
+        filled = torch.arange(width, device=n.device) < n[:, None]
+        column = torch.zeros(Q, width, dtype=torch.long, device=n.device).masked_scatter_(filled, column)
+    return scores.gather(1, column), filled, column
 
 def _flat(mask):
     "Positions of True in the flattened mask; NumPy finds them 10 times faster than `nonzero`."
@@ -129,6 +132,7 @@ def _by_cube(scores, shared, levels, parts, combine, counts):
     for a in range(levels, 0, -1):
         k, live, _ = _pack(scores, level_mask(shared, a), counts[:, a])
         if not k.shape[1]: continue
+        if live is None: live = torch.ones_like(k, dtype=torch.bool)
         x = scores[:, None, :] - k.masked_fill(~live, 0.)[:, :, None]
         sums = [torch.where(level_mask(shared, p.low, p.high)[:, None, :], p.f(x), 0.).sum(-1) for p in parts(a)]
         # an empty slot gets sums of one: whatever they are worth is dropped, and no 0/0 comes back through the gradient
@@ -159,20 +163,18 @@ def _scratches(like, n, keep):
     kept += [_Scratch(like.new_empty(0)) for _ in range(n - len(kept))]
     return kept
 
-def _out(scratch, name, sj, sk): return None if scratch is None else scratch(name, *sk.shape[:2], sj.shape[2])
+def _out(scratch, name, sj, sk): return (scratch or _Scratch(sj))(name, *sk.shape[:2], sj.shape[2])
 
 # %% ../nbs/01_ranking.ipynb #a702751f
 @patch
 def sums(self: Step, sj: Tensor, sk: Tensor, scratch=None):
     "Count the items that score at least as high."
-    below = torch.sub(sk, sj, out=_out(scratch, "x", sj, sk)).sign_().clamp_(min=0).sum(-1)
-    return sj.shape[-1] - below, None
+    return torch.le(sk, sj, out=_out(scratch, "x", sj, sk)).sum(-1), None
 
 @patch
 def sums(self: Sigmoid, sj: Tensor, sk: Tensor, scratch=None):
     "Sum the sigmoid over a block, `[q, p]`, and keep what `derivative` needs."
-    # dividing first works on two vectors instead of a block
-    s = torch.sub(sj * self.scale, sk * self.scale, out=_out(scratch, "x", sj, sk)).sigmoid_()
+    s = torch.sub(sj, sk, out=_out(scratch, "x", sj, sk)).sigmoid_()
     return s.sum(-1), s
 
 @patch
@@ -185,18 +187,17 @@ def derivative(self: Sigmoid, s: Tensor, scratch=None):
 def sums(self: Sup, sj: Tensor, sk: Tensor, scratch=None):
     "Sum the bound over a block, `[q, p]`, and keep what `derivative` needs."
     delta, start, jump, rho, _ = self.pieces
-    x = torch.sub(sj * self.scale, sk * self.scale, out=_out(scratch, "x", sj, sk))
-    s = torch.clamp(x, max=delta, out=_out(scratch, "s", sj, sk)).sigmoid_()
-    total = s.sum(-1)
-    spare = _out(scratch, "derivative", sj, sk)
-    if start: total += start * torch.clamp(x, min=0, out=spare).sign_().sum(-1)
-    if self.strict: total += 0.5 * (sj.shape[-1] - torch.sign(x, out=spare).abs_().sum(-1))
-    over = x.sub_(delta).clamp_(min=0)
-    total += rho * over.sum(-1)
-    # now 1 where x > delta
+    x = torch.sub(sj, sk, out=_out(scratch, "x", sj, sk))
+    s = torch.clamp(x, max=delta, out=_out(scratch, "s", sj, sk))
+    spare, total = _out(scratch, "derivative", sj, sk), 0.
+    if start: total = start * torch.gt(x, 0, out=spare).sum(-1)
+    if self.strict: total = total + 0.5 * torch.eq(x, 0, out=spare).sum(-1)
+    # how far beyond delta, and then 1 where it is
+    over = x.sub_(s)
+    total = total + rho * over.sum(-1)
     over.sign_()
-    if jump: total += jump * over.sum(-1)
-    return total, (s, over)
+    if jump: total = total + jump * over.sum(-1)
+    return total + s.sigmoid_().sum(-1), (s, over)
 
 @patch
 def derivative(self: Sup, saved, scratch=None):
@@ -233,60 +234,90 @@ def _blocks(counts, widest, block):
         first = rows.stop
 
 # %% ../nbs/01_ranking.ipynb #268d00b0
-def _gather(scores, shared, counts, parts, scratches):
-    "For each part: its items' scores, packed, -2^100 added in empty slots; their columns; its surrogate."
-    out = []
-    for p, scratch in zip(parts, scratches):
-        s, filled, column = _pack(scores, level_mask(shared, p.low, p.high), counts[:, p.low:p.high + 1].sum(1))
-        # 0 where filled, else -1
-        blank = scratch("packed", *s.shape).copy_(filled).sub_(1)
-        out.append((torch.add(s, blank, alpha=HUGE, out=blank), column, p.f))
-    return out
+class _Slab:
+    "Some queries: their scores, shared levels and counts; a group of items is packed once."
+    def __init__(self, scores, shared, counts):
+        self.scores, self.shared, self.counts, self.packed = scores, shared, counts, {}
 
-def _order(n, width, packed):
+    def pack(self, low, high):
+        "Scores of the items between two levels, filled slots and columns, as `_pack` gives them."
+        if (low, high) not in self.packed:
+            n = self.counts[:, low] if low == high else self.counts[:, low:high + 1].sum(1)
+            self.packed[low, high] = _pack(self.scores, level_mask(self.shared, low, high), n)
+        return self.packed[low, high]
+
+    def positives(self, a):
+        "Scores of the positives of level `a`, 0 in empty slots; filled slots; columns."
+        k, live, column = self.pack(a, a)
+        return _live(k, live), live, column
+
+    def lay(self, part, scale, scratch):
+        "Scaled scores of a part's items, far below all others in empty slots; their columns; its surrogate."
+        s, filled, column = self.pack(part.low, part.high)
+        if filled is not None or scale != 1: s = torch.mul(s, scale, out=scratch("packed", *s.shape))
+        # below any scaled score, and still a number in float32
+        return s if filled is None else _empty(s, filled, max(-HUGE * max(scale, 1.), -1e38)), column, part.f
+
+def _empty(s, filled, value):
+    "Write `value` into the slots that are not filled."
+    if s.device.type != "cpu" or not readable(s, filled): return s.masked_fill_(~filled, value)
+    # NumPy is 5 times faster where most are filled
+    np.copyto(s.numpy(), value, where=~filled.numpy(), casting="same_kind")
+    return s
+
+def _order(n):
     "Queries with most positives first (None: as they are), and how many slots each needs."
-    if not packed: return None, [width] * len(n)
     n, order = n.sort(descending=True, stable=True)
     n = n.tolist()
     return None if n[0] == n[-1] else order, n
 
 # %% ../nbs/01_ranking.ipynb #6e3a90b2
-def _level(scores, shared, counts, index, a, parts, combine, block, total, grad, scratches):
+def _level(slab, index, a, parts, combine, block, total, grad, scratches):
     "Add what positives of level `a` contribute to `total`, its derivatives to `grad`; `index`: these queries."
-    k, live, kcol = _pack(scores, level_mask(shared, a), counts[:, a])
+    k, live, kcol = slab.positives(a)
     if not k.shape[1]: return
-    k, groups = k.masked_fill(~live, 0.), _gather(scores, shared, counts, parts, scratches)
-    order, slots = _order(counts[:, a], k.shape[1], kcol is not None)
+    groups = [slab.lay(p, p.f.scale, scratch) for p, scratch in zip(parts, scratches)]
+    order, slots = (None, [k.shape[1]] * len(k)) if live is None or kcol is None else _order(slab.counts[:, a])
     for rows, columns in _blocks(slots, max([s.shape[1] for s, _, _ in groups] + [1]), block):
         q = rows if order is None else order[rows]
-        kq, near = k[q], [(s[q], f) for s, _, f in groups]
-        dk, ds = torch.zeros_like(kq), [torch.zeros_like(s) if grad is not None and f.smooth else None for s, f in near]
+        # a view, or a copy where `q` is a list of rows
+        g = None if grad is None else grad[q]
+        kq, here, near = k[q], None if live is None else live[q], [(s[q], f) for s, _, f in groups]
+        dk, ds = torch.zeros_like(kq), [_into(g, s, col, f) for (s, f), (_, col, _) in zip(near, groups)]
         worth = lambda sums: combine(a, sums, index[q])
         for c in columns:
-            total[q] += _block(kq[:, c], live[q][:, c], near, worth, grad is not None, dk[:, c], ds, scratches)
-        if grad is not None: _spread(grad, q, [(kcol, dk), *zip([col for _, col, _ in groups], ds)])
+            total[q] += _block(kq[:, c], None if here is None else here[:, c], near, worth, dk[:, c], ds, scratches)
+        if g is None: continue
+        _spread(g, q, [(kcol, dk), *zip([col for _, col, _ in groups], ds)])
+        if order is not None: grad[q] = g
 
-def _spread(grad, q, found):
-    "Add derivatives in packed slots to their columns of `grad`."
-    # a view, or a copy where `q` is a list of rows
-    g = grad[q]
-    for col, d in found:
-        if d is not None: g.scatter_add_(1, col[q], d) if col is not None else g.add_(d)
-    if torch.is_tensor(q): grad[q] = g
+def _into(g, s, column, f):
+    "Where the derivatives of a group are added up: in `g` itself, in packed slots, or None."
+    return None if g is None or not f.smooth else g if column is None else torch.zeros_like(s)
+
+def _spread(g, q, found):
+    "Add derivatives in packed slots to their columns of `g`."
+    for column, d in found:
+        if d is None or d is g: continue
+        g.add_(d) if column is None else g.scatter_add_(1, column[q], d)
 
 # %% ../nbs/01_ranking.ipynb #051bd92e
-def _block(k, live, groups, combine, need, dk, ds, scratches):
+def _block(k, live, groups, combine, dk, ds, scratches):
     "Sum and combine a block of positives `k [q, p]`, add derivatives to `dk` and `ds`, and give scores `[q]`."
-    sums, saved = zip(*(f.sums(s[:, None, :], k[:, :, None], scratch) for (s, f), scratch in zip(groups, scratches)))
+    sums, saved = zip(*(f.sums(s[:, None, :], (k if f.scale == 1 else k * f.scale)[:, :, None], scratch)
+                        for (s, f), scratch in zip(groups, scratches)))
     worth, outer = combine(sums)
-    for (_, f), keep, o, d, scratch in zip(groups, saved, outer, ds, scratches) if need else []:
-        if o is None or not f.smooth: continue
-        # an empty slot may hold 0/0
-        o, inner = torch.where(live, o * f.scale, 0.), f.derivative(keep, scratch)
+    for (_, f), keep, o, d, scratch in zip(groups, saved, outer, ds, scratches):
+        if o is None or d is None: continue
+        o, inner = _live(o * f.scale, live), f.derivative(keep, scratch)
         # sum over positives of the outer times the inner derivative
-        d += torch.bmm(o[:, None, :], inner)[:, 0]
-        dk -= o * inner.sum(-1)
-    return torch.where(live, worth, 0.).sum(1)
+        d[:, None].baddbmm_(o[:, None], inner)
+        dk.addcmul_(o, inner.sum(-1), value=-1)
+    return _live(worth, live).sum(1)
+
+def _live(x, live):
+    "0 in empty slots, which may hold 0/0."
+    return x if live is None else torch.where(live, x, 0.)
 
 # %% ../nbs/01_ranking.ipynb #6d6d8982
 def _kernels(scores, parts):
@@ -296,51 +327,60 @@ def _kernels(scores, parts):
     found = KERNELS.get(name)
     return found if found.available(scores) and all(type(p.f) in (Step, Sigmoid, Sup, Leaky) for p in parts) else None
 
-def _level_by_kernels(kernels, scores, shared, counts, index, a, parts, combine, total, grad):
+def _level_by_kernels(kernels, slab, index, a, parts, combine, total, grad):
     "As `_level`, with whole sums from kernels instead of blocks."
-    k, live, kcol = _pack(scores, level_mask(shared, a), counts[:, a])
+    k, live, kcol = slab.positives(a)
     if not k.shape[1]: return
-    k, groups = k.masked_fill(~live, 0.), _gather(scores, shared, counts, parts, [_Scratch(scores) for _ in parts])
+    groups = [slab.lay(p, 1., _Scratch(k)) for p in parts]
     worth, outer = combine(a, [kernels.sums(f, s, k) for s, _, f in groups], index)
-    total += torch.where(live, worth, 0.).sum(1)
+    total += _live(worth, live).sum(1)
     for (s, col, f), o in zip(groups, outer) if grad is not None else []:
         if o is None or not f.smooth: continue
-        ds, dk = kernels.pull(f, s, k, torch.where(live, o, 0.))
+        ds, dk = kernels.pull(f, s, k, _live(o, live))
         _spread(grad, slice(None), [(kcol, dk), (col, ds)])
 
 # %% ../nbs/01_ranking.ipynb #2842613b
+def _engine(need, scores, shared, levels, parts, combine, block, counts, method):
+    "The score of each query, and its derivatives by the scores if there is a `need` for them."
+    grad, total = torch.zeros_like(scores) if need else None, scores.new_zeros(len(scores))
+    index, height = torch.arange(len(scores), device=scores.device), max(1, block // max(scores.shape[1], 1))
+    way = None if method == "direct" else METHODS.get("loglinear")
+    sorting = way.choose(scores, counts, levels, parts, method) if way else []
+    if sorting: way.rank_levels(scores, shared, counts, index, levels, sorting, parts, combine, total, grad)
+    needed = {a: parts(a) for a in range(levels, 0, -1) if a not in sorting}
+    if not needed: return total, grad
+    scratches = _scratches(scores, max(map(len, needed.values())), block <= 2**18)
+    for first in range(0, len(scores), height):
+        rows = slice(first, min(first + height, len(scores)))
+        slab, own = _Slab(scores[rows], shared[rows], counts[rows]), None if grad is None else grad[rows]
+        for a, those in needed.items():
+            kernels = _kernels(scores, those)
+            if kernels: _level_by_kernels(kernels, slab, index[rows], a, those, combine, total[rows], own)
+            else: _level(slab, index[rows], a, those, combine, block, total[rows], own, scratches)
+    return total, grad
+
 class _RankScore(torch.autograd.Function):
     "Forward also finds the gradient, so that backward is one product."
     @staticmethod
-    def forward(ctx, scores, shared, levels, parts, combine, block, counts, method):
-        grad = torch.zeros_like(scores) if ctx.needs_input_grad[0] else None
-        total, index = scores.new_zeros(len(scores)), torch.arange(len(scores), device=scores.device)
-        height = max(1, block // max(scores.shape[1], 1))
-        scratches = _scratches(scores, max(len(parts(a)) for a in range(1, levels + 1)), block <= 2**18)
-        by_sorting = []
-        if method != "direct":
-            way = METHODS.get("loglinear")
-            by_sorting = way.choose(scores, counts, levels, parts, method)
-        if by_sorting: way.rank_levels(scores, shared, counts, index, levels, by_sorting, parts, combine, total, grad)
-        for first in range(0, len(scores), height):
-            rows = slice(first, min(first + height, len(scores)))
-            own, part = (scores[rows], shared[rows], counts[rows], index[rows]), None if grad is None else grad[rows]
-            for a in range(levels, 0, -1):
-                if a in by_sorting: continue
-                kernels = _kernels(scores, parts(a))
-                if kernels: _level_by_kernels(kernels, *own, a, parts(a), combine, total[rows], part)
-                else: _level(*own, a, parts(a), combine, block, total[rows], part, scratches)
-        ctx.save_for_backward(grad, scores)
-        ctx.formula = shared, levels, parts, combine, counts
+    def forward(ctx, scores, *formula):
+        total, ctx.grad = _engine(ctx.needs_input_grad[0], scores.detach(), *formula)
+        ctx.save_for_backward(scores)
+        ctx.formula = formula
         return total
 
     @staticmethod
     def backward(ctx, g):
-        grad, scores = ctx.saved_tensors
+        scores, = ctx.saved_tensors
+        shared, levels, parts, combine, _, counts, _ = ctx.formula
         # gradients are enabled here only if this one will be differentiated itself
-        if not torch.is_grad_enabled(): grad = grad * g[:, None]
-        else: grad, = torch.autograd.grad(_by_cube(scores, *ctx.formula), scores, g, create_graph=True)
-        return grad, *[None] * 7
+        if torch.is_grad_enabled():
+            total = _by_cube(scores, shared, levels, parts, combine, counts)
+            return torch.autograd.grad(total, scores, g, create_graph=True)[0], *[None] * 7
+        grad, ctx.grad = ctx.grad, None
+        # a second pass through a graph that was kept (`retain_graph=True`)
+        if grad is None: _, grad = _engine(True, scores, *ctx.formula)
+        # in place, because a new table of this size costs more than the product
+        return grad * g[:, None] if _is_batched(g) else grad.mul_(g[:, None]), *[None] * 7
 
 # %% ../nbs/01_ranking.ipynb #193a5b30
 def rank_score(scores: Tensor, # similarity of each query and item, floats [Q, N]; half precision is computed in float32

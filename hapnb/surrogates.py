@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
-from .core import Batch, EmbeddingLoss
-from .helpers import LOSSES, check_number
+from .core import Batch, EmbeddingLoss, _few_rows
+from .helpers import LOSSES, check_number, transforming
+from .ranking import _live, _pack
 
 # %% ../nbs/03_surrogates.ipynb #65fac476
 def _soft_histograms(scores: Tensor, # similarities [Q, N]; beyond -1 and 1 they count at the end nodes
@@ -99,34 +100,67 @@ class SoftBinAPLoss(_HistogramAPLoss):
         super().__init__(num_bins, level, similarity, reduction)
 
 # %% ../nbs/03_surrogates.ipynb #d3abe054
-def _below(scores: Tensor) -> tuple:
-    "How many items of its row score strictly lower than each item, `[Q, N]`, and the order of the rows, lowest first."
-    ordered, order = scores.sort(1)
-    return torch.searchsorted(ordered, scores.contiguous()), order
+def _at_least(ordered: Tensor, x: Tensor) -> Tensor:
+    "How many values of each sorted row are at least each of `x`, `[Q, P]`."
+    return ordered.shape[1] - torch.searchsorted(ordered, x.contiguous())
 
 def _true_ranks(scores: Tensor, pos: Tensor) -> tuple:
-    "Rank of every item among all and among the positives (ties count), integers `[Q, N]`."
-    below, order = _below(scores)
-    mine = pos.gather(1, order)
-    pos_below = (mine.cumsum(1) - mine.long()).gather(1, below)
-    return scores.shape[1] - below, pos.sum(1, keepdim=True) - pos_below
+    "Rank of each positive among all and among the positives (ties count), `[Q, P]`, and what led to them."
+    ordered, order = scores.sort(1)
+    k, live, column = _pack(scores, pos, pos.sum(1))
+    # empty slots are below everything
+    mine = k if live is None else k.masked_fill(~live, -torch.inf)
+    return _at_least(ordered, k), _at_least(mine.sort(1).values, k), (ordered, order, mine, live, column)
 
 # %% ../nbs/03_surrogates.ipynb #87505cb9
+def _rank_changes(rank, moved, ordered, order, mine, live, column):
+    "By how much the rank of every item grows, `[Q, N]`, when the positives `mine` are lifted to `moved`."
+    first, last = (torch.searchsorted(ordered, x.contiguous(), right=True) for x in (mine, moved))
+    one, N = torch.ones_like(moved), ordered.shape[1]
+    # along the sorted row: one more from the old place of each positive to its new one
+    falls = moved.new_zeros(len(moved), N + 1).scatter_add(1, first, one).scatter_add(1, last, -one).cumsum(1)
+    change = moved.new_zeros(len(moved), N).scatter(1, order, falls[:, :N])
+    # a lifted positive: items at or above it, and positives where they are now instead of where they were
+    after = _at_least(ordered, moved) - _at_least(mine.sort(1).values, moved) + _at_least(moved.sort(1).values, moved)
+    own = (after - rank).to(moved.dtype)
+    if column is None: return own if live is None else torch.where(live, own, change)
+    return change.scatter_add(1, column, _live(own - change.gather(1, column), live))
+
+def _lifted(ranked, pos, lam, eps, queries):
+    "The average precision of some queries, and the finite difference that is its gradient."
+    rank, within, (ordered, order, mine, live, column) = _true_ranks(ranked, pos)
+    number = pos.sum(1, keepdim=True).to(ranked.dtype)
+    size = (ranked > -torch.inf).sum(1, keepdim=True).to(ranked.dtype)
+    precision = _live(within.to(ranked.dtype) / rank / (number + eps).clamp(min=1), live)
+    # the derivative of the mean loss with respect to rank / number of items
+    push = precision / rank * size / queries
+    change = _rank_changes(rank, mine + lam * push, ordered, order, mine, live, column)
+    return precision.sum(1), change * (queries / (lam * size.clamp(min=1)))
+
+# %% ../nbs/03_surrogates.ipynb #eacef061
 def _black_box_ap(scores, pos, lam, eps, left_out=None):
     "One minus the average precision of each query; its gradient is the finite difference of two rankings."
     # what is left out lies below everything, and is never moved
     ranked = scores.detach() if left_out is None else scores.detach().masked_fill(left_out, -torch.inf)
-    rank, within = _true_ranks(ranked, pos)
-    number = pos.sum(1, keepdim=True).to(scores.dtype)
-    size = (ranked > -torch.inf).sum(1, keepdim=True).to(scores.dtype)
-    queries = (number > 0).sum().clamp(min=1)
-    precision = within.to(scores.dtype) / rank * pos / (number + eps).clamp(min=1)
-    # the derivative of the mean loss with respect to rank / number of items
-    push = precision / rank * size / queries
-    moved = scores.shape[1] - _below(ranked + lam * push)[0]
-    gradient = (moved - rank) * (queries / (lam * size.clamp(min=1)))
-    # the second term is 0, but has the gradient that we want
-    return 1 - precision.sum(1) + (gradient * (scores - scores.detach())).sum(1)
+    queries = pos.any(1).sum().clamp(min=1)
+    if transforming():
+        precision, gradient = _lifted(ranked, pos, lam, eps, queries)
+        # the second term is 0, but has the gradient that we want
+        return 1 - precision + (gradient * (scores - scores.detach())).sum(1)
+    precision, gradient = scores.new_empty(len(scores)), torch.empty_like(ranked)
+    rows = _few_rows(ranked), _few_rows(pos), _few_rows(precision, scores.shape[1]), _few_rows(gradient)
+    for s, p, value, g in zip(*rows): value[:], g[:] = _lifted(s, p, lam, eps, queries)
+    return _Given.apply(scores, 1 - precision, gradient)
+
+class _Given(torch.autograd.Function):
+    "A value whose gradient with respect to `scores` is given."
+    @staticmethod
+    def forward(ctx, scores, value, gradient):
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, g): return g[:, None] * ctx.saved_tensors[0], None, None
 
 # %% ../nbs/03_surrogates.ipynb #a2bddf43
 @LOSSES.register()
@@ -163,7 +197,8 @@ def harder(self: BlackBoxAPLoss, scores: Tensor, pos: Tensor) -> Tensor:
     with torch.no_grad(): noise = torch.randn_like(scores) if self.noise is None else self.noise(scores).to(scores)
     if noise.shape != scores.shape:
         raise ValueError(f"noise gave shape {tuple(noise.shape)} for scores of shape {tuple(scores.shape)}.")
-    return scores + self.margin / 2 * noise.abs() * torch.where(pos, -1., 1.)
+    # positives down, others up: 1 or -1, by arithmetic, which a CPU does faster than a choice
+    return scores + noise.abs().mul_(self.margin / 2).mul_(pos.to(scores.dtype).mul_(-2).add_(1))
 
 @patch
 def values(self: BlackBoxAPLoss, batch: Batch):

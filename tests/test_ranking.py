@@ -2,6 +2,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hapnb import ranking
+from hapnb.core import Batch, unit_rows
 from hapnb.helpers import KERNELS
 from hapnb.losses import make_loss
 from hapnb.ranking import HUGE, Leaky, Sigmoid, Step, Sup
@@ -102,3 +104,57 @@ def test_blocks_are_used_where_a_kernel_is_not_available_or_does_not_know_the_su
     monkeypatch.setattr(Plain, "available", lambda scores: False)
     step(make_loss("SupAPLoss"), rows(48), labels)
     assert Plain.calls == 0
+
+
+@by_loss
+@pytest.mark.parametrize("labels", LABELS)
+def test_blocks_of_any_size_give_the_same(name, args, labels, monkeypatch):
+    loss, emb = make_loss(name, **args), rows(48)
+    value, grad = step(loss, emb, LABELS[labels])
+    for block in (1, 100, 5000):
+        monkeypatch.setattr(ranking, "_block_size", lambda device: block)
+        found, slope = step(loss, emb, LABELS[labels])
+        assert torch.allclose(found, value, rtol=1e-12)
+        assert torch.allclose(slope, grad, rtol=1e-10, atol=1e-12 * grad.abs().max())
+
+
+@by_loss
+def test_a_graph_that_is_kept_gives_the_same_gradient_again(name, args):
+    emb = rows(48).requires_grad_()
+    value = make_loss(name, **args)(emb, LABELS["unknown"])
+    weights = torch.tensor([1., 3.], dtype=value.dtype)
+    first, second = (torch.autograd.grad(value, emb, w, retain_graph=True)[0] for w in weights)
+    assert torch.allclose(3 * first, second, rtol=1e-12, atol=0)
+    batched = torch.autograd.grad(value, emb, weights, is_grads_batched=True)[0]
+    assert torch.allclose(batched, torch.stack([first, second]), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("tau", [1e-12, 1e-6, .01, 1.])
+@pytest.mark.parametrize("name", ["SmoothAPLoss", "SupAPLoss", "HAPLoss"])
+def test_empty_slots_add_nothing_for_any_width(name, tau):
+    # most queries have few positives, one class has many: slots stay empty
+    labels = torch.stack([(torch.arange(24) - 8).clamp(min=0), torch.arange(24) // 12], 1)
+    for dtype in (torch.float32, torch.float64):
+        whole, grad = step(make_loss(name, tau=tau, reduction="mean"), rows(24, dtype), labels)
+        assert torch.isfinite(whole) and torch.isfinite(grad).all()
+        each = make_loss(name, tau=tau, reduction="none")(rows(24, dtype), labels)
+        alone = [make_loss(name, tau=tau)(rows(24, dtype)[i:i + 1], labels[i:i + 1], ref_emb=rows(24, dtype),
+                                          ref_labels=labels) for i in range(24)]
+        assert torch.allclose(each, torch.stack(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_unit_rows_have_the_gradient_of_normalize():
+    for x in (torch.randn(5, 7, dtype=torch.float64), 1e-3 * torch.ones(1, 1, dtype=torch.float64)):
+        g = torch.randn_like(x)
+        ours, theirs = (torch.autograd.grad(f(leaf := x.clone().requires_grad_()), leaf, g)[0]
+                        for f in (unit_rows, lambda x: F.normalize(x, dim=1)))
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradgradcheck(unit_rows, torch.randn(3, 4, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("B", [5, 256, 600])
+def test_similarities_of_a_set_with_itself_have_the_gradient_of_the_product(B):
+    x, g = rows(B).requires_grad_(), torch.randn(B, B, dtype=torch.float64)
+    ours, = torch.autograd.grad(Batch(x, None, x, None, True).scores(), x, g)
+    theirs, = torch.autograd.grad(x @ x.T, x, g)
+    assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
