@@ -376,19 +376,24 @@ def rank_levels(scores, shared, counts, index, levels, chosen, parts, combine, t
                   None if grad is None else grad[r])
 
 # %% ../nbs/01b_loglinear.ipynb #6cdc5790
-# what one query costs, in ns: a triple of the direct way; the sort and a level of the log-linear way, for each item
-_COST = {"cpu": (1.4, 70., 80.), "cuda": (0.02, 0.5, 0.5)}
+# prices in ns: a triple of the direct way; for a query, and for each of its items, the sort and every level
+@dataclass(frozen=True)
+class _Prices:
+    triple: float
+    sort: tuple
+    level: tuple
+
+_COST = {"cpu": _Prices(1.6, (30e3, 110.), (60e3, 120.)), "cuda": _Prices(0.005, (50., 0.5), (50., 0.5))}
 
 def _worth_it(scores, counts, levels, parts):
     "The levels that are cheaper in the log-linear way."
-    triple, sort, level = _COST.get(scores.device.type, _COST["cuda"])
-    n, found, gain = counts.double(), [], 0.
+    price, items = _COST.get(scores.device.type, _COST["cuda"]), scores.shape[1]
+    sort, level = (fixed + each * items for fixed, each in (price.sort, price.level))
+    n, gains = counts.double(), {}
     for a in range(1, levels + 1):
-        direct = sum(float((n[:, a] * n[:, p.low:p.high + 1].sum(1)).mean()) for p in parts(a)) * triple
-        if direct <= level * scores.shape[1]: continue
-        found.append(a)
-        gain += direct - level * scores.shape[1]
-    return found if gain > sort * scores.shape[1] else []
+        triples = sum(float((n[:, a] * n[:, p.low:p.high + 1].sum(1)).mean()) for p in parts(a))
+        if triples * price.triple > level: gains[a] = triples * price.triple - level
+    return list(gains) if sum(gains.values()) > sort else []
 
 # %% ../nbs/01b_loglinear.ipynb #d858d26d
 # exponentials must not overflow; the table of boxes stays small (80 MB in float64)
