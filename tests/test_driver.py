@@ -93,7 +93,8 @@ def test_a_dead_kernel_is_tried_once_more(tmp_path, way):
     assert mark.read_text() == "xx" and "trying once more" in lines[0]
     mark.unlink()
     # a third and a fourth kernel would say no more
-    with pytest.raises(StudyFailed, match="died twice"): run_study(nb, tmp_path, {"seeds": 9}, say=None, retries=0, context=way())
+    with pytest.raises(StudyFailed, match="died twice"):
+        run_study(nb, tmp_path, {"seeds": 9}, say=None, retries=0, context=way())
 
 
 # which studies there are, and whether one has changed
