@@ -192,6 +192,7 @@ def _as_tensor(labels, name):
         raise ValueError(f"{name} must be integers, one row per image and -1 where unknown, got {shown}; "
                          "turn names into numbers first, for example with pandas.factorize.") from e
 
+# %% ../nbs/00_core.ipynb #a832fb51
 def _tree_break(labels):
     "The first (row, row, level) that shares `level` but not the next known coarser one, or None."
     # NumPy: a batch of 32 takes a third of the time, and a GPU is waited for once
