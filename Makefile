@@ -13,7 +13,7 @@ READY   := .venv/.installed
 
 help:
 	@echo "make reproduce   regenerate tables and figures (STUDY=10_benchmark, PROFILE=smoke|quick|full|network|paper)"
-	@echo "make test        run every notebook and every test, with coverage (ARGS='-k plots' for a part)"
+	@echo "make test        run every notebook and every test (ARGS='-k plots' for a part, ARGS=--cov for coverage)"
 	@echo "make gpu-check   on a machine with a GPU: check it in 8 minutes (ARGS='--device cpu' rehearses without one)"
 	@echo "make lab         open the notebooks in JupyterLab"
 	@echo "make prepare     after editing notebooks: export hapnb/, clean, rewrite README.md"
@@ -33,7 +33,7 @@ reproduce: $(READY)
 	@$(BIN)/hapnb reproduce $(STUDY) --profile $(PROFILE) $(ARGS)
 
 test: $(READY)
-	@$(BIN)/python -m pytest tests -q -n $(JOBS) --dist worksteal --cov --cov-report=term --durations=8 $(ARGS)
+	@$(BIN)/python -m pytest tests -q -n $(JOBS) --dist worksteal --durations=8 $(ARGS)
 
 gpu-check: $(READY)
 	@$(BIN)/python tools/gpu_check.py $(ARGS)

@@ -184,7 +184,10 @@ _PRELOAD = ("hapnb.study", "hapnb.recipes", "hapnb.data", "papermill", "ipykerne
 def study_context():
     "How studies are forked: a context of `multiprocessing`, or None where each begins as a new Python."
     import torch
-    with _environment(**_child_environment()): context = worker_context(torch.device("cpu"), _PRELOAD, {})
+    # a kernel that is ended by a signal leaves tqdm's lock to the resource tracker, which need not say so
+    quiet = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]))
+    with _environment(**_child_environment() | dict(PYTHONWARNINGS=quiet)):
+        context = worker_context(torch.device("cpu"), _PRELOAD, {})
     return context if context.get_start_method() == "forkserver" else None
 
 class _Forked:

@@ -140,7 +140,7 @@ def _serves(f, *tensors):
     return fits and readable(*tensors) and available(tensors[0].device)
 
 # %% ../nbs/01c_kernels.ipynb #a74e3f70
-def _scaled(f, *tensors): return [(t * getattr(f, "scale", 1.)).contiguous() for t in tensors]
+def _scaled(f, *tensors): return [(t * f.scale).contiguous() for t in tensors]
 
 def sums(f, # surrogate: Step, Sigmoid, Sup or Leaky; others are summed by plain PyTorch
          s: Tensor, # scores of items [Q, W], float32 or float64; -2^100 in empty slots
@@ -168,9 +168,9 @@ def _chunks(s, k):
     step = max(1, 2**24 // max(s.numel(), 1))
     return [slice(first, first + step) for first in range(0, k.shape[1], step)]
 
-# the surrogates' own methods take scaled scores once Step has a scale
 def _for_blocks(f, *tensors):
-    return [t.clamp(min=-1e38) for t in _scaled(f, *tensors)] if hasattr(Step, "scale") else tensors
+    "Scaled scores for the surrogates' own methods, which take no infinities."
+    return [t.clamp(min=-1e38) for t in _scaled(f, *tensors)]
 
 def _plain_sums(f, s, k):
     "As `sums`, in blocks."

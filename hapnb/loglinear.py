@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACCURACY', 'Accuracy', 'Edge', 'Pieces', 'pieces', 'rank_levels', 'choose']
 
-# %% ../nbs/01b_loglinear.ipynb #29782a09
+# %% ../nbs/01b_loglinear.ipynb #b935805f
 import math
 import warnings
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from .core import level_mask
 from .helpers import METHODS, readable
 from .ranking import Leaky, Sigmoid, Step, Sup, _pack
 
-# %% ../nbs/01b_loglinear.ipynb #e0271bcc
+# %% ../nbs/01b_loglinear.ipynb #f21662ad
 @dataclass(frozen=True)
 class Accuracy:
     "How the smooth part is computed: error relative to each sum, terms in a box, width of a box (in units of tau)."
@@ -30,9 +30,9 @@ class Accuracy:
     terms: int
     width: float
 
-ACCURACY = {torch.float64: Accuracy(1e-10, 14, 1.5), torch.float32: Accuracy(1e-6, 9, 1.4)}
+ACCURACY = {torch.float64: Accuracy(1e-10, 14, 1.5), torch.float32: Accuracy(1e-6, 11, 2.)}
 
-# %% ../nbs/01b_loglinear.ipynb #8693c00f
+# %% ../nbs/01b_loglinear.ipynb #de40832c
 @dataclass(frozen=True)
 class Edge:
     "A jump or a bend of a surrogate: beyond it, `jump + slope * (x - at)` is added."
@@ -52,7 +52,7 @@ class Pieces:
 def _above(x): return x > 0
 def _level_or_above(x): return x >= 0
 
-# %% ../nbs/01b_loglinear.ipynb #b6208862
+# %% ../nbs/01b_loglinear.ipynb #7b9e56b9
 @singledispatch
 def pieces(f) -> Pieces:
     "Take a surrogate apart; None for one that cannot be (it is then summed directly)."
@@ -78,7 +78,7 @@ def _(f: Leaky):
     top = Edge((1 - start) / rise, lambda x: rise * x + start >= 1, slope=-rise)
     return Pieces((Edge(0., _above, start, rise - leak), top), lean=leak)
 
-# %% ../nbs/01b_loglinear.ipynb #979a0edb
+# %% ../nbs/01b_loglinear.ipynb #9779fa71
 def _prefix(x):
     "Sums of the first 0, 1, .., n numbers of each row, float64 `[.., n + 1]`."
     out = torch.zeros(*x.shape[:-1], x.shape[-1] + 1, dtype=torch.float64, device=x.device)
@@ -93,7 +93,7 @@ def _suffix(x):
 
 def _take(x, column): return x if column is None else x.gather(-1, column)
 
-# %% ../nbs/01b_loglinear.ipynb #da3d8222
+# %% ../nbs/01b_loglinear.ipynb #89aa9367
 class _Rows:
     "Scores of a few queries, sorted from high to low; what follows from them is computed once, when asked for."
     def __init__(self, scores, shared):
@@ -120,7 +120,7 @@ class _Rows:
     def count(self, low, high): return _prefix(self("mask", low, high))
     def line(self, low, high, scale): return _prefix(self("mask", low, high) * self("centred", scale))
 
-# %% ../nbs/01b_loglinear.ipynb #28fefd57
+# %% ../nbs/01b_loglinear.ipynb #13cf9e37
 @patch
 def runs(self: _Rows, scale):
     "Where the run of equal scores that each column belongs to begins, and where the next run begins."
@@ -145,7 +145,7 @@ def beyond(self: _Rows, scale, edge, k):
         found, step = torch.where(ok, far, found), step >> 1
     return found
 
-# %% ../nbs/01b_loglinear.ipynb #07fedd28
+# %% ../nbs/01b_loglinear.ipynb #b308a702
 @lru_cache(32)
 def _table(boxes: int, accuracy: Accuracy, dtype, device: str) -> Tensor:
     "What moments of boxes add to polynomials of boxes `[terms * boxes, 2 * terms * boxes]`: sigmoid, derivative."
@@ -161,7 +161,7 @@ def _table(boxes: int, accuracy: Accuracy, dtype, device: str) -> Tensor:
         out.append(block.transpose(2, 0, 3, 1).reshape(p * boxes, p * boxes))
     return torch.from_numpy(np.concatenate(out, 1)).to(device, dtype)
 
-# %% ../nbs/01b_loglinear.ipynb #8bffdae9
+# %% ../nbs/01b_loglinear.ipynb #383a1664
 class _Boxes:
     "Sorted rows in boxes of equal width from the highest score down: sums of the sigmoid over sets of levels."
     def __init__(self, rows, scale, levels, sets, dtype):
@@ -183,7 +183,7 @@ class _Boxes:
         # what comes back
         self.outer = self.empty(len(self.sets))
 
-# %% ../nbs/01b_loglinear.ipynb #b46378ec
+# %% ../nbs/01b_loglinear.ipynb #7fbc4e42
 @patch
 def empty(self: _Boxes, sets): return self.y.new_zeros(self.accuracy.terms, len(self.y), sets * self.n)
 
@@ -202,7 +202,7 @@ def read(self: _Boxes, polynomials, index, y):
     for i in range(len(polynomials) - 2, -1, -1): value = torch.addcmul(polynomials[i].gather(1, index), value, y)
     return value
 
-# %% ../nbs/01b_loglinear.ipynb #7a078644
+# %% ../nbs/01b_loglinear.ipynb #03ff8dd5
 @patch
 def through(self: _Boxes, moments, table):
     "Polynomials `[terms (of each function in the table), q, sets * n]` from moments `[terms, q, sets, n]`."
@@ -210,7 +210,7 @@ def through(self: _Boxes, moments, table):
     out = moments.permute(1, 2, 0, 3).reshape(q * sets, p * n).to(table.dtype) @ table
     return out.view(q, sets, -1, n).permute(2, 0, 1, 3).reshape(-1, q, sets * n).double()
 
-# %% ../nbs/01b_loglinear.ipynb #50ea145b
+# %% ../nbs/01b_loglinear.ipynb #4768464d
 @lru_cache(64)
 def _tail(delta: float, error: float) -> tuple:
     "Coefficients c_r such that `1 - sigmoid(delta + y) = sum c_r exp(-r y)` for y >= 0, r = 1, 2, .."
@@ -224,7 +224,7 @@ def _tail(delta: float, error: float) -> tuple:
     t = (np.cos(np.pi * (np.arange(n) + .5) / n) + 1) / 2
     return tuple(np.linalg.solve(np.vander(t, increasing=True), a / (1 + a * t)).tolist())
 
-# %% ../nbs/01b_loglinear.ipynb #f70e8481
+# %% ../nbs/01b_loglinear.ipynb #82592616
 @patch
 def decay(self: _Rows, scale, r):
     "`exp(-r u)` of centred scores."
@@ -234,7 +234,7 @@ def decay(self: _Rows, scale, r):
 @patch
 def decays(self: _Rows, low, high, scale, r): return _prefix(self("mask", low, high) * self("decay", scale, r))
 
-# %% ../nbs/01b_loglinear.ipynb #e76956f2
+# %% ../nbs/01b_loglinear.ipynb #01155aff
 class _Sum:
     "The sum of one surrogate over one set of levels, at the positives in columns `k` of sorted rows."
     def __init__(self, rows, part, k, live, boxes, places):
@@ -253,7 +253,7 @@ class _Sum:
         if self.pieces.capped: self._cap(*self.edges[0])
         if self.pieces.sigmoid: self._sigmoid(k)
 
-# %% ../nbs/01b_loglinear.ipynb #948073ed
+# %% ../nbs/01b_loglinear.ipynb #c4fd475f
 @patch
 def _lean(self: _Sum):
     if not self.pieces.lean: return
@@ -272,7 +272,7 @@ def _edge(self: _Sum, edge, place):
     self.value = self.value + edge.slope * (line - n * (self.at + edge.at))
     self.fall = self.fall + edge.slope * n
 
-# %% ../nbs/01b_loglinear.ipynb #1893ec14
+# %% ../nbs/01b_loglinear.ipynb #7049b60e
 @patch
 def _cap(self: _Sum, edge, place, n):
     "Beyond the first edge the sigmoid stays where it is: take away what it rises there."
@@ -285,7 +285,7 @@ def _cap(self: _Sum, edge, place, n):
         part = power * self.rows("decays", *self.set, self.scale, r).gather(1, place)
         self.value, self.fall = self.value + c * part, self.fall - r * c * part
 
-# %% ../nbs/01b_loglinear.ipynb #9a695d5a
+# %% ../nbs/01b_loglinear.ipynb #cd92a439
 @patch
 def _sigmoid(self: _Sum, k):
     boxes, first = self.boxes, self.boxes.sets.index(self.set) * self.boxes.n
@@ -293,7 +293,7 @@ def _sigmoid(self: _Sum, k):
     self.value = self.value + boxes.read(boxes.sigmoid, self.box, self.y)
     self.fall = self.fall + boxes.read(boxes.derivative, self.box, self.y)
 
-# %% ../nbs/01b_loglinear.ipynb #cba7c8c3
+# %% ../nbs/01b_loglinear.ipynb #eeca24ee
 @patch
 def pull(self: _Sum, outer, grad):
     "Send `outer [q, P]` back: add `sum_k outer_k f'(u_j - u_k)` to `grad [q, N]` of the items of the set."
@@ -319,7 +319,7 @@ def _pull_tail(self: _Sum, weight, behind):
         total = total + r * c * self.rows("decay", self.scale, r) * _suffix(weight).gather(1, behind)
     return total
 
-# %% ../nbs/01b_loglinear.ipynb #fa508088
+# %% ../nbs/01b_loglinear.ipynb #1954d21a
 @patch
 def pulled(self: _Boxes):
     "What all targets send back to each item, through the derivative of the sigmoid `[q, N]`."
@@ -329,7 +329,7 @@ def pulled(self: _Boxes):
     for i, (low, high) in enumerate(self.sets): by_level[:, :, low:high + 1] += back[:, :, i, None]
     return self.read(by_level.flatten(2), self.own, self.y)
 
-# %% ../nbs/01b_loglinear.ipynb #bc57ad71
+# %% ../nbs/01b_loglinear.ipynb #427de523
 def _few_rows(scores, shared, counts, index, levels, chosen, parts, combine, total, grad):
     "As `rank_levels`, for as many queries as fit a cache."
     rows, need = _Rows(scores, shared), grad is not None
@@ -363,7 +363,7 @@ def _pull(found, outer, live, k, back):
         s.pull(o, back)
     back.add_(own) if k is None else back.scatter_add_(1, k, own)
 
-# %% ../nbs/01b_loglinear.ipynb #f4c7cecb
+# %% ../nbs/01b_loglinear.ipynb #44611e8b
 # scores at once: a few arrays of this size fit a CPU's cache
 def _slab(device): return 2**17 if device.type == "cpu" else 2**24
 
@@ -375,22 +375,27 @@ def rank_levels(scores, shared, counts, index, levels, chosen, parts, combine, t
         _few_rows(scores[r], shared[r], counts[r], index[r], levels, chosen, parts, combine, total[r],
                   None if grad is None else grad[r])
 
-# %% ../nbs/01b_loglinear.ipynb #366a1704
-# what one query costs, in ns: a triple of the direct way; the sort and a level of the log-linear way, for each item
-_COST = {"cpu": (1.4, 70., 80.), "cuda": (0.02, 0.5, 0.5)}
+# %% ../nbs/01b_loglinear.ipynb #6cdc5790
+# prices in ns: a triple of the direct way; for a query, and for each of its items, the sort and every level
+@dataclass(frozen=True)
+class _Prices:
+    triple: float
+    sort: tuple
+    level: tuple
+
+_COST = {"cpu": _Prices(1.6, (30e3, 110.), (60e3, 120.)), "cuda": _Prices(0.005, (50., 0.5), (50., 0.5))}
 
 def _worth_it(scores, counts, levels, parts):
     "The levels that are cheaper in the log-linear way."
-    triple, sort, level = _COST.get(scores.device.type, _COST["cuda"])
-    n, found, gain = counts.double(), [], 0.
+    price, items = _COST.get(scores.device.type, _COST["cuda"]), scores.shape[1]
+    sort, level = (fixed + each * items for fixed, each in (price.sort, price.level))
+    n, gains = counts.double(), {}
     for a in range(1, levels + 1):
-        direct = sum(float((n[:, a] * n[:, p.low:p.high + 1].sum(1)).mean()) for p in parts(a)) * triple
-        if direct <= level * scores.shape[1]: continue
-        found.append(a)
-        gain += direct - level * scores.shape[1]
-    return found if gain > sort * scores.shape[1] else []
+        triples = sum(float((n[:, a] * n[:, p.low:p.high + 1].sum(1)).mean()) for p in parts(a))
+        if triples * price.triple > level: gains[a] = triples * price.triple - level
+    return list(gains) if sum(gains.values()) > sort else []
 
-# %% ../nbs/01b_loglinear.ipynb #a8caf0de
+# %% ../nbs/01b_loglinear.ipynb #d858d26d
 # exponentials must not overflow; the table of boxes stays small (80 MB in float64)
 _HIGHEST, _LARGEST = 690., 2200
 
@@ -406,7 +411,7 @@ def _too_wide(scores, surrogate):
     # written so that scores which are not finite are too wide
     return not (exponent <= _HIGHEST and accuracy.terms * (wide / accuracy.width + 9) <= _LARGEST)
 
-# %% ../nbs/01b_loglinear.ipynb #aa261780
+# %% ../nbs/01b_loglinear.ipynb #e36946ee
 def choose(scores, counts, levels, parts, method):
     "The levels whose positives `rank_score` ranks in the log-linear way; none where the values cannot be read."
     if not readable(scores, counts) or not scores.numel(): return []

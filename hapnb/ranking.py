@@ -395,7 +395,8 @@ def rank_score(scores: Tensor, # similarity of each query and item, floats [Q, N
     """Sum, over the positives of each query, what their smoothed ranks are worth.
 
     Time O(Q P N) or, log-linear, O(Q N log N). Memory O(Q N) for any number of positives; O(Q P N) for second
-    derivatives and inside `torch.func`. A surrogate too narrow for the log-linear way is a warning, and summed directly."""
+    derivatives and inside `torch.func`. A surrogate too narrow for the log-linear way is a warning, and is summed
+    directly."""
     if not scores.is_floating_point(): raise ValueError(f"scores must be floats, got {scores.dtype}.")
     if scores.ndim != 2 or scores.shape != shared.shape:
         sizes = f"scores are {tuple(scores.shape)} but shared levels {tuple(shared.shape)}"

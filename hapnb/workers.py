@@ -195,7 +195,8 @@ def worker_context(device,
 def share_server():
     "Have this process, a descendant of the server, fork its own workers from the same server."
     from multiprocessing import forkserver, resource_tracker
-    forkserver._forkserver.ensure_running = resource_tracker.ensure_running
+    # Python 3.14 asks for a key that only the starter has: there, a server of its own is started
+    if sys.version_info < (3, 14): forkserver._forkserver.ensure_running = resource_tracker.ensure_running
 
 # %% ../nbs/37_workers.ipynb #98a0ab0c
 class Progress:

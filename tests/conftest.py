@@ -50,8 +50,9 @@ def pytest_collection_modifyitems(config, items):
     The first process begins with the studies. They share features of images, for which a second one would wait.
     """
     processes = getattr(config, "workerinput", {}).get("workercount", 1)
-    notebooks = sorted((i for i in items if i.path.name == "test_notebooks.py"), key=lambda i: "[studies/" not in i.name)
     others = [i for i in items if i.path.name != "test_notebooks.py"]
+    notebooks = [i for i in items if i.path.name == "test_notebooks.py"]
+    notebooks.sort(key=lambda i: "[studies/" not in i.name)
     items.clear()
     # xdist gives each process neighbours: first as many as there are for each
     for left in range(processes, 0, -1):

@@ -6,16 +6,22 @@ import pytest
 
 from hapnb import driver
 from hapnb.driver import (
-    check_parameters, find_studies, pick_studies, run_study, study_state, StudyFailed, unfinished_cell)
+    check_parameters, find_studies, pick_studies, run_study, study_context, study_state, StudyFailed,
+    unfinished_cell)
 from hapnb.helpers import UserError
 from toy_study import PARAMETERS, STUDY, write_study
 
 
-def test_runs_with_types_and_keeps_the_notebook(tmp_path, capfd):
+# a study begins as a new Python, or as a fork of a server where there is one
+WAYS = pytest.mark.parametrize("way", [lambda: None, study_context], ids=["new", "forked"])
+
+
+@WAYS
+def test_runs_with_types_and_keeps_the_notebook(tmp_path, capfd, way):
     cells = ["print(seeds, lr * 10, flag, store)", "import os; print(os.getcwd())", ""]
     nb, lines = write_study(tmp_path / "a {b}/10_x.ipynb", cells=cells), []
     given = {"lr": "1e-4", "flag": "true", "seeds": "3"}
-    done = run_study(nb, tmp_path / "store", given, say=lines.append)
+    done = run_study(nb, tmp_path / "store", given, say=lines.append, context=way())
     assert lines == ["3 0.001 True runs", str(nb.parent)], "nothing but the study's own output"
     assert done == tmp_path / "store/notebooks/10_x.ipynb" and unfinished_cell(done) is None
     assert "TCP without encryption" not in "".join(capfd.readouterr())
@@ -77,16 +83,18 @@ def test_failures_name_notebook_and_cell(tmp_path, cell, text):
     assert e.value.notebook.exists() and e.value.cell == 4 and str(e.value.notebook) in str(e.value)
 
 
-def test_a_dead_kernel_is_tried_once_more(tmp_path):
+@WAYS
+def test_a_dead_kernel_is_tried_once_more(tmp_path, way):
     mark = tmp_path / "mark"
     die = (f"import os, pathlib, signal\nm = pathlib.Path({str(mark)!r})\nn = len(m.read_text()) if m.exists() else 0\n"
            "m.write_text('x' * (n + 1))\nif n < seeds: os.kill(os.getpid(), signal.SIGKILL)")
     nb, lines = write_study(tmp_path / "x.ipynb", cells=[die]), []
-    run_study(nb, tmp_path, {"seeds": 1}, say=lines.append)
+    run_study(nb, tmp_path, {"seeds": 1}, say=lines.append, context=way())
     assert mark.read_text() == "xx" and "trying once more" in lines[0]
     mark.unlink()
     # a third and a fourth kernel would say no more
-    with pytest.raises(StudyFailed, match="died twice"): run_study(nb, tmp_path, {"seeds": 9}, say=None, retries=0)
+    with pytest.raises(StudyFailed, match="died twice"):
+        run_study(nb, tmp_path, {"seeds": 9}, say=None, retries=0, context=way())
 
 
 # which studies there are, and whether one has changed

@@ -51,17 +51,22 @@ class Server:
         return status, self.log.read_text(errors="replace") if self.log.exists() else "", seconds
 
 
+def run_alone(path):
+    "Exit status and output of a notebook in a process that imports everything itself."
+    done = subprocess.run(**command(path), capture_output=True, text=True, timeout=LIMIT)
+    return done.returncode, done.stdout + done.stderr, None
+
+
+def forked(path):
+    "Whether a notebook can be forked: Linux only, and Triton's interpreter must be chosen before Triton is imported."
+    return sys.platform == "linux" and "TRITON_INTERPRET" not in path.read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="session")
 def run_notebook(tmp_path_factory):
-    "From the path of a notebook to its exit status, output and CPU seconds: a fork on Linux, a new process elsewhere."
-    if sys.platform != "linux":
-        def run(path):
-            done = subprocess.run(**command(path), capture_output=True, text=True, timeout=LIMIT)
-            return done.returncode, done.stdout + done.stderr, None
-        yield run
-        return
+    "From the path of a notebook to its exit status, output and CPU seconds."
     server = Server(tmp_path_factory.mktemp("notebook") / "log")
-    yield server.run
+    yield lambda path: server.run(path) if forked(path) else run_alone(path)
     if server.process: server.stop()
 
 

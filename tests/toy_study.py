@@ -106,7 +106,7 @@ def write_study(path, parameters=PARAMETERS, cells=(), tags=("parameters",), ker
     return path
 
 
-def run_here(notebook, executed, parameters, say):
+def run_here(notebook, executed, parameters, say, *_):
     "Run the cells of a notebook in this process; takes and returns the same as `driver._papermill`, in milliseconds."
     nb, names, status = nbformat.read(notebook, 4), {}, 0
     cells = [c for c in nb.cells if c.cell_type == "code"]
