@@ -24,6 +24,7 @@ from .helpers import (KERNELS, METHODS, _full, _is_batched, check_choice, check_
 class Step:
     "The exact step `[x >= 0]`; it has no derivative."
     smooth, scale = False, 1.
+    def __repr__(self): return "Step()"
     def __call__(self, x): return (x >= 0).to(x.dtype)
 
 # %% ../nbs/01_ranking.ipynb #222192fe
