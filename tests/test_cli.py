@@ -248,7 +248,10 @@ def test_a_killed_command_leaves_no_process(clone, tmp_path, kind, studies):
             "time.sleep(60)")
     for i, name in enumerate(studies): write_study(clone / f"nbs/studies/3{i}_{name}.ipynb", STUDY, [cell])
     argv = [sys.executable, "-m", "hapnb.cli", "reproduce", *studies, "--device", "cpu", "--store", str(tmp_path)]
-    p = subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=clone, stdout=subprocess.DEVNULL)
+    # a test process of xdist ignores SIGINT, and its children would inherit that
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    p = subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=clone, stdout=subprocess.DEVNULL,
+                         preexec_fn=heard)
     for _ in range(600):
         kernels = [int(k.name.removeprefix("kernel")) for k in tmp_path.glob("kernel*")]
         if len(kernels) == len(studies): break

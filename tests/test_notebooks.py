@@ -110,7 +110,8 @@ def test_no_notebook_outlives_the_tests(tmp_path, end):
         if note.exists(): break
         time.sleep(0.1)
     family = psutil.Process(server.process.pid).children(recursive=True)
-    assert len(family) == 2
+    # the notebook and its own process, and with some versions of Python a tracker of resources
+    assert len(family) >= 2
     # a test process that is killed closes its end of the pipe
     if end == "the server is killed": server.process.send_signal(signal.SIGKILL)
     server.stop()

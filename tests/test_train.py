@@ -217,7 +217,8 @@ def test_training_with_a_memory_is_the_papers_two_terms(loss, unique):
             value.backward()
             opt.step()
     for p, q in zip([*t.net.parameters(), *t.loss.parameters()], [*net.parameters(), *own.parameters()]):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+        # one float32 rounding is multiplied by 1 / tau = 100 in every step
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
     assert "memory" not in t.history[0]
     for r, want in zip(t.history[1:], memory_terms[1:]):
         assert r["memory"] == pytest.approx(np.mean(want), rel=1e-4)
