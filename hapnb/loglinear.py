@@ -383,7 +383,7 @@ class _Prices:
     sort: tuple
     level: tuple
 
-_COST = {"cpu": _Prices(1.6, (30e3, 110.), (60e3, 120.)), "cuda": _Prices(0.005, (50., 0.5), (50., 0.5))}
+_COST = {"cpu": _Prices(1.2, (23e3, 95.), (26e3, 33.)), "cuda": _Prices(0.005, (50., 0.5), (50., 0.5))}
 
 def _worth_it(scores, counts, levels, parts):
     "The levels that are cheaper in the log-linear way."
