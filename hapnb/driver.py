@@ -108,6 +108,7 @@ def unfinished_cell(executed) -> tuple: # (number of the code cell, its status, 
 _CHILD = """import json, os, sys, threading
 asked = json.loads(sys.stdin.readline())
 def follow():
+    "End with the parent, which holds the other end of standard input."
     while os.read(0, 1): pass
     os._exit(1)
 threading.Thread(target=follow, daemon=True).start()
@@ -282,18 +283,24 @@ def poll(self: _Kernel):
 
 @patch
 def wait(self: _Kernel, timeout=None):
+    "Its exit status; `jupyter_client` asks when the kernel has ended, so `timeout` is not needed."
     while self.poll() is None: time.sleep(.02)
     return self.returncode
 
 @patch
 def send_signal(self: _Kernel, number):
+    "Send a signal, if it still runs."
     if self.poll() is None: os.kill(self.pid, number)
 
 @patch
-def terminate(self: _Kernel): self.send_signal(signal.SIGTERM)
+def terminate(self: _Kernel):
+    "Ask it to end."
+    self.send_signal(signal.SIGTERM)
 
 @patch
-def kill(self: _Kernel): self.send_signal(signal.SIGKILL)
+def kill(self: _Kernel):
+    "End it at once."
+    self.send_signal(signal.SIGKILL)
 
 # %% ../nbs/60_driver.ipynb #bbdd676e
 def run_study(notebook, # path of the notebook

@@ -54,23 +54,27 @@ def _level_or_above(x): return x >= 0
 
 # %% ../nbs/01b_loglinear.ipynb #7b9e56b9
 @singledispatch
-def pieces(f) -> Pieces:
-    "Take a surrogate apart; None for one that cannot be (it is then summed directly)."
+def _pieces(f): "Take a surrogate apart; None where this cannot be done."
 
-@pieces.register
+@lru_cache(256)
+def pieces(f) -> Pieces:
+    "Take a surrogate apart; None for one that is not known here, a subclass included: it is then summed directly."
+    return _pieces(f) if type(f) in _pieces.registry else None
+
+@_pieces.register
 def _(f: Step): return Pieces((Edge(0., _level_or_above, jump=1.),))
 
-@pieces.register
+@_pieces.register
 def _(f: Sigmoid): return Pieces(sigmoid=True)
 
-@pieces.register
+@_pieces.register
 def _(f: Sup):
     delta, start, jump, rho, _ = f.pieces
     at_zero = [Edge(0., _above, start - 0.5 * f.strict), Edge(0., _level_or_above, 0.5 * f.strict)]
     first = Edge(delta, lambda x: x > delta, jump, rho)
     return Pieces((first, *[e for e in at_zero if e.jump]), sigmoid=True, capped=True)
 
-@pieces.register
+@_pieces.register
 def _(f: Leaky):
     rise, start, leak = f.beta, f.gamma, f.leak
     if rise < 0: return None
@@ -232,7 +236,9 @@ def decay(self: _Rows, scale, r):
     return self("decay", scale, r - 1) * self("decay", scale, 1)
 
 @patch
-def decays(self: _Rows, low, high, scale, r): return _prefix(self("mask", low, high) * self("decay", scale, r))
+def decays(self: _Rows, low, high, scale, r):
+    "Running sums of `exp(-r u)` over the items of some levels."
+    return _prefix(self("mask", low, high) * self("decay", scale, r))
 
 # %% ../nbs/01b_loglinear.ipynb #01155aff
 class _Sum:
@@ -330,7 +336,7 @@ def pulled(self: _Boxes):
     return self.read(by_level.flatten(2), self.own, self.y)
 
 # %% ../nbs/01b_loglinear.ipynb #427de523
-def _few_rows(scores, shared, counts, index, levels, chosen, parts, combine, total, grad):
+def _one_slab(scores, shared, counts, index, levels, chosen, parts, combine, total, grad):
     "As `rank_levels`, for as many queries as fit a cache."
     rows, need = _Rows(scores, shared), grad is not None
     sums = {a: parts(a) for a in chosen}
@@ -372,7 +378,7 @@ def rank_levels(scores, shared, counts, index, levels, chosen, parts, combine, t
     height = max(1, _slab(scores.device) // max(scores.shape[1], 1))
     for first in range(0, len(scores), height):
         r = slice(first, first + height)
-        _few_rows(scores[r], shared[r], counts[r], index[r], levels, chosen, parts, combine, total[r],
+        _one_slab(scores[r], shared[r], counts[r], index[r], levels, chosen, parts, combine, total[r],
                   None if grad is None else grad[r])
 
 # %% ../nbs/01b_loglinear.ipynb #6cdc5790

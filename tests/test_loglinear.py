@@ -109,14 +109,18 @@ def test_a_narrow_sigmoid_falls_back_and_says_so():
 
 
 def test_a_surrogate_of_your_own_is_summed_directly():
-    class Ramp(Sigmoid):
-        pass
-    class Line:
-        smooth, scale = True, 1.
-        def sums(self, sj, sk, scratch=None): return (sj - sk).mul(sj > -1e6).sum(-1), sj
-        def derivative(self, sj, scratch=None): return (sj > -1e6).to(sj.dtype).expand(-1, -1, -1)
-    assert loglinear.pieces(Ramp()) is not None
-    assert loglinear.pieces(Line()) is None
+    "A subclass may be another function, so it is not taken apart either."
+    class Half(Sigmoid):
+        def __call__(self, x): return super().__call__(x) / 2
+        def sums(self, sj, sk, scratch=None):
+            total, saved = super().sums(sj, sk, scratch)
+            return total / 2, saved
+        def derivative(self, saved, scratch=None): return super().derivative(saved, scratch) / 2
+    scores, shared = torch.rand(4, 60, dtype=torch.float64), levels_of((4, 60))
+    agree(Half(), scores, shared)
+    weight = torch.ones(4)
+    whole, half = (sums(f, scores, shared, 2, "loglinear", weight) for f in (Sigmoid(), Half()))
+    for w, h in zip(whole, half): torch.testing.assert_close(h, w / 2)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 5), (2, 700)])
