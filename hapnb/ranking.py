@@ -332,12 +332,14 @@ def _level_by_kernels(kernels, slab, index, a, parts, combine, total, grad):
     "As `_level`, with whole sums from kernels instead of blocks."
     k, live, kcol = slab.positives(a)
     if not k.shape[1]: return
+    # positives that are packed to the left leave empty slots on the right
+    filled = None if live is None or kcol is None else slab.counts[:, a]
     groups = [slab.lay(p, 1., _Scratch(k)) for p in parts]
-    worth, outer = combine(a, [kernels.sums(f, s, k) for s, _, f in groups], index)
+    worth, outer = combine(a, [kernels.sums(f, s, k, filled) for s, _, f in groups], index)
     total += _live(worth, live).sum(1)
     for (s, col, f), o in zip(groups, outer) if grad is not None else []:
         if o is None or not f.smooth: continue
-        ds, dk = kernels.pull(f, s, k, _live(o, live))
+        ds, dk = kernels.pull(f, s, k, _live(o, live), filled)
         _spread(grad, slice(None), [(kcol, dk), (col, ds)])
 
 # %% ../nbs/01_ranking.ipynb #2842613b

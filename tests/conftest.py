@@ -5,6 +5,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,6 +42,18 @@ def golden_inputs(case):
         C, G, E = (r.standard_normal((n, D)) for n in (labels[-1, 0] + 1, labels[-1, 1] + 1, B))
         x = C[labels[:, 0]] + 0.6 * G[labels[:, 1]] + 0.8 * E
     return torch.tensor(x / np.sqrt((x ** 2).sum(1, keepdims=True))), torch.tensor(labels)
+
+
+def without_kernels(monkeypatch):
+    "Let the rank engine work in blocks, whatever is installed."
+    from hapnb.helpers import KERNELS
+    monkeypatch.setitem(KERNELS._items, "cpu", SimpleNamespace(available=lambda scores: False))
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    "The rank engine without the kernels that are installed."
+    without_kernels(monkeypatch)
 
 
 @pytest.hookimpl(trylast=True)
