@@ -212,4 +212,4 @@ def pull(f, s: Tensor, k: Tensor, # as in `sums`; f has a derivative
     return ds, dk
 
 # %% ../nbs/01d_compiled.ipynb #3bf8823f
-KERNELS.register("cpu")(SimpleNamespace(available=available, sums=sums, pull=pull))
+KERNELS.register("cpu")(SimpleNamespace(available=available, surrogates=set(_KINDS), sums=sums, pull=pull))

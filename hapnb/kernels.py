@@ -162,7 +162,7 @@ def pull(f, s: Tensor, k: Tensor, # as in `sums`; f has a derivative
     return _launch(f, s, k, o, slope=True), -o * _launch(f, k, s, slope=True)
 
 # %% ../nbs/01c_kernels.ipynb #d4e97609
-KERNELS.register("cuda")(SimpleNamespace(available=available, sums=sums, pull=pull))
+KERNELS.register("cuda")(SimpleNamespace(available=available, surrogates=set(_KINDS), sums=sums, pull=pull))
 
 # %% ../nbs/01c_kernels.ipynb #b290b432
 def _chunks(s, k):

@@ -5,7 +5,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,16 +43,11 @@ def golden_inputs(case):
     return torch.tensor(x / np.sqrt((x ** 2).sum(1, keepdims=True))), torch.tensor(labels)
 
 
-def without_kernels(monkeypatch):
-    "Let the rank engine work in blocks, whatever is installed."
-    from hapnb.helpers import KERNELS
-    monkeypatch.setitem(KERNELS._items, "cpu", SimpleNamespace(available=lambda scores: False))
-
-
 @pytest.fixture
-def blocks(monkeypatch):
+def blocks():
     "The rank engine without the kernels that are installed."
-    without_kernels(monkeypatch)
+    from hapnb.ranking import without_kernels
+    with without_kernels(): yield
 
 
 @pytest.hookimpl(trylast=True)
