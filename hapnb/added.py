@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SiMixLoss', 'coding_rate', 'AntiCollapseLoss']
 
-# %% ../nbs/11_added.ipynb #b6348ece
+# %% ../nbs/11_added.ipynb #74efe052
 import inspect
 
 import torch
@@ -17,7 +17,7 @@ from .helpers import LOSSES, check_choice, check_number, readable
 from .losses import RankLoss, make_loss
 from .proxies import CSLLoss, ProxyLoss
 
-# %% ../nbs/11_added.ipynb #2b20f78d
+# %% ../nbs/11_added.ipynb #72687f6e
 def _base_loss(outer: EmbeddingLoss, # whose base it is
                base: str, args: dict, # its name, and its own arguments
                kinds: type, # what it must be
@@ -32,7 +32,7 @@ def _base_loss(outer: EmbeddingLoss, # whose base it is
     taken = inspect.signature(cls.__init__).parameters
     return make_loss(base, **{k: v for k, v in given.items() if k in taken and v is not None}, **(args or {}))
 
-# %% ../nbs/11_added.ipynb #9083a45f
+# %% ../nbs/11_added.ipynb #cec5f93c
 def _class_pairs(y: Tensor): # classes, LongTensor [N] -> LongTensor [V], LongTensor [V], BoolTensor [V] or None
     "List the pairs of images of one known class, or all pairs and which of them are meant."
     if readable(y): return *((y[:, None] == y) & (y >= 0)).triu(1).nonzero(as_tuple=True), None
@@ -44,7 +44,7 @@ def _joined(kept: Tensor, more: Tensor, n: int) -> Tensor: # BoolTensor [Q, n + 
     if kept is None: kept = torch.zeros(len(more), n, dtype=torch.bool, device=more.device)
     return torch.cat([kept, more], 1)
 
-# %% ../nbs/11_added.ipynb #8aeb3021
+# %% ../nbs/11_added.ipynb #2ed3f73e
 @LOSSES.register()
 class SiMixLoss(EmbeddingLoss):
     """Add a virtual image for each pair of a class to the batch of a rank loss (SiMix, Patel et al., CVPR 2022).
@@ -54,7 +54,7 @@ class SiMixLoss(EmbeddingLoss):
     def __init__(self,
                  base: str = "SmoothRecallLoss", # name of a rank loss
                  base_args: dict = None, # its arguments, but for level, similarity and reduction
-                 share: float = None, # of the first image in a mixture, 0..1; None: uniform in 0..1, drawn for each pair
+                 share: float = None, # of the first image in a mixture, 0..1; None: drawn for each pair, uniform
                  level: int = 0, # column of the labels whose classes are mixed, and the base's level if it has one
                  similarity: str = "cosine", reduction: str = "mean"):
         super().__init__(similarity, reduction)
@@ -66,7 +66,7 @@ class SiMixLoss(EmbeddingLoss):
     @property
     def with_query(self): return getattr(self.base, "with_query", True)
 
-# %% ../nbs/11_added.ipynb #aade58fe
+# %% ../nbs/11_added.ipynb #2e4a4a2f
 @patch
 def mixed(self: SiMixLoss, batch: Batch) -> tuple: # (Batch, parents LongTensor [V] twice, BoolTensor [V] or None)
     "Add the virtual images to a batch, and list their parents."
@@ -82,7 +82,7 @@ def mixed(self: SiMixLoss, batch: Batch) -> tuple: # (Batch, parents LongTensor 
     if meant is not None: out = _joined(None, ~meant.expand(len(queries), -1), n) | (False if out is None else out)
     return Batch(queries, own, emb, labels, batch.square, out), i, j, meant
 
-# %% ../nbs/11_added.ipynb #73fdf2fb
+# %% ../nbs/11_added.ipynb #69505f46
 @patch
 def values(self: SiMixLoss, batch: Batch):
     "The base's value of each query, `[Q]`, with half of those of its mixtures; queries count as in the base."
@@ -97,7 +97,7 @@ def values(self: SiMixLoss, batch: Batch):
     # the mean over all images, the virtual ones included
     return whole * counts[:n].sum() / counts.sum().clamp(min=1), counts[:n]
 
-# %% ../nbs/11_added.ipynb #cef0b413
+# %% ../nbs/11_added.ipynb #3075c97f
 def coding_rate(rows: Tensor, # floats [n, D]; only their directions matter
                 eps: float = 0.5, # error up to which they are described
                 ) -> Tensor: # scalar, 0 or more, in nats
@@ -107,7 +107,7 @@ def coding_rate(rows: Tensor, # floats [n, D]; only their directions matter
     eye = torch.eye(len(gram), dtype=x.dtype, device=x.device)
     return torch.linalg.slogdet(eye + D / (n * eps**2) * gram)[1] / 2
 
-# %% ../nbs/11_added.ipynb #e4d5b164
+# %% ../nbs/11_added.ipynb #b6aef2f3
 @LOSSES.register()
 class AntiCollapseLoss(EmbeddingLoss):
     """Add a price for a low coding rate to another loss (Anti-Collapse, Jiang et al., IEEE TMM 2024).
@@ -117,7 +117,7 @@ class AntiCollapseLoss(EmbeddingLoss):
     def __init__(self,
                  base: str = "ProxyAnchorLoss", # name of a loss of hapnb
                  base_args: dict = None, # its arguments, but for those below
-                 weight: float = 1., # of the term
+                 rate_weight: float = 1., # of the term
                  gamma: float = 0.01, # how fast the term falls with the coding rate
                  eps: float = 0.5, # error of the coding rate
                  on: str = "embeddings", # whose rate: of the batch's "embeddings", or of the "proxies"
@@ -127,7 +127,8 @@ class AntiCollapseLoss(EmbeddingLoss):
                  similarity: str = "cosine", # of a base that takes it
                  reduction: str = "mean"):
         super().__init__(similarity, reduction)
-        self.weight, self.gamma = check_number("weight", weight, least=0), check_number("gamma", gamma, least=0)
+        self.rate_weight = check_number("rate_weight", rate_weight, least=0)
+        self.gamma = check_number("gamma", gamma, least=0)
         self.eps, self.on = check_number("eps", eps, above=0), check_choice("on", on, ("embeddings", "proxies"))
         given = dict(num_classes=num_classes, embedding_size=embedding_size, proxy_labels=proxy_labels,
                      num_images=num_images, level=check_number("level", level, least=0, whole=True))
@@ -137,7 +138,7 @@ class AntiCollapseLoss(EmbeddingLoss):
         if on == "proxies" and self.proxies() is None:
             raise ValueError(f"on='proxies': {base} has no proxies; choose a base such as ProxyAnchorLoss.")
 
-# %% ../nbs/11_added.ipynb #33416cff
+# %% ../nbs/11_added.ipynb #c8ab9f19
 @patch
 def proxies(self: AntiCollapseLoss) -> Tensor: # [C, D], or None
     "Find the proxies of the base."
@@ -153,7 +154,7 @@ def set_rows(self: AntiCollapseLoss, rows: Tensor): # LongTensor [Q]
     "Say which images the next call is about, to a base that asks for them."
     if hasattr(self.base, "set_rows"): self.base.set_rows(rows)
 
-# %% ../nbs/11_added.ipynb #b19bf395
+# %% ../nbs/11_added.ipynb #46080c89
 @patch
 def values(self: AntiCollapseLoss, batch: Batch):
     "The base's value of each query plus the term, `[Q]`; queries count as in the base."
@@ -161,4 +162,4 @@ def values(self: AntiCollapseLoss, batch: Batch):
     rows = batch.emb if self.on == "embeddings" else self.proxies().to(v.dtype)
     term = torch.exp(-self.gamma * coding_rate(rows, self.eps))
     self.note(base=(v * counts).sum() / counts.sum().clamp(min=1), collapse=term)
-    return v + self.weight * term, counts
+    return v + self.rate_weight * term, counts

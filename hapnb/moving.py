@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MovingAPLoss']
 
-# %% ../nbs/03b_moving.ipynb #f6940c65
+# %% ../nbs/03b_moving.ipynb #75167fc0
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -14,7 +14,7 @@ from torch import Tensor
 from .core import Batch, EmbeddingLoss
 from .helpers import LOSSES, check_number, readable
 
-# %% ../nbs/03b_moving.ipynb #29a24fec
+# %% ../nbs/03b_moving.ipynb #b570a30a
 def _hinge_sums(scores: Tensor, # similarities [Q, N]
                 weights: list, # some tensors [Q, N]
                 margin: float) -> list: # one tensor [Q, N] for each of `weights`
@@ -28,14 +28,14 @@ def _hinge_sums(scores: Tensor, # similarities [Q, N]
         sums.append(tails[2] - 2 * x * tails[1] + x * x * tails[0])
     return sums
 
-# %% ../nbs/03b_moving.ipynb #9261d85c
+# %% ../nbs/03b_moving.ipynb #a17758fc
 @LOSSES.register()
 class MovingAPLoss(EmbeddingLoss):
     """Maximise average precision over the whole set, a ratio of moving averages (SOAP, Qi et al., NeurIPS 2021).
 
     Called as `loss(embeddings [Q, D], labels [Q] or [Q, L], ref_emb=None, ref_labels=None)`; say before with
     `set_rows(rows [Q])` which images of the training set these are, else the batch stands alone. The query is left out
-    of its own set, by index. Queries without a positive do not count. In [0, 1]. Buffers `mean_pos`, `mean_all`
+    of its own set, by index. Queries without a positive do not count. In [0, 1]. Buffers `mean_neg`, `mean_all`
     `[num_images]`, 0 for images not seen yet. Time O(Q N log N), memory O(QN)."""
     with_query = False
 
@@ -52,9 +52,9 @@ class MovingAPLoss(EmbeddingLoss):
         if gamma > 1: raise ValueError(f"gamma must be above 0 and at most 1, got {gamma!r}.")
         self.level, self._rows = check_number("level", level, least=0, whole=True), None
         images = 0 if num_images is None else check_number("num_images", num_images, least=1, whole=True)
-        for name in ("mean_pos", "mean_all"): self.register_buffer(name, torch.zeros(images))
+        for name in ("mean_neg", "mean_all"): self.register_buffer(name, torch.zeros(images))
 
-# %% ../nbs/03b_moving.ipynb #978bfe43
+# %% ../nbs/03b_moving.ipynb #4191426a
 @patch
 def set_rows(self: MovingAPLoss,
              rows: Tensor): # LongTensor [Q]: which images of the training set the next batch holds, 0 to num_images - 1
@@ -65,7 +65,7 @@ def set_rows(self: MovingAPLoss,
                          f"{n} images; give it num_images, the number of images of the training set.")
     self._rows = rows
 
-# %% ../nbs/03b_moving.ipynb #dd46e3e3
+# %% ../nbs/03b_moving.ipynb #73766a42
 @patch
 def _moved(self: MovingAPLoss, now: Tensor, has: Tensor) -> Tensor: # means of the batch [2, Q] -> averages [2, Q]
     "Move the averages of the batch's images; in training mode keep them."
@@ -73,14 +73,14 @@ def _moved(self: MovingAPLoss, now: Tensor, has: Tensor) -> Tensor: # means of t
     if rows is None: return now
     if len(rows) != len(has): raise ValueError(f"set_rows named {len(rows)} images, but the batch has {len(has)}.")
     rows = rows.to(self.mean_all.device)
-    old = torch.stack([self.mean_pos[rows], self.mean_all[rows]]).to(now)
+    old = torch.stack([self.mean_neg[rows], self.mean_all[rows]]).to(now)
     new = torch.where(old[1] > 0, old + self.gamma * (now - old), now)
     if self.training:
-        for mean, value in zip((self.mean_pos, self.mean_all), new.detach().to(self.mean_all)):
+        for mean, value in zip((self.mean_neg, self.mean_all), new.detach().to(self.mean_all)):
             mean[rows[has]] = value[has]
     return new
 
-# %% ../nbs/03b_moving.ipynb #16125ae6
+# %% ../nbs/03b_moving.ipynb #414e4e42
 @patch
 def values(self: MovingAPLoss, batch: Batch):
     "One minus the estimated average precision of each query, `[Q]`, and which queries have a positive."
@@ -88,8 +88,8 @@ def values(self: MovingAPLoss, batch: Batch):
     if batch.square: shared.fill_diagonal_(-1)
     scores, pos, here = batch.scores(), shared == 1, shared >= 0
     has, number = pos.any(1), (pos.sum(1) * here.sum(1)).clamp(min=1)
-    sums = _hinge_sums(scores, [pos.to(scores.dtype), here.to(scores.dtype)], self.margin)
+    sums = _hinge_sums(scores, [(shared == 0).to(scores.dtype), here.to(scores.dtype)], self.margin)
     now = torch.stack([torch.where(pos, x, 0.).sum(1) / number for x in sums])
-    u_pos, u_all = self._moved(now, has)
-    # a positive is in its own tail, so both means are above 0 where there is one
-    return torch.where(has, 1 - u_pos / torch.where(has, u_all, 1.), 0.), has
+    u_neg, u_all = self._moved(now, has)
+    # a positive is in its own tail, so the mean over all items is above 0 where there is one
+    return torch.where(has, u_neg / torch.where(has, u_all, 1.), 0.), has
