@@ -6,7 +6,8 @@
 __all__ = ['ASSETS', 'LEVELS', 'OPEN_WORLD', 'SOURCES', 'EMOJIBASE', 'BUILT_WITH', 'FIXES', 'MIT_TEXT', 'LICENCES',
            'check_sha256', 'find_parquet', 'read', 'load_emoji', 'open_world_parts', 'Source', 'fetch', 'read_json',
            'code_key', 'read_concepts', 'slug', 'name_index', 'match', 'icon_svg', 'draw', 'keep_rows', 'gather',
-           'to_table', 'write_table', 'build', 'other_versions', 'attribution', 'pixel_sha256', 'data_card']
+           'to_table', 'write_table', 'build', 'write_part', 'other_versions', 'attribution', 'pixel_sha256',
+           'data_card']
 
 # %% ../nbs/21_emoji.ipynb #0b666dbf
 import functools, hashlib, io, json, re, shutil, subprocess, tarfile, tempfile, unicodedata
@@ -328,6 +329,14 @@ def write_table(table: pa.Table, path):
         pq.write_table(table, part, version="2.6", compression="NONE", use_dictionary=texts, write_statistics=False,
                        row_group_size=2000, data_page_version="1.0", store_schema=True)
 
+# %% ../nbs/21_emoji.ipynb #60157b64
+def _write_checked(table, folder):
+    "Write emoji.parquet and emoji.sha256; give the SHA-256."
+    write_table(table, folder / "emoji.parquet")
+    sha = hashlib.sha256((folder / "emoji.parquet").read_bytes()).hexdigest()
+    write_atomic(folder / "emoji.sha256", f"{sha}  emoji.parquet\n")
+    return sha
+
 # %% ../nbs/21_emoji.ipynb #38c96c60
 def build(out, # folder to write to
           cache=None, # folder for the npm tarballs (34 MB); default: a temporary one
@@ -340,12 +349,21 @@ def build(out, # folder to write to
         frame, pixels = gather(cache or tmp, size, sources)
     keep = keep_rows(frame.concept, pixels)
     table = to_table(frame.iloc[keep], pixels[keep], sources)
-    write_table(table, out / "emoji.parquet")
-    sha = hashlib.sha256((out / "emoji.parquet").read_bytes()).hexdigest()
-    write_atomic(out / "emoji.sha256", f"{sha}  emoji.parquet\n")
+    sha = _write_checked(table, out)
     write_atomic(out / "ATTRIBUTION.md", attribution(table, sources, size))
     write_atomic(out / "DATA_CARD.md", data_card(table, sha, size, len(frame)))
     return sha
+
+# %% ../nbs/21_emoji.ipynb #9a63f7b6
+def write_part(folder, # to write to
+               every: int = 8, # one concept in `every` is taken
+               ) -> str: # SHA-256 of the parquet file
+    "Write emoji.parquet and emoji.sha256 with some of the bundled concepts, as a `data_dir` for `load`."
+    table, _ = read()
+    frame = table.select(["concept", "group", "split", "open_world"]).to_pandas()
+    unknown = frame.open_world == "unlabelled unknown"
+    number = frame.groupby(["split", unknown, "group"])["concept"].transform(lambda names: pd.factorize(names)[0])
+    return _write_checked(table.filter(pa.array(number % every == 0)), Path(folder))
 
 # %% ../nbs/21_emoji.ipynb #fd5dc582
 def other_versions() -> dict: # package -> (installed or None, the version that made the bundled file)

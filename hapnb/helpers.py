@@ -117,7 +117,7 @@ DATASETS = Registry("dataset", late=_late(
 TRUNKS = Registry("trunk", late=_late(
     trunks="googlenet bn_inception deit_small deit_base vit_small vit_base vit_small_dino vit_base_dino"))
 CLUSTERERS = Registry("clusterer", late=_late(hilander="hilander"))
-KERNELS = Registry("kernel", late=_late(kernels="cuda"))
+KERNELS = Registry("kernel", late=_late(kernels="cuda", compiled="cpu"))
 METHODS = Registry("method", late=_late(loglinear="loglinear"))
 
 # %% ../nbs/90_helpers.ipynb #2744612f

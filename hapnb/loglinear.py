@@ -8,7 +8,7 @@ __all__ = ['ACCURACY', 'Accuracy', 'Edge', 'Pieces', 'pieces', 'rank_levels', 'c
 # %% ../nbs/01b_loglinear.ipynb #b935805f
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, singledispatch
 from types import SimpleNamespace
 from typing import Callable
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .core import level_mask
 from .helpers import METHODS, readable
-from .ranking import Leaky, Sigmoid, Step, Sup, _pack
+from .ranking import Leaky, Sigmoid, Step, Sup, _kernels, _pack
 
 # %% ../nbs/01b_loglinear.ipynb #f21662ad
 @dataclass(frozen=True)
@@ -390,10 +390,17 @@ class _Prices:
     level: tuple
 
 _COST = {"cpu": _Prices(1.2, (23e3, 95.), (26e3, 33.)), "cuda": _Prices(0.005, (50., 0.5), (50., 0.5))}
+# with compiled loops only the direct way costs less
+_COMPILED = replace(_COST["cpu"], triple=0.42)
+
+def _prices(scores, parts):
+    "What a computation costs on the device of the scores, with the kernels that can be had for level 1."
+    if scores.device.type != "cpu": return _COST["cuda"]
+    return _COMPILED if _kernels(scores, parts(1)) else _COST["cpu"]
 
 def _worth_it(scores, counts, levels, parts):
     "The levels that are cheaper in the log-linear way."
-    price, items = _COST.get(scores.device.type, _COST["cuda"]), scores.shape[1]
+    price, items = _prices(scores, parts), scores.shape[1]
     sort, level = (fixed + each * items for fixed, each in (price.sort, price.level))
     n, gains = counts.double(), {}
     for a in range(1, levels + 1):

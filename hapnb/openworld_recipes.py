@@ -67,7 +67,8 @@ _published("pss/inat-vit", 0.65, "PSS ViT")
 # %% ../nbs/52_openworld_recipes.ipynb #33af7a9f
 # (1 - cosine) / 2 to the nearest class: the limit that the official implementation draws and never applies
 DISTANCE = 0.15
-_SHORT = {"smoke": dict(base=dict(epochs=2), hilander=dict(epochs=3), select=dict(threshold=-1.), rounds=2),
+_SHORT = {"smoke": dict(base=dict(epochs=2, batch_size=64), hilander=dict(epochs=3), select=dict(threshold=-1.),
+                        rounds=2),
           "network": dict(base=dict(freeze="bn", epochs=20, lr=1e-4, weight_decay=1e-4,
                                     groups={"trunk": {"lr": 5e-5}}))}
 

@@ -41,7 +41,7 @@ def environment(accelerator=None, # or a device; default: the CPU
     from importlib.metadata import PackageNotFoundError, version
     out = dict(python=platform.python_version(), system=platform.platform(), host=socket.gethostname())
     out["commit"] = _commit()
-    for name in ("hapnb", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "faiss-gpu"):
+    for name in ("hapnb", "torch", "torchvision", "timm", "accelerate", "numpy", "numba", "pillow", "faiss-gpu"):
         try: out[name] = version(name)
         except PackageNotFoundError: out[name] = None
     device = getattr(accelerator, "device", None) or torch.device(accelerator or "cpu")

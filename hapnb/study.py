@@ -13,6 +13,7 @@ __all__ = ['WrongUse', 'profile_settings', 'figures_dir', 'Study', 'begin', 'che
 # %% ../nbs/62_study.ipynb #1d3964c1
 import hashlib, json, re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,9 @@ from .driver import (
     check_parameters, code_hash, declared_parameters, find_studies, from_root, pick_studies, PROFILES, run_study,
     study_state, StudyFailed, StudyFile, unfinished_cell)
 from .grids import change_fields, Grid, grid, read_run, run_grid, RunError
-from .helpers import (
-    check_choice, check_number, commit, made_once, pick_device, repo_root, UserError, write_atomic, _forced_at)
+from hapnb.helpers import (
+    check_choice, check_number, commit, file_hash, made_once, pick_device, repo_root, UserError, write_atomic,
+    _forced_at)
 from .measure import compare_times, machine, others_load, peak_memory, peak_resident, time_pairs
 from .statistics import equivalence, holm, Interval, interval, paired_test, summarise
 from .tables import (
@@ -80,6 +82,13 @@ class Study:
         "`grid` with this study's seeds."
         return grid(base, self.seeds, **axes)
 
+# %% ../nbs/62_study.ipynb #9838116f
+def _part_of_emoji(store):
+    "The folder of the store that holds a part of the bundled images; made the first time."
+    from hapnb.emoji import find_parquet, write_part
+    recipe = dict(of=file_hash(find_parquet()), every=8)
+    return made_once(store / "derived" / "emoji-part", recipe, partial(write_part, every=recipe["every"]))
+
 # %% ../nbs/62_study.ipynb #8dc12490
 def begin(name: str, # of the notebook: "10_benchmark"
           # the parameters of the notebook
@@ -91,13 +100,14 @@ def begin(name: str, # of the notebook: "10_benchmark"
     settings = profile_settings(profile, **special)
     n = settings.pop("seeds")
     seeds, jobs = check_number("seeds", seeds, least=0, whole=True), check_number("jobs", jobs, least=0, whole=True)
-    processor = pick_device(device)
+    processor, store = pick_device(device), from_root(store)
     out = from_root(out) if out else figures_dir(profile, dataset, store) / name
     out.mkdir(parents=True, exist_ok=True)
     # the server of workers imports while the notebook does
     if not alone: worker_context(processor)
-    return Study(name, profile, dataset, str(from_root(data_dir)) if data_dir else "", seeds or n, device, jobs or None,
-                 from_root(store), out, settings)
+    if data_dir: data_dir = from_root(data_dir)
+    elif profile == "smoke" and dataset == "emoji" and not alone: data_dir = _part_of_emoji(store)
+    return Study(name, profile, dataset, str(data_dir), seeds or n, device, jobs or None, store, out, settings)
 
 # %% ../nbs/62_study.ipynb #6effcfeb
 @patch

@@ -43,6 +43,13 @@ def golden_inputs(case):
     return torch.tensor(x / np.sqrt((x ** 2).sum(1, keepdims=True))), torch.tensor(labels)
 
 
+@pytest.fixture
+def blocks():
+    "The rank engine without the kernels that are installed."
+    from hapnb.ranking import without_kernels
+    with without_kernels(): yield
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     """Let each process begin with its part of the notebooks, the longest tests: all end at about the same time.

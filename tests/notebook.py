@@ -43,9 +43,17 @@ class InPlace(CachingCompiler):
 
 
 class Shell(CaptureShell):
-    "The shell of nbdev_test, with exported cells in their place."
+    "The shell of nbdev_test, with exported cells in their place; it shows each result once and keeps no output."
     compiler_class = InPlace
     places = exported_cells()
+
+    # "retina" would draw four times the pixels
+    def __init__(self, path): super().__init__(path, mpl_format="png")
+
+    def run(self, code, **kwargs):
+        "As the parent's, which then formats the result a second time for the outputs of the notebook."
+        done = self.run_cell(code)
+        self.result, self.exc = done.result.result, done.exception
 
     def cell(self, cell, **kwargs):
         self.compile.place = self.places.get(cell.get("id"))

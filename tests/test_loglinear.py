@@ -10,6 +10,9 @@ from hapnb.core import level_counts
 from hapnb.losses import make_loss
 from hapnb.ranking import Leaky, Part, Sigmoid, Step, Sup, rank_score
 
+# the direct way without kernels
+pytestmark = pytest.mark.usefixtures("blocks")
+
 SURROGATES = {"Step": Step(), "Sigmoid": Sigmoid(), "Sigmoid, wide": Sigmoid(.3), "Sup": Sup(),
               "Sup, strict": Sup(strict=True), "Sup, iNat": Sup(offset=1., start=0.),
               "Sup, continuous": Sup(offset=None),

@@ -5,6 +5,7 @@ import copy
 import inspect
 import math
 import pickle
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from hapnb.losses import (AMSoftmaxLoss, CalibrationLoss, CrossEntropyLoss, CSLL
                           ProxyAnchorLoss, ROADMAPLoss, SmoothAPLoss, SmoothHAPLoss, SmoothNDCGLoss, SmoothRecallLoss,
                           SupAPLoss, SupNDCGLoss, SupRecallLoss,
                           make_loss)
+from hapnb.ranking import without_kernels
 from conftest import examples
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -131,15 +133,16 @@ def make(build, depth, **k):
 
 
 def compare(name, p, dtype=torch.float64, rel=1e-9):
-    "The loss against its loop; rank losses also in the log-linear way, which `auto` leaves to large batches."
+    "The loss against its loop; rank losses also in blocks and in the log-linear way."
     build, by_hand = ALL[name]
     want = by_hand(p)
     want, slopes = mean(*want) if name in RANK else want
     gradients = to_embeddings(slopes, p.q, p.r, p.cosine)
-    ways = [{}, {"method": "loglinear"}] if name in RANK else [{}]
-    for way in ways:
-        loss = make(build, p.depth, similarity="cosine" if p.cosine else "dot", **way)
-        compare_one(loss, f"{name} {way}", p, want, gradients, dtype, rel)
+    for way in ("kernels", "blocks", "loglinear") if name in RANK else (None,):
+        how = {"method": way} if way == "loglinear" else {}
+        loss = make(build, p.depth, similarity="cosine" if p.cosine else "dot", **how)
+        with without_kernels() if way == "blocks" else nullcontext():
+            compare_one(loss, f"{name}, {way}", p, want, gradients, dtype, rel)
 
 
 def compare_one(loss, name, p, want, gradients, dtype, rel):

@@ -16,7 +16,7 @@ from hapnb.config import RunConfig
 from hapnb.data import load
 from hapnb.helpers import KERNELS, atomic_path, hardware
 from hapnb.metrics import evaluate, recall_at_k
-from hapnb.ranking import Leaky, Sigmoid, Step, Sup
+from hapnb.ranking import Leaky, Sigmoid, Step, Sup, without_kernels
 from hapnb.retrieval import import_faiss
 from hapnb.runs import environment
 from hapnb.samplers import MPerClassSampler
@@ -291,7 +291,7 @@ def measure_loss(part, key, emb, labels, known, stopped):
         value.backward()
         return value
     try:
-        with without_kernel(device) if method == "no kernel" else contextlib.nullcontext():
+        with without_kernels(device.type) if method == "no kernel" else contextlib.nullcontext():
             value, seconds = step().item(), timed(step, device, 3)
             memory = measure.peak_memory(step, device)
     except torch.OutOfMemoryError: return dict(result="not measured: out of memory")
@@ -305,15 +305,6 @@ def predicted(known):
     "The next of a series of times, for a batch of twice the size: between 2 and 8 times the last."
     if len(known) < 2: return 8 * sum(known)
     return known[-1] * min(max(known[-1] / known[-2], 2), 8)
-
-
-@contextlib.contextmanager
-def without_kernel(device):
-    "The rank engine without its kernel."
-    kept = KERNELS.get(device.type)
-    KERNELS.register(device.type)(SimpleNamespace(available=lambda scores: False))
-    try: yield
-    finally: KERNELS.register(device.type)(kept)
 
 
 def compare_methods(part, B):
