@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .batches import cached_features, FeatureBatches, ImageBatches, _images, _loader, _pack, _View
 from .config import check_names, load_splits, RunConfig, _weights_id
 from .core import as_relevance, check_labels, EmbeddingLoss
-from .helpers import cache_folder, derive_seed, pick_device, UserError, _seeded
+from .helpers import cache_folder, derive_seed, pick_device, TRUNKS, UserError, _seeded
 from .large_batches import check_memory, CrossBatchMemory, memory_part
 from .losses import make_loss
 from .models import Head, make_trunk, RetrievalNet, test_transform, train_transform, trunk_info
@@ -239,9 +239,21 @@ def features_of(cfg: RunConfig, dataset, device="cpu", progress: bool = False) -
     return _IN_MEMORY[key]
 
 # %% ../nbs/33_build.ipynb #4a448f80
+# settings -> the trunk that was built last: the parts of a dataset and the rounds of an open world need the same one
+_LAST_TRUNK = {}
+
+def _frozen_trunk(cfg):
+    "The trunk of a config, which is built once as long as no other one is asked for."
+    made_by = [cfg.trunk, cfg.trunk_args, _weights_id(cfg.pretrained), cfg.seed if cfg.pretrained is False else None]
+    key = json.dumps(made_by, sort_keys=True), TRUNKS.get(cfg.trunk) if cfg.trunk in TRUNKS else None
+    if key not in _LAST_TRUNK:
+        _LAST_TRUNK.clear()
+        _LAST_TRUNK[key] = build_trunk(cfg)
+    return _LAST_TRUNK[key]
+
 def _features(cfg, dataset, device, progress):
     "Features from disk, or computed."
-    trunk = build_trunk(cfg)
+    trunk = _frozen_trunk(cfg)
     transform = _test_transform(cfg, trunk)
     images = _images(cfg, dataset, transform)
     return cached_features(trunk, images, cfg.pooling, device=device, cache_dir=cache_folder(), progress=progress,
