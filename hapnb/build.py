@@ -155,12 +155,30 @@ def evaluate_run(cfg: RunConfig, data: RunData,
                  z: Tensor, # embeddings [M, D] of the evaluation part
                  device="cpu",
                  dry: bool = False, # check the arguments only
+                 per_query: bool = False, # add "per_query": {metric: float32 [M]}, for the metrics that claims are about
                  ) -> dict: # metric -> number; None where it is not finite
     "Evaluate embeddings as a config asks, by its protocol."
     asked = dict(levels=cfg.eval_levels, ks=cfg.ks, metrics=cfg.metrics, relevance=as_relevance(cfg.relevance))
     meta = getattr(data.test, "meta", None)
+    # each draw of a random gallery has other queries
+    if per_query and data.protocol.get("kind") != "random-gallery": asked["per_query"] = True
     found = evaluate_protocol(z, data.test_labels, meta, data.protocol, **asked, device=device, dry=dry)
-    return {k: (v if isinstance(v, int) else float(v) if math.isfinite(v) else None) for k, v in found.items()}
+    values = found.pop("per_query", {})
+    out = {k: (v if isinstance(v, int) else float(v) if math.isfinite(v) else None) for k, v in found.items()}
+    return {**out, "per_query": _by_image(values, meta, len(z))} if per_query else out
+
+# families of metrics whose values of single queries are kept with a run
+_KEPT = ("R@1", "AP", "mAP@R", "H-AP")
+
+def _by_image(values, meta, M):
+    "Values of single queries as one value per image; NaN where an image is no query or has no positive."
+    part = [] if meta is None or "part" not in meta else np.asarray(meta["part"])
+    query, out = np.flatnonzero(part == "query"), {}
+    for name, v in values.items():
+        if name.split("_level")[0] not in _KEPT or len(v) not in (M, len(query)): continue
+        out[name] = np.full(M, np.nan, dtype=np.float32)
+        out[name][slice(None) if len(v) == M else query] = v
+    return out
 
 # %% ../nbs/33_build.ipynb #20ba09f4
 def _sample(labels, width):
