@@ -154,11 +154,15 @@ def _pull_loop(kind):
     return loop
 
 # %% ../nbs/01d_compiled.ipynb #26581f6c
+@lru_cache(maxsize=64)
+def _numbers(f, real):
+    "The constants of a surrogate, 0, 1/2, 1 and the bound of empty slots in one number format."
+    return tuple(real(v) for v in (*_constants(f), 0, .5, 1, -2.**99))
+
 def _share(loop, f, *rows):
     "Call `loop` with the constants of `f` on equal parts of all `rows` (they share the first axis), one per thread."
     s, k = rows[:2]
-    real = s.dtype.type
-    c = tuple(real(v) for v in (*_constants(f), 0, .5, 1, -2.**99))
+    c = _numbers(f, s.dtype.type)
     # a million triples take about a millisecond, a thread a tenth of that
     parts = max(1, min(torch.get_num_threads(), len(s), s.size * k.shape[1] >> 20))
     cuts = [slice(len(s) * i // parts, len(s) * (i + 1) // parts) for i in range(parts)]
@@ -187,13 +191,13 @@ def _works():
 def _arrays(filled, *tensors):
     "NumPy views, and how many positives each query has."
     Q, P = tensors[1].shape
-    filled = torch.full((Q,), P) if filled is None else filled
-    return [t.numpy() for t in (*tensors[:2], filled.long(), *tensors[2:])]
+    filled = np.full(Q, P) if filled is None else filled.numpy()
+    return [tensors[0].numpy(), tensors[1].numpy(), filled, *(t.numpy() for t in tensors[2:])]
 
 def sums(f, # surrogate: Step, Sigmoid, Sup or Leaky
          s: Tensor, # scores of items [Q, W], float32 or float64 on the CPU; -2^100 in empty slots
          k: Tensor, # scores of positives [Q, P]
-         filled: Tensor = None, # positives of each query, integers [Q], packed to the left; None: P
+         filled: Tensor = None, # positives of each query, int64 [Q], packed to the left; None: P
          ) -> Tensor: # [Q, P]; 1 in empty slots
     "Sum `f(s_j - s_k)` over the items, for each positive; memory O(Q (W + P))."
     out = torch.empty_like(k, memory_format=torch.contiguous_format)
