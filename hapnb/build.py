@@ -98,7 +98,7 @@ def make_loss_for(cfg: RunConfig, labels: Tensor, # [N, L], of the training part
     # [C, L]: the levels of each class
     table = labels[torch.from_numpy(first[classes >= 0])]
     make = lambda: make_loss(cfg.loss, num_classes=int(labels[:, level].max()) + 1, embedding_size=width,
-                             proxy_labels=table, **cfg.loss_args)
+                             proxy_labels=table, num_images=len(labels), **cfg.loss_args)
     if any(type(v) is int and v > 4096 for v in cfg.loss_args.values()): _check_room(cfg.loss, make)
     with _seeded(derive_seed(cfg.seed, "init", "loss")), _room("the loss"): return make()
 

@@ -18,7 +18,8 @@ LABELS = {"few": torch.stack([torch.arange(48) // 4, HALF], 1),
           "unknown": torch.stack([(torch.arange(48) // 4).where(torch.arange(48) % 5 > 0, torch.tensor(-1)), HALF], 1)}
 LOSSES = [("SmoothAPLoss", {}), ("SupAPLoss", {}), ("SupAPLoss", dict(strict=True)), ("SupAPLoss", dict(delta=None)),
           ("SupAPLoss", dict(start=0., offset=1.)), ("SupAPLoss", dict(offset=None)), ("HAPLoss", {}),
-          ("HAPLoss", dict(with_hrank=True)), ("SmoothHAPLoss", {}), ("SupRecallLoss", {}), ("SupNDCGLoss", {})]
+          ("HAPLoss", dict(with_hrank=True)), ("SmoothHAPLoss", {}), ("SupRecallLoss", {}), ("SupNDCGLoss", {}),
+          ("PNPLoss", {})]
 by_loss = pytest.mark.parametrize("name,args", LOSSES, ids=[f"{n}-{'-'.join(a)}".strip("-") for n, a in LOSSES])
 
 
