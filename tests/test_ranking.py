@@ -47,13 +47,13 @@ class Plain:
         return (s * scale)[:, None, :] - (k * scale)[:, :, None], (s > -HUGE / 2)[:, None, :]
 
     @classmethod
-    def sums(cls, f, s, k, filled=None):
+    def sums(cls, f, s, k):
         cls.calls += 1
         x, live = cls.differences(f, s, k)
         return torch.where(live, curve(f, x), 0.).sum(-1)
 
     @classmethod
-    def pull(cls, f, s, k, outer, filled=None):
+    def pull(cls, f, s, k, outer):
         x, live = cls.differences(f, s, k)
         x = x.requires_grad_()
         with torch.enable_grad(): inner, = torch.autograd.grad(curve(f, x).sum(), x)
