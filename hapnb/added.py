@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SiMixLoss', 'coding_rate', 'AntiCollapseLoss']
 
-# %% ../nbs/11_added.ipynb #74efe052
+# %% ../nbs/11_added.ipynb #372aaa8f
 import inspect
 
 import torch
@@ -17,7 +17,7 @@ from .helpers import LOSSES, check_choice, check_number, readable
 from .losses import RankLoss, make_loss
 from .proxies import CSLLoss, ProxyLoss
 
-# %% ../nbs/11_added.ipynb #72687f6e
+# %% ../nbs/11_added.ipynb #28f0558d
 def _base_loss(outer: EmbeddingLoss, # whose base it is
                base: str, args: dict, # its name, and its own arguments
                kinds: type, # what it must be
@@ -27,12 +27,12 @@ def _base_loss(outer: EmbeddingLoss, # whose base it is
     if not inspect.isclass(cls) or not issubclass(cls, kinds):
         raise ValueError(f"{name} cannot take {base!r} as its base: it needs a "
                          f"{'rank loss, such as SupRecallLoss' if kinds is RankLoss else 'loss of hapnb'}.")
-    for k in set(args or {}) & {*given, "reduction"}:
+    for k in sorted({*(args or ())} & {*given, "reduction"}):
         raise ValueError(f"base_args must not hold {k!r}: give it to {name} itself.")
     taken = inspect.signature(cls.__init__).parameters
     return make_loss(base, **{k: v for k, v in given.items() if k in taken and v is not None}, **(args or {}))
 
-# %% ../nbs/11_added.ipynb #cec5f93c
+# %% ../nbs/11_added.ipynb #b25e97bc
 def _class_pairs(y: Tensor): # classes, LongTensor [N] -> LongTensor [V], LongTensor [V], BoolTensor [V] or None
     "List the pairs of images of one known class, or all pairs and which of them are meant."
     if readable(y): return *((y[:, None] == y) & (y >= 0)).triu(1).nonzero(as_tuple=True), None
@@ -44,7 +44,7 @@ def _joined(kept: Tensor, more: Tensor, n: int) -> Tensor: # BoolTensor [Q, n + 
     if kept is None: kept = torch.zeros(len(more), n, dtype=torch.bool, device=more.device)
     return torch.cat([kept, more], 1)
 
-# %% ../nbs/11_added.ipynb #2ed3f73e
+# %% ../nbs/11_added.ipynb #7bb70c0f
 @LOSSES.register()
 class SiMixLoss(EmbeddingLoss):
     """Add a virtual image for each pair of a class to the batch of a rank loss (SiMix, Patel et al., CVPR 2022).
@@ -66,7 +66,7 @@ class SiMixLoss(EmbeddingLoss):
     @property
     def with_query(self): return getattr(self.base, "with_query", True)
 
-# %% ../nbs/11_added.ipynb #2e4a4a2f
+# %% ../nbs/11_added.ipynb #6536a338
 @patch
 def mixed(self: SiMixLoss, batch: Batch) -> tuple: # (Batch, parents LongTensor [V] twice, BoolTensor [V] or None)
     "Add the virtual images to a batch, and list their parents."
@@ -82,7 +82,7 @@ def mixed(self: SiMixLoss, batch: Batch) -> tuple: # (Batch, parents LongTensor 
     if meant is not None: out = _joined(None, ~meant.expand(len(queries), -1), n) | (False if out is None else out)
     return Batch(queries, own, emb, labels, batch.square, out), i, j, meant
 
-# %% ../nbs/11_added.ipynb #69505f46
+# %% ../nbs/11_added.ipynb #4148b506
 @patch
 def values(self: SiMixLoss, batch: Batch):
     "The base's value of each query, `[Q]`, with half of those of its mixtures; queries count as in the base."
@@ -97,17 +97,17 @@ def values(self: SiMixLoss, batch: Batch):
     # the mean over all images, the virtual ones included
     return whole * counts[:n].sum() / counts.sum().clamp(min=1), counts[:n]
 
-# %% ../nbs/11_added.ipynb #3075c97f
+# %% ../nbs/11_added.ipynb #e08eba01
 def coding_rate(rows: Tensor, # floats [n, D]; only their directions matter
                 eps: float = 0.5, # error up to which they are described
                 ) -> Tensor: # scalar, 0 or more, in nats
-    "Compute the coding rate of some directions (Yu et al., NeurIPS 2020, equation 7)."
+    "Compute the coding rate of some directions (Yu et al., NeurIPS 2020)."
     x, (n, D) = unit_rows(rows), rows.shape
     gram = x @ x.T if n < D else x.T @ x
     eye = torch.eye(len(gram), dtype=x.dtype, device=x.device)
     return torch.linalg.slogdet(eye + D / (n * eps**2) * gram)[1] / 2
 
-# %% ../nbs/11_added.ipynb #b6aef2f3
+# %% ../nbs/11_added.ipynb #e048e67c
 @LOSSES.register()
 class AntiCollapseLoss(EmbeddingLoss):
     """Add a price for a low coding rate to another loss (Anti-Collapse, Jiang et al., IEEE TMM 2024).
@@ -133,12 +133,14 @@ class AntiCollapseLoss(EmbeddingLoss):
         given = dict(num_classes=num_classes, embedding_size=embedding_size, proxy_labels=proxy_labels,
                      num_images=num_images, level=check_number("level", level, least=0, whole=True))
         self.base = _base_loss(self, base, base_args, EmbeddingLoss, similarity=similarity, **given)
+        if level and getattr(self.base, "level", None) is None:
+            raise ValueError(f"level={level}: {base} has no level of its own; leave it out.")
         # HIST takes its input as it is
         self.similarity, self.any_length = self.base.similarity, self.base.any_length
         if on == "proxies" and self.proxies() is None:
             raise ValueError(f"on='proxies': {base} has no proxies; choose a base such as ProxyAnchorLoss.")
 
-# %% ../nbs/11_added.ipynb #c8ab9f19
+# %% ../nbs/11_added.ipynb #14837f64
 @patch
 def proxies(self: AntiCollapseLoss) -> Tensor: # [C, D], or None
     "Find the proxies of the base."
@@ -154,7 +156,7 @@ def set_rows(self: AntiCollapseLoss, rows: Tensor): # LongTensor [Q]
     "Say which images the next call is about, to a base that asks for them."
     if hasattr(self.base, "set_rows"): self.base.set_rows(rows)
 
-# %% ../nbs/11_added.ipynb #46080c89
+# %% ../nbs/11_added.ipynb #98e05ca6
 @patch
 def values(self: AntiCollapseLoss, batch: Batch):
     "The base's value of each query plus the term, `[Q]`; queries count as in the base."

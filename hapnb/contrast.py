@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HMLCLoss']
 
-# %% ../nbs/02c_contrast.ipynb #740020d1
+# %% ../nbs/02c_contrast.ipynb #832ecb3f
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from .core import Batch, EmbeddingLoss
 from .helpers import LOSSES, check_flag, check_number
 
-# %% ../nbs/02c_contrast.ipynb #97ae45ed
+# %% ../nbs/02c_contrast.ipynb #5c0a17e5
 def _first_of_class(y: Tensor) -> Tensor: # classes, LongTensor [N], -1 = unknown -> BoolTensor [N]
     "Tell which rows are the first of their class; a row without a known class always is."
     order = y.argsort(stable=True)
@@ -21,7 +21,7 @@ def _first_of_class(y: Tensor) -> Tensor: # classes, LongTensor [N], -1 = unknow
     new = torch.cat([torch.ones_like(y[:1], dtype=torch.bool), sorted_y[1:] != sorted_y[:-1]]) | (sorted_y < 0)
     return torch.zeros_like(new).scatter(0, order, new)
 
-# %% ../nbs/02c_contrast.ipynb #9ab533c4
+# %% ../nbs/02c_contrast.ipynb #73b32253
 def _supcon(logits: Tensor, # similarities over the temperature [Q, N]
             shared: Tensor, # integers [Q, N]: 1 positive, 0 negative, -1 not in the retrieval set
             ) -> tuple: # values [Q] and BoolTensor [Q] of the queries that have a positive
@@ -32,7 +32,7 @@ def _supcon(logits: Tensor, # similarities over the temperature [Q, N]
     own = torch.where(pos, logits, 0.).sum(1) / number.clamp(min=1)
     return torch.where(number > 0, bottom - own, 0.), number > 0
 
-# %% ../nbs/02c_contrast.ipynb #3bb9cf62
+# %% ../nbs/02c_contrast.ipynb #71e6d8ca
 @LOSSES.register()
 class HMLCLoss(EmbeddingLoss):
     """Tell the positives of each level by a softmax over the batch (HMLC, Zhang et al., CVPR 2022, HiMulConE).
@@ -54,7 +54,7 @@ class HMLCLoss(EmbeddingLoss):
         self.one_per_class = check_flag("one_per_class", one_per_class)
         self.constraint = check_flag("constraint", constraint)
 
-# %% ../nbs/02c_contrast.ipynb #b04bc26e
+# %% ../nbs/02c_contrast.ipynb #bacafa98
 @patch
 def level_part(self: HMLCLoss, batch: Batch, logits: Tensor, l: int) -> tuple: # contributions [Q], BoolTensor [Q]
     "Compute what each query adds to the mean of level `l` (0 = finest), and which queries count there."
@@ -68,7 +68,7 @@ def level_part(self: HMLCLoss, batch: Batch, logits: Tensor, l: int) -> tuple: #
     has = has & stay
     return each * has / has.sum().clamp(min=1), has
 
-# %% ../nbs/02c_contrast.ipynb #992f9f8b
+# %% ../nbs/02c_contrast.ipynb #2269f703
 @patch
 def values(self: HMLCLoss, batch: Batch):
     "Each query's contribution to the levels, `[Q]`, and which queries have a positive at some level."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MovingAPLoss']
 
-# %% ../nbs/03b_moving.ipynb #75167fc0
+# %% ../nbs/03b_moving.ipynb #16f4c80b
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -14,7 +14,7 @@ from torch import Tensor
 from .core import Batch, EmbeddingLoss
 from .helpers import LOSSES, check_number, readable
 
-# %% ../nbs/03b_moving.ipynb #b570a30a
+# %% ../nbs/03b_moving.ipynb #b879d995
 def _hinge_sums(scores: Tensor, # similarities [Q, N]
                 weights: list, # some tensors [Q, N]
                 margin: float) -> list: # one tensor [Q, N] for each of `weights`
@@ -28,7 +28,7 @@ def _hinge_sums(scores: Tensor, # similarities [Q, N]
         sums.append(tails[2] - 2 * x * tails[1] + x * x * tails[0])
     return sums
 
-# %% ../nbs/03b_moving.ipynb #a17758fc
+# %% ../nbs/03b_moving.ipynb #61354746
 @LOSSES.register()
 class MovingAPLoss(EmbeddingLoss):
     """Maximise average precision over the whole set, a ratio of moving averages (SOAP, Qi et al., NeurIPS 2021).
@@ -54,7 +54,7 @@ class MovingAPLoss(EmbeddingLoss):
         images = 0 if num_images is None else check_number("num_images", num_images, least=1, whole=True)
         for name in ("mean_neg", "mean_all"): self.register_buffer(name, torch.zeros(images))
 
-# %% ../nbs/03b_moving.ipynb #4191426a
+# %% ../nbs/03b_moving.ipynb #24eb3d73
 @patch
 def set_rows(self: MovingAPLoss,
              rows: Tensor): # LongTensor [Q]: which images of the training set the next batch holds, 0 to num_images - 1
@@ -65,7 +65,7 @@ def set_rows(self: MovingAPLoss,
                          f"{n} images; give it num_images, the number of images of the training set.")
     self._rows = rows
 
-# %% ../nbs/03b_moving.ipynb #73766a42
+# %% ../nbs/03b_moving.ipynb #bf016cff
 @patch
 def _moved(self: MovingAPLoss, now: Tensor, has: Tensor) -> Tensor: # means of the batch [2, Q] -> averages [2, Q]
     "Move the averages of the batch's images; in training mode keep them."
@@ -80,7 +80,7 @@ def _moved(self: MovingAPLoss, now: Tensor, has: Tensor) -> Tensor: # means of t
             mean[rows[has]] = value[has]
     return new
 
-# %% ../nbs/03b_moving.ipynb #414e4e42
+# %% ../nbs/03b_moving.ipynb #17f2270f
 @patch
 def values(self: MovingAPLoss, batch: Batch):
     "One minus the estimated average precision of each query, `[Q]`, and which queries have a positive."

@@ -964,6 +964,13 @@ def test_pnp_agrees_with_pytorch_metric_learning(variant):
     torch.testing.assert_close(*(torch.autograd.grad(v, emb)[0] for v in values), rtol=1e-8, atol=1e-10)
 
 
+def test_calibration_with_other_margins_is_the_threshold_consistent_margin_loss():
+    pml = pytest.importorskip("pytorch_metric_learning.losses")
+    emb, y = torch.randn(24, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), torch.arange(24) % 5
+    ours, theirs = CalibrationLoss(.9, .5), pml.ThresholdConsistentMarginLoss()
+    assert ours(emb, y).item() == pytest.approx(theirs(emb, y).item(), rel=1e-9)
+
+
 def test_hmlc_of_one_level_is_the_supervised_contrastive_loss():
     pml = pytest.importorskip("pytorch_metric_learning.losses")
     emb, y = torch.randn(24, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), torch.arange(24) % 5
@@ -980,6 +987,7 @@ def test_hmlc_of_one_level_is_the_supervised_contrastive_loss():
     (lambda: SiMixLoss(base_args=dict(similarity="dot")), "give it to SiMixLoss itself"),
     (lambda: AntiCollapseLoss("pml/CircleLoss"), "needs a loss of hapnb"),
     (lambda: AntiCollapseLoss("NormSoftmaxLoss"), "num_classes"),
+    (lambda: AntiCollapseLoss("HAPLoss", level=1), "HAPLoss has no level of its own"),
     (lambda: AntiCollapseLoss(on="all"), "unknown on 'all'")])
 def test_wrong_arguments_of_the_newer_losses(make, message):
     with pytest.raises(ValueError, match=message): make()
