@@ -44,7 +44,7 @@ lab: $(READY)
 prepare: $(READY)
 	@$(BIN)/nbdev_export
 	@$(BIN)/nbdev_clean
-	@$(BIN)/python tools/preregister.py
+	@$(BIN)/python tools/claims.py
 	@$(BIN)/python tools/readme.py
 
 clean:

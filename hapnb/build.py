@@ -155,7 +155,7 @@ def evaluate_run(cfg: RunConfig, data: RunData,
                  z: Tensor, # embeddings [M, D] of the evaluation part
                  device="cpu",
                  dry: bool = False, # check the arguments only
-                 per_query: bool = False, # add "per_query": {metric: float32 [M]}, for the metrics that claims are about
+                 per_query: bool = False, # add "per_query": {metric: float32 [M]}, for metrics in `_KEPT`
                  ) -> dict: # metric -> number; None where it is not finite
     "Evaluate embeddings as a config asks, by its protocol."
     asked = dict(levels=cfg.eval_levels, ks=cfg.ks, metrics=cfg.metrics, relevance=as_relevance(cfg.relevance))

@@ -6,7 +6,7 @@
 __all__ = ['Claim', 'check_claims', 'declared_claims', 'read_preregistration', 'write_preregistration', 'Budget', 'check_budgets',
            'Judged', 'judge_claim', 'save_claims', 'interval_picture', 'write_claims']
 
-# %% ../nbs/61b_claims.ipynb #67172852
+# %% ../nbs/61b_claims.ipynb #b97072a5
 import ast, dataclasses, datetime, hashlib, json, re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -15,36 +15,47 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .helpers import check_choice, repo_root, UserError, write_atomic
 from .schemas import Schema
-from .statistics import (
-    correct_verdicts, crossed_bootstrap, decide, DIRECTIONS, seed_difference, smallest_effect, VERDICTS)
+from hapnb.statistics import (
+    correct_verdicts, crossed_bootstrap, decide, DIRECTIONS, seed_difference, smallest_effect, SMALLEST_EFFECTS,
+    VERDICTS)
 from .tables import Claim as FirstClaim, markdown_rows, VERDICTS as FIRST_VERDICTS, _digits
 
-# %% ../nbs/61b_claims.ipynb #3a213bc2
+# %% ../nbs/61b_claims.ipynb #5aa59f88
 class Claim(Schema):
     "One claim as it is declared, before its runs are seen."
-    id: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", description="name of the claim, once in all studies")
-    paper: str = Field(min_length=1, description="such as 'HAPPIER (ECCV 2022)'")
-    text: str = Field(min_length=1, description="the claim in one sentence")
-    source: str = Field(pattern=r"^(quoted|figure|inferred): \S", description="'quoted: where', 'figure: which' or "
-                                                                              "'inferred: from what'")
+    id: str = Field(description="name of the claim: small letters, digits, hyphens")
+    paper: str = Field(description="such as 'HAPPIER (ECCV 2022)'")
+    text: str = Field(description="the claim in one sentence")
+    source: str = Field(description="'quoted: where', 'figure: which' or 'inferred: from what'")
     primary: bool = Field(False, description="on the first page, at most 8 per paper")
     method: str | float = Field(description="what is claimed to be better, no worse or the same")
-    rivals: tuple[str | float, ...] = Field(min_length=1, description="all that it is compared with")
+    rivals: tuple[str | float, ...] = Field(description="all that it is compared with")
     metric: str = Field(description="a column of the runs' results")
     direction: Literal[DIRECTIONS] = Field("higher", description="which way `method` differs from each rival")
     effect: float = Field(gt=0, description="smallest effect of interest, a fraction; default: the metric's")
-    over: Literal["test classes", "seeds"] = Field("test classes", description="what the interval covers: seeds alone "
-                                                   "where a metric has no values of single queries")
+    # seeds alone: for a metric that has no values of single queries
+    over: Literal["test classes", "seeds"] = Field("test classes", description="what the interval covers besides seeds")
+
+    @model_validator(mode="after")
+    def _readable(self):
+        "Check what types alone do not say."
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.id):
+            raise ValueError(f"id must consist of small letters, digits and hyphens, got {self.id!r}")
+        if not re.match(r"(quoted|figure|inferred): \S", self.source):
+            raise ValueError("source must begin with 'quoted: ', 'figure: ' or 'inferred: ' and say where, "
+                             f"got {self.source!r}")
+        if not self.rivals: raise ValueError("rivals is empty, but a claim compares a method with at least one other")
+        return self
 
     def hash(self) -> str:
         "Hash everything that was declared."
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/61b_claims.ipynb #31dc27ec
+# %% ../nbs/61b_claims.ipynb #dcf19b06
 def check_claims(values, # list of dictionaries with the fields of `Claim`
                  ) -> list: # of `Claim`
     "Check declarations; a `UserError` names the claim and the field."
@@ -62,7 +73,7 @@ def check_claims(values, # list of dictionaries with the fields of `Claim`
     if twice: raise UserError(f"claim {twice[0]!r} is declared twice.")
     return out
 
-# %% ../nbs/61b_claims.ipynb #62cc088a
+# %% ../nbs/61b_claims.ipynb #49f90413
 def declared_claims(notebook) -> list: # of `Claim`; empty: it declares none
     "Read the claims of a notebook's cell tagged `claims`, without running it."
     import nbformat
@@ -74,34 +85,38 @@ def declared_claims(notebook) -> list: # of `Claim`; empty: it declares none
                         f"can be read without running the notebook ({e}).") from e
     return check_claims(values)
 
-# %% ../nbs/61b_claims.ipynb #050d4470
+# %% ../nbs/61b_claims.ipynb #e4f3ebc6
 _HEAD = ["registered", "claim", "paper", "text", "compared", "metric", "smallest effect", "source", "study", "hash"]
-_ROW = re.compile(r"^\| (\d{4}-\d\d-\d\d) \|.*\| `([0-9a-f]{12})` \|$", flags=re.M)
+_ROW = re.compile(r"^\| (\d{4}-\d\d-\d\d) \| `([a-z0-9-]+)`.*\| `([0-9a-f]{12})` \|$", flags=re.M)
 _DROPPED = "## Changed or dropped since"
 
 def read_preregistration(path=None, # default: figures/preregistration.md of the project
-                         ) -> dict: # hash of each registered claim -> date; empty where there is no file
+                         ) -> dict: # hash of each registered claim -> (date, id); empty where there is no file
     "Read which claims were registered when."
     path = Path(path) if path else (repo_root() or Path.cwd()) / "figures" / "preregistration.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return {hash: date for date, hash in _ROW.findall(text.split(_DROPPED)[0])}
+    return {hash: (date, name) for date, name, hash in _ROW.findall(text.split(_DROPPED)[0])}
+
+def _say(name, by=""):
+    "A method as text: a number with the name of its column."
+    return name if isinstance(name, str) else f"{by} {name:g}".strip()
 
 def _registered_row(claim, study, date):
     "One row of the file."
     name = f"`{claim.id}`" + (" (primary)" if claim.primary else "")
-    compared = f"{claim.method} {claim.direction} than" if claim.direction != "same" else f"{claim.method} the same as"
-    compared += " " + ", ".join(map(str, claim.rivals)) + (" (interval over seeds)" if claim.over == "seeds" else "")
-    return [date, name, claim.paper, claim.text, compared, claim.metric, f"{claim.effect:g}", claim.source, study,
-            f"`{claim.hash()}`"]
+    compared = f"{_say(claim.method)} {claim.direction} " + ("as " if claim.direction == "same" else "than ")
+    compared += ", ".join(map(_say, claim.rivals)) + (" (interval over seeds)" if claim.over == "seeds" else "")
+    return [date, name, claim.paper, claim.text, compared, claim.metric, f"{100 * claim.effect:.1f} points", claim.source,
+            study, f"`{claim.hash()}`"]
 
-# %% ../nbs/61b_claims.ipynb #89f23ec8
+# %% ../nbs/61b_claims.ipynb #d181d762
 _MOST = 8  # primary claims per paper
 
 def write_preregistration(notebooks, # paths of the study notebooks
                           path, # of the file; what it holds already keeps its date
                           today: str = None, # date of what is new, as 2026-01-31
                           ) -> Path:
-    "Write down what the notebooks declare; a `UserError` names a claim that is declared twice or a paper with too many."
+    "Write down what notebooks declare; a `UserError` names a claim that occurs twice, or a paper with too many."
     path, today = Path(path), today or datetime.date.today().isoformat()
     found = [(c, Path(n).stem) for n in sorted(map(str, notebooks)) for c in declared_claims(n)]
     check_claims([c.model_dump() for c, _ in found])
@@ -111,23 +126,27 @@ def write_preregistration(notebooks, # paths of the study notebooks
         if len(ids) > _MOST:
             raise UserError(f"{paper} has {len(ids)} primary claims, {_MOST} at most: {', '.join(ids)}.")
     dates, now = read_preregistration(path), {c.hash() for c, _ in found}
-    rows = [_registered_row(c, study, dates.get(c.hash(), today)) for c, study in found]
+    rows = [_registered_row(c, study, dates.get(c.hash(), [today])[0]) for c, study in found]
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    old = [m[0] for m in _ROW.finditer(text) if m[2] not in now]
-    intro = ("Made by `make prepare` from the cells of the studies that are tagged `claims`. A study fails if one of its "
-             "claims is not listed here exactly as it is declared. Effects are fractions: 0.01 is one percentage point. "
-             "The rule that turns an interval into a verdict is in `nbs/39_statistics.ipynb`.")
+    listed, _, dropped = text.partition(_DROPPED)
+    old = [m[0] for m in _ROW.finditer(dropped)] + [m[0] for m in _ROW.finditer(listed) if m[3] not in now]
+    intro = ("Made by `make prepare` from the cells of the studies that are tagged `claims`. A study fails if one of "
+             "its claims is not listed here exactly as it is declared. The rule that turns an interval into a verdict "
+             "is in `nbs/39_statistics.ipynb`. Where a first edition has judged a claim too, its result was known when "
+             "the claim was registered; the appendix of `claims.md` shows it.")
     lines = ["# Claims, registered before their results", "", intro, "", *markdown_rows(_HEAD, rows), ""]
     if old: lines += [_DROPPED, "", *markdown_rows(_HEAD, [])[:2], *old, ""]
     return write_atomic(path, "\n".join(lines))
 
-# %% ../nbs/61b_claims.ipynb #6d0729d9
+# %% ../nbs/61b_claims.ipynb #04e22362
 @dataclass(frozen=True)
 class Budget:
     "What was searched for one method on validation classes, before its final runs."
     trials: int
     chosen: dict # setting -> the value that won
     tried: dict # setting -> the values that were tried, or the two ends of a range
+    def __post_init__(self):
+        for setting in self.chosen: check_choice("setting that was tried:", setting, list(self.tried))
 
 def _at_edge(value, tried):
     "Whether a number lies at the end of the values tried, or within a fiftieth of their range; names have no order."
@@ -151,7 +170,7 @@ def check_budgets(claim: Claim,
                 raise UserError(f"claim {claim.id!r}: the search for {name} ended at the edge of its grid ({setting} = "
                                 f"{value:g}, tried {min(tried):g} to {max(tried):g}): extend it and search again.")
 
-# %% ../nbs/61b_claims.ipynb #1e0c0753
+# %% ../nbs/61b_claims.ipynb #90d8453d
 @dataclass(frozen=True)
 class Judged:
     "What a study found for one claim in one setting."
@@ -176,29 +195,30 @@ class Judged:
         edges = (-self.claim["effect"], 0., self.claim["effect"])
         number = _digits(*[(c[b], e) for b in ("difference", "low", "high") for e in edges])
         text = f"{number(c['difference'])} points, 95% interval {number(c['low'])} to {number(c['high'])} ("
-        text += f"{c['seeds']} seeds" + (f", {c['groups']} groups of classes)" if c["groups"] else " only)")
+        text += f"{c['seeds']} seeds" + (f", {c['groups']} test groups)" if c["groups"] else " only)")
         if len(self.contrasts) > 1: text += f", against {c['rival']}, the hardest of {len(self.contrasts)}"
         return text + (f"; {self.note}" if self.note else "")
 
-# %% ../nbs/61b_claims.ipynb #e45eecd1
+# %% ../nbs/61b_claims.ipynb #6237973c
 def _difference(claim, rows, by, rival, values):
     "The method minus one rival: (`Difference`, seed-only `Difference`, keys); None with fewer than two common seeds."
     good = rows.dropna(subset=[claim.metric])
     pair = [good[good[by] == name].set_index("seed")[[claim.metric, "key"]] for name in (claim.method, rival)]
     for name, x in zip((claim.method, rival), pair):
         if x.index.has_duplicates:
-            raise UserError(f"claim {claim.id!r}: {by} {name} has two runs with one seed, so something else varies too.")
-    both = pair[0].join(pair[1], how="inner", lsuffix="_a", rsuffix="_b").sort_index()
+            raise UserError(f"claim {claim.id!r}: {by} {name} has two runs with one seed: something else varies too.")
+    both = pd.concat(pair, axis=1, join="inner", keys="ab").sort_index()
     if len(both) < 2: return None
-    over_seeds = seed_difference(both[f"{claim.metric}_a"] - both[f"{claim.metric}_b"])
-    keys = [*both["key_a"], *both["key_b"]]
-    if claim.over == "seeds": return over_seeds, over_seeds, keys
-    read = [values(k, claim.metric) for k in keys]
+    over_seeds = seed_difference(both["a", claim.metric] - both["b", claim.metric])
+    keys = [*both["a", "key"], *both["b", "key"]]
+    read = [values(k, claim.metric) for k in keys] if claim.over == "test classes" else [None]
+    if None in read: return over_seeds, over_seeds, keys
     if any(not np.array_equal(groups, read[0][1]) for _, groups in read):
         raise UserError(f"claim {claim.id!r}: its runs were measured on different images.")
     x = np.stack([v for v, _ in read])
-    try: return crossed_bootstrap(x[:len(both)], x[len(both):], read[0][1]), over_seeds, keys
+    try: wide = crossed_bootstrap(x[:len(both)], x[len(both):], read[0][1])
     except ValueError as e: raise UserError(f"claim {claim.id!r}, {claim.method} against {rival}: {e}") from e
+    return wide, over_seeds, keys
 
 def _contrast(rival, found):
     "One comparison as plain values."
@@ -207,34 +227,35 @@ def _contrast(rival, found):
     return dict(rival=rival, difference=wide.value, low=low, high=high, seed_low=seed_low, seed_high=seed_high,
                 seeds=wide.seeds, groups=wide.groups, keys=keys)
 
-# %% ../nbs/61b_claims.ipynb #b905874f
+# %% ../nbs/61b_claims.ipynb #48769322
 def judge_claim(claim: Claim,
                 rows: pd.DataFrame, # one row per run, as `run_grid` gives them: `by`, "seed", "key", the metric
                 by: str, # the column that tells methods apart
-                values, # function (key of a run, metric) -> (values [N] of single queries, their groups [N])
+                values, # function (key of a run, metric) -> (values [N] of single queries, groups [N]), or None
                 setting: str, # data, network, profile
                 registered: str = "", # date of the registration
                 budgets: dict = None, # method -> `Budget`, as in `check_budgets`
                 why_not: str = "", # why the claim is not testable here; empty: it is
                 ) -> Judged:
     "Judge a claim by the runs of its methods."
-    check_budgets(claim, budgets or {})
     def judged(verdict, p=None, contrasts=(), note=""):
         return Judged(claim.model_dump(mode="json"), claim.hash(), registered, setting, verdict, p, contrasts, note)
     if why_not: return judged(VERDICTS[4], note=why_not)
     names = (claim.method, *claim.rivals)
-    for name in names: check_choice(f"setting of column {by!r} in claim {claim.id!r}:", name, list(rows[by].unique()))
+    for name in (*names, *(budgets or {})):
+        check_choice(f"setting of column {by!r} in claim {claim.id!r}:", name, list(rows[by].unique()))
+    check_budgets(claim, budgets or {})
     runs = rows[rows[by].isin(names)].groupby(by, sort=False)[claim.metric].agg(["size", "count"])
     bad = runs[runs["size"] > runs["count"]]
-    note = "; ".join(f"{name}: {n - good} of {n} runs failed" for name, n, good in bad.itertuples())
+    note = "; ".join(f"{_say(name, by)}: {n - good} of {n} runs failed" for name, n, good in bad.itertuples())
     found = {rival: _difference(claim, rows, by, rival, values) for rival in claim.rivals}
-    short = [str(rival) for rival, f in found.items() if f is None]
+    short = [_say(rival, by) for rival, f in found.items() if f is None]
     if short: return judged(VERDICTS[4], note=note or f"fewer than two seeds in common with {', '.join(short)}")
     verdict, p = decide([f[0] for f in found.values()], claim.effect, claim.direction)
-    if note and verdict != "contradicted": verdict = "undecided"
-    return judged(verdict, p, tuple(_contrast(rival, f) for rival, f in found.items()), note)
+    if note and verdict != "contradicted": verdict, p = "undecided", 1.
+    return judged(verdict, p, tuple(_contrast(_say(rival, by), f) for rival, f in found.items()), note)
 
-# %% ../nbs/61b_claims.ipynb #fa5e15e4
+# %% ../nbs/61b_claims.ipynb #a6888df1
 def save_claims(found, # list of `Judged`, or of the first edition's `tables.Claim`
                 out) -> Path: # the study's claims.json
     "Write a study's claims beside its tables."
@@ -250,13 +271,13 @@ def _read_claims(figures_dir):
             else: first.append((FirstClaim(**c), path.parent.name))
     return now, first
 
-# %% ../nbs/61b_claims.ipynb #65c0fc90
+# %% ../nbs/61b_claims.ipynb #89ec9471
 _COLOURS = dict(zip(VERDICTS, ("#0072B2", "#D55E00", "#666666", "#666666", "#666666")))
 
 def _bar(judged, y):
     "The interval of one entry at height `y`, as SVG."
     c, effect, colour = judged.hardest(), judged.claim["effect"], _COLOURS[judged.verdict]
-    if c is None: return f'<text x="90" y="{y + 4}" text-anchor="middle" font-size="10" fill="#666666">not tested</text>'
+    if c is None: return f'<text x="60" y="{y + 4}" font-size="10" fill="{colour}">not tested</text>'
     def x(v): return 90 + 13 * min(max(v / effect, -6), 6)
     low, middle, high = x(c["low"]), x(c["difference"]), x(c["high"])
     bar = f'<path d="M{low:.1f} {y}H{high:.1f}" stroke="{colour}" stroke-width="2"/>'
@@ -273,44 +294,46 @@ def interval_picture(found, # list of `Judged`: one claim in one or more setting
         f'<svg xmlns="http://www.w3.org/2000/svg" width="180" height="{height}" viewBox="0 0 180 {height}" role="img">',
         f"<title>{text}</title>", f'<rect width="180" height="{height}" fill="#ffffff"/>',
         f'<rect x="77" width="26" height="{height}" fill="#dddddd"/>',
-        f'<path d="M90 0V{height}" stroke="#999999"/>', *(_bar(j, 9 + 18 * i) for i, j in enumerate(found)), "</svg>", ""])
+        f'<path d="M90 0V{height}" stroke="#999999"/>', *(_bar(j, 9 + 18 * i) for i, j in enumerate(found)),
+        "</svg>", ""])
 
-# %% ../nbs/61b_claims.ipynb #dc13ec07
+# %% ../nbs/61b_claims.ipynb #f98bcde1
 def _corrected(found):
-    "Verdicts after the correction within each paper and setting, for primary claims: {id of entry: verdict}."
-    families, out = defaultdict(list), {id(j): j.verdict for j, _ in found}
-    for j, _ in found:
-        if j.claim["primary"]: families[j.claim["paper"], j.setting].append(j)
-    for family in families.values():
-        corrected = correct_verdicts([(j.verdict, np.nan if j.p is None else j.p) for j in family])
-        out |= {id(j): verdict for j, (verdict, _) in zip(family, corrected)}
+    "The same entries; verdicts of primary claims are corrected within each paper and setting."
+    families, out = defaultdict(list), list(found)
+    for i, (j, _) in enumerate(found):
+        if j.claim["primary"]: families[j.claim["paper"], j.setting].append(i)
+    for rows in families.values():
+        given = [(found[i][0].verdict, np.nan if found[i][0].p is None else found[i][0].p) for i in rows]
+        for i, (verdict, _) in zip(rows, correct_verdicts(given)):
+            out[i] = dataclasses.replace(found[i][0], verdict=verdict), found[i][1]
     return out
 
-def _lines(found, verdicts, figures_dir):
+def _lines(found, figures_dir):
     "Rows of a table of claims, one per claim; writes their pictures."
     by_claim, rows = defaultdict(list), []
     for j, study in found: by_claim[j.claim["id"]].append((j, study))
     for name, entries in by_claim.items():
-        judged, claim = [j for j, _ in entries], entries[0][0].claim
+        judged, claim, study = [j for j, _ in entries], entries[0][0].claim, entries[0][1]
         write_atomic(Path(figures_dir) / "claims" / f"{name}.svg", interval_picture(judged))
-        words = [f"**{verdicts[id(j)]}**" + f" ({j.setting})" * (len(judged) > 1) for j in judged]
+        words = [f"**{j.verdict}**" + f" ({j.setting})" * (len(judged) > 1) for j in judged]
         values = [j.value() for j in judged]
-        study = entries[0][1]
-        rows.append([claim["paper"], f"{claim['text']} ({claim['source']})", f"![{values[0]}](claims/{name}.svg)", "; ".join(values),
-                     "; ".join(words), f"[{study}]({study}/) `{judged[0].hash}`"])
+        rows.append([claim["paper"], f"{claim['text']} ({claim['source']})", f"![{values[0]}](claims/{name}.svg)",
+                     "; ".join(values), "; ".join(words), f"[{study}]({study}/) `{judged[0].hash}`"])
     return rows
 
-# %% ../nbs/61b_claims.ipynb #49c1853b
-_RULE = """A claim is declared, with the smallest effect of interest of its metric, before its runs are seen; the code behind
-the link to its study is the hash of that declaration in `figures/preregistration.md`. A picture shows the 95 % interval
-over seeds and test classes. Its grey band holds the differences that are too small to matter (R@1 and AP 1.0 point, H-AP
-and mAP@R 0.5, clustering F 2.0), and it ends at six times that. **Supported**: the interval excludes zero on the claimed
-side and its middle lies outside the band. **Contradicted**: the same on the other side. **Negligible**: the interval lies
-inside the band. **Undecided**: none of these. **Not testable here**: a stated precondition failed. Verdicts of primary
-claims are corrected for their number within a paper (Holm). A verdict holds for the experiment that is named, not for
-every setting."""
-_FIRST = ("> First edition: intervals over seeds only, margins of zero, each claim judged by itself. These verdicts stand "
-          "until their studies are run again under the rule above.")
+# %% ../nbs/61b_claims.ipynb #58c5a5aa
+_RULE = """A claim is declared before its runs are seen, with the smallest effect of interest of its metric ({effects}).
+The code beside its study is the hash of that declaration in `figures/preregistration.md`. A picture shows the 95 %
+interval over seeds and test classes. Its grey band holds the differences that are smaller than the smallest effect of
+interest. The picture ends at six times that effect.
+
+**Supported**: the interval excludes zero on the claimed side, and its middle lies outside the band. **Contradicted**:
+the same on the other side. **Negligible**: the interval lies inside the band. **Undecided**: none of these. **Not
+testable here**: a stated precondition failed. Verdicts of primary claims are corrected for their number within a paper
+(Holm). A verdict holds for the experiment that is named, not for every setting."""
+_FIRST = ("> First edition: intervals over seeds only, each claim judged by itself and by its own margin. These "
+          "verdicts stand until their studies are run again under the rule above.")
 _COLUMNS = ["claim (source)", "interval", "difference", "verdict", "study"]
 
 def _first_edition(first):
@@ -324,16 +347,22 @@ def write_claims(figures_dir) -> Path: # claims.md
     "Rebuild `claims.md`, and the pictures it shows, from the `claims.json` of every study below `figures_dir`."
     figures_dir = Path(figures_dir)
     now, first = _read_claims(figures_dir)
-    verdicts = _corrected(now)
-    text = ["# Claims of the papers, and what was found here", "", *_RULE.splitlines(), ""]
+    now = _corrected(now)
+    effects = ", ".join(f"{m} {100 * e:.1f}" for m, e in SMALLEST_EFFECTS.items())
+    text = ["# Claims of the papers, and what was found here", "", _RULE.format(effects=effects + " points"), ""]
     primary = [x for x in now if x[0].claim["primary"]]
     for paper in dict.fromkeys(j.claim["paper"] for j, _ in primary):
         own = [x for x in primary if x[0].claim["paper"] == paper]
-        text += [f"## {paper}", "", *markdown_rows(_COLUMNS, [r[1:] for r in _lines(own, verdicts, figures_dir)]), ""]
+        text += [f"## {paper}", "", *markdown_rows(_COLUMNS, [r[1:] for r in _lines(own, figures_dir)]), ""]
     if not primary: text += ["No primary claim has been judged by this rule yet.", ""]
+    known, judged = read_preregistration(figures_dir / "preregistration.md"), {j.hash for j, _ in now}
+    waiting = [f"`{name}`" for hash, (_, name) in known.items() if hash not in judged]
+    if waiting: text += [f"Registered and not judged yet: {', '.join(waiting)}.", ""]
     rest = [x for x in now if not x[0].claim["primary"]]
     if rest:
-        body = _lines(rest, verdicts, figures_dir)
+        body = _lines(rest, figures_dir)
         text += ["## Appendix: further claims", "", *markdown_rows(["paper", *_COLUMNS], body), ""]
     if first: text += _first_edition(first)
+    for picture in (figures_dir / "claims").glob("*.svg"):
+        if picture.stem not in {j.claim["id"] for j, _ in now}: picture.unlink()
     return write_atomic(figures_dir / "claims.md", "\n".join(text))

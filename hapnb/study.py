@@ -31,19 +31,20 @@ from hapnb.helpers import (
     _forced_at)
 from .measure import compare_times, machine, others_load, peak_memory, peak_resident, time_pairs
 from .statistics import equivalence, holm, Interval, interval, paired_test, summarise
-from .tables import (
-    Claim, claim_better, claim_equivalent, made_by, make_table, markdown_rows, published, save_figure, save_table, Table)
+from hapnb.tables import (
+    Claim, claim_better, claim_equivalent, made_by, make_table, markdown_rows, published, save_figure, save_table,
+    Table)
 from .workers import worker_context
 
 # the command knows mistakes of the user by this name
 WrongUse = UserError
 
-_all_ = ["Budget", "check_parameters", "Claim", "claim_better", "claim_equivalent", "compare_times", "declared_parameters",
-         "equivalence", "find_studies", "from_root", "Grid", "grid", "holm", "Interval", "interval", "Judged",
-         "machine", "made_by", "make_table", "others_load", "paired_test", "peak_memory", "peak_resident", "pick_studies", "PROFILES",
-         "published", "read_run", "run_grid", "run_study", "RunError", "save_claims", "save_figure", "save_table",
-         "study_state", "StudyFailed", "StudyFile", "summarise", "Table", "time_pairs", "unfinished_cell",
-         "write_claims"]
+_all_ = ["Budget", "check_parameters", "Claim", "claim_better", "claim_equivalent", "compare_times",
+         "declared_parameters", "equivalence", "find_studies", "from_root", "Grid", "grid", "holm", "Interval",
+         "interval", "Judged", "machine", "made_by", "make_table", "others_load", "paired_test", "peak_memory",
+         "peak_resident", "pick_studies", "PROFILES", "published", "read_run", "run_grid", "run_study", "RunError",
+         "save_claims", "save_figure", "save_table", "study_state", "StudyFailed", "StudyFile", "summarise", "Table",
+         "time_pairs", "unfinished_cell", "write_claims"]
 
 # %% ../nbs/62_study.ipynb #0f132940
 def profile_settings(profile: str, # "smoke", "quick", "full", "network" or "paper"
@@ -141,24 +142,24 @@ def figure(self: Study, fig, name, **args):
     "Save a figure as `name.svg` and `name.png`."
     save_figure(fig, self.out, name, **args)
 
-# %% ../nbs/62_study.ipynb #d292a7d8
+# %% ../nbs/62_study.ipynb #fb131611
 @patch
 def declare(self: Study, values): # the list of the cell tagged `claims`
     "Take the claims that this study will judge; `UserError` if one is not registered as it stands."
-    dates = read_preregistration()
+    known = read_preregistration()
     for c in check_claims(values):
-        if c.hash() not in dates:
+        if c.hash() not in known:
             raise UserError(f"claim {c.id!r} is not registered as it is declared: run `make prepare` and commit "
                             "figures/preregistration.md before the study runs.")
-        self.declared[c.id] = c, dates[c.hash()]
+        self.declared[c.id] = c, known[c.hash()][0]
 
-# %% ../nbs/62_study.ipynb #24dc22da
+# %% ../nbs/62_study.ipynb #a0b4dfba
 def _query_values(store, key, metric):
-    "Values [N] of a run's single queries, and the subgroup of each."
+    "Values [N] of a run's single queries, and the subgroup of each; None where its protocol gives none."
     from hapnb.runs import Result
     run = Result(store / key)
     found, labels = run.per_query(), run.labels().numpy()
-    check_choice(f"metric of single queries in run {key}:", metric, list(found))
+    if metric not in found: return None
     group = labels[:, min(1, labels.shape[1] - 1)]
     # an image without a known subgroup stands with those of its finest class
     return found[metric], np.where(group < 0, -2 - labels[:, 0], group)
@@ -175,7 +176,7 @@ def judge(self: Study,
     "Judge a declared claim, and rebuild `claims.md`."
     check_choice(f"claim declared in {self.name}:", name, list(self.declared))
     claim, date = self.declared[name]
-    missing = [f"{m}" for m in (claim.method, *claim.rivals) if m not in set(rows[by])]
+    missing = [m if isinstance(m, str) else f"{m:g}" for m in (claim.method, *claim.rivals) if m not in set(rows[by])]
     if missing and self.profile == "smoke": why_not = f"the profile smoke has no run of {by} {', '.join(missing)}"
     setting = ", ".join(filter(None, (self.dataset, where, f"profile {self.profile}")))
     judged = judge_claim(claim, rows, by, partial(_query_values, self.store), setting, date, budgets, why_not)
@@ -190,7 +191,7 @@ def _keep(self: Study, old, new):
     save_claims(self.claims, self.out)
     write_claims(self.out.parent)
 
-# %% ../nbs/62_study.ipynb #c7f4009c
+# %% ../nbs/62_study.ipynb #a37cc426
 @patch
 def verdicts(self: Study) -> pd.DataFrame:
     "Show the verdicts, before the correction for their number; `UserError` if a declared claim was not judged."
