@@ -98,7 +98,7 @@ def make_loss_for(cfg: RunConfig, labels: Tensor, # [N, L], of the training part
     # [C, L]: the levels of each class
     table = labels[torch.from_numpy(first[classes >= 0])]
     make = lambda: make_loss(cfg.loss, num_classes=int(labels[:, level].max()) + 1, embedding_size=width,
-                             proxy_labels=table, **cfg.loss_args)
+                             proxy_labels=table, num_images=len(labels), **cfg.loss_args)
     if any(type(v) is int and v > 4096 for v in cfg.loss_args.values()): _check_room(cfg.loss, make)
     with _seeded(derive_seed(cfg.seed, "init", "loss")), _room("the loss"): return make()
 
@@ -155,7 +155,7 @@ def evaluate_run(cfg: RunConfig, data: RunData,
                  z: Tensor, # embeddings [M, D] of the evaluation part
                  device="cpu",
                  dry: bool = False, # check the arguments only
-                 per_query: bool = False, # add "per_query": {metric: float32 [M]}, for metrics in `_KEPT`
+                 per_query: bool = False, # add "per_query": {metric: float32 [M]} for the metrics that claims are about
                  ) -> dict: # metric -> number; None where it is not finite
     "Evaluate embeddings as a config asks, by its protocol."
     asked = dict(levels=cfg.eval_levels, ks=cfg.ks, metrics=cfg.metrics, relevance=as_relevance(cfg.relevance))

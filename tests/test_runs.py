@@ -11,7 +11,7 @@ import torch
 
 import hapnb.train as T
 from hapnb import build, config, runs
-from hapnb.helpers import UserError
+from hapnb.helpers import LOSSES, UserError
 from hapnb.runs import Result
 from hapnb.train import Diverged, Trainer
 from runs_kit import (
@@ -325,6 +325,34 @@ def test_a_memory_resumes_to_the_last_bit(tmp_path, monkeypatch, cfg, stop):
     assert len(state["emb"]) == (60 if cfg == QUEUE else 144) and int(state["count"]) > 0
     monkeypatch.setattr(Trainer, "step", step)
     assert contents(toy_run(cfg, tmp_path / "cut")) == contents(whole)
+
+
+@pytest.mark.parametrize("change", [
+    dict(loss="MovingAPLoss"), dict(loss="AntiCollapseLoss", loss_args={"base": "MovingAPLoss"}),
+    dict(loss="SiMixLoss", loss_args={"base": "SupRecallLoss"}), dict(loss="MovingAPLoss", micro_batch=5)],
+    ids=["averages", "averages inside", "random mixtures", "two passes"])
+def test_a_loss_with_a_state_resumes_to_the_last_bit(tmp_path, monkeypatch, change):
+    "Averages are kept for each training image; the mixtures of a step come from the run's own random numbers."
+    cfg = TOY.replace(**change)
+    whole = toy_run(cfg, tmp_path / "whole")
+    step = Trainer.step
+    dies_after(7, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        toy_run(cfg, tmp_path / "cut", save_every=0)
+    state = runs.load_state(next((tmp_path / "cut").rglob("state.pt")))["loss"]
+    averages = [v for k, v in state.items() if k.endswith("mean_all")]
+    assert len(averages) == ("SiMix" not in cfg.loss)
+    assert all(len(v) == 144 and bool(v.any()) for v in averages)
+    monkeypatch.setattr(Trainer, "step", step)
+    assert contents(toy_run(cfg, tmp_path / "cut")) == contents(whole)
+
+
+def test_without_its_averages_a_run_goes_on_differently(tmp_path, monkeypatch):
+    "The test above would see averages that are not in the checkpoint."
+    cfg = TOY.replace(loss="MovingAPLoss")
+    whole = toy_run(cfg, tmp_path / "whole")
+    monkeypatch.setattr(LOSSES.get("MovingAPLoss"), "set_rows", lambda self, rows: None)
+    assert contents(toy_run(cfg, tmp_path / "other")) != contents(whole)
 
 
 def test_without_its_memory_a_run_goes_on_differently(tmp_path, monkeypatch):
