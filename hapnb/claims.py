@@ -106,8 +106,9 @@ def _registered_row(claim, study, date):
     name = f"`{claim.id}`" + (" (primary)" if claim.primary else "")
     compared = f"{_say(claim.method)} {claim.direction} " + ("as " if claim.direction == "same" else "than ")
     compared += ", ".join(map(_say, claim.rivals)) + (" (interval over seeds)" if claim.over == "seeds" else "")
-    return [date, name, claim.paper, claim.text, compared, claim.metric, f"{100 * claim.effect:.1f} points", claim.source,
-            study, f"`{claim.hash()}`"]
+    effect = f"{100 * claim.effect:.1f} points"
+    return [date, name, claim.paper, claim.text, compared, claim.metric, effect, claim.source, study,
+            f"`{claim.hash()}`"]
 
 # %% ../nbs/61b_claims.ipynb #d181d762
 _MOST = 8  # primary claims per paper
@@ -207,7 +208,7 @@ def _difference(claim, rows, by, rival, values):
     for name, x in zip((claim.method, rival), pair):
         if x.index.has_duplicates:
             raise UserError(f"claim {claim.id!r}: {by} {name} has two runs with one seed: something else varies too.")
-    both = pd.concat(pair, axis=1, join="inner", keys="ab").sort_index()
+    both = pd.concat(pair, axis=1, join="inner", keys=["a", "b"]).sort_index()
     if len(both) < 2: return None
     over_seeds = seed_difference(both["a", claim.metric] - both["b", claim.metric])
     keys = [*both["a", "key"], *both["b", "key"]]
@@ -336,6 +337,7 @@ _FIRST = ("> First edition: intervals over seeds only, each claim judged by itse
           "verdicts stand until their studies are run again under the rule above.")
 _COLUMNS = ["claim (source)", "interval", "difference", "verdict", "study"]
 
+# %% ../nbs/61b_claims.ipynb #89d2b2ae
 def _first_edition(first):
     "The table of claims that were judged before there were declarations."
     body = [[c.paper, c.claim, c.measured, c.value or "-", f"**{c.verdict}**", f"[{s}]({s}/)"] for c, s in first]
