@@ -193,8 +193,9 @@ class Judged:
         "Say the deciding difference in words."
         c = self.hardest()
         if c is None: return self.note
-        edges = (-self.claim["effect"], 0., self.claim["effect"])
-        number = _digits(*[(c[b], e) for b in ("difference", "low", "high") for e in edges])
+        # as many decimals as it takes to see on which side of an edge, or on it, a number lies
+        edges, bounds = (-self.claim["effect"], 0., self.claim["effect"]), ("difference", "low", "high")
+        number = _digits(*[(sign * c[b], sign * e) for b in bounds for e in edges for sign in (-1, 1)])
         text = f"{number(c['difference'])} points, 95% interval {number(c['low'])} to {number(c['high'])} ("
         text += f"{c['seeds']} seeds" + (f", {c['groups']} test groups)" if c["groups"] else " only)")
         if len(self.contrasts) > 1: text += f", against {c['rival']}, the hardest of {len(self.contrasts)}"

@@ -246,6 +246,14 @@ def test_a_study_judges_its_claims_from_the_values_of_its_runs(finished, monkeyp
 
 # the page
 
+@pytest.mark.parametrize("middle, printed", [(.0098, "+0.98"), (.0101, "+1.01"), (.012, "+1.2"), (-.00996, "-0.996"),
+                                             (.00003, "+0.003")])
+def test_the_printed_middle_tells_whether_it_reaches_the_smallest_effect(middle, printed):
+    c = dict(rival="a", difference=middle, low=middle - .03, high=middle + .03, seeds=5, groups=99)
+    j = Judged({"effect": .01, "direction": "higher"}, "", "", "", "undecided", 1., (c,))
+    assert j.value().startswith(f"{printed} points, 95% interval ")
+
+
 def entry(name, p, verdict="supported", **more):
     claim, = check_claims([{**CLAIM, "id": name, **{k: v for k, v in more.items() if k in CLAIM}}])
     c = dict(rival="a", difference=.02, low=.01, high=.03, seed_low=0., seed_high=.1, seeds=5, groups=99, keys=["k"])
