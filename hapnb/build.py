@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .batches import cached_features, FeatureBatches, ImageBatches, _images, _loader, _pack, _View
 from .config import check_names, load_splits, RunConfig, _weights_id
 from .core import as_relevance, check_labels, EmbeddingLoss
-from .helpers import cache_folder, derive_seed, pick_device, UserError, _seeded
+from .helpers import cache_folder, derive_seed, pick_device, TRUNKS, UserError, _seeded
 from .large_batches import check_memory, CrossBatchMemory, memory_part
 from .losses import make_loss
 from .models import Head, make_trunk, RetrievalNet, test_transform, train_transform, trunk_info
@@ -98,7 +98,7 @@ def make_loss_for(cfg: RunConfig, labels: Tensor, # [N, L], of the training part
     # [C, L]: the levels of each class
     table = labels[torch.from_numpy(first[classes >= 0])]
     make = lambda: make_loss(cfg.loss, num_classes=int(labels[:, level].max()) + 1, embedding_size=width,
-                             proxy_labels=table, **cfg.loss_args)
+                             proxy_labels=table, num_images=len(labels), **cfg.loss_args)
     if any(type(v) is int and v > 4096 for v in cfg.loss_args.values()): _check_room(cfg.loss, make)
     with _seeded(derive_seed(cfg.seed, "init", "loss")), _room("the loss"): return make()
 
@@ -155,12 +155,30 @@ def evaluate_run(cfg: RunConfig, data: RunData,
                  z: Tensor, # embeddings [M, D] of the evaluation part
                  device="cpu",
                  dry: bool = False, # check the arguments only
+                 per_query: bool = False, # add "per_query": {metric: float32 [M]} for the metrics that claims are about
                  ) -> dict: # metric -> number; None where it is not finite
     "Evaluate embeddings as a config asks, by its protocol."
     asked = dict(levels=cfg.eval_levels, ks=cfg.ks, metrics=cfg.metrics, relevance=as_relevance(cfg.relevance))
     meta = getattr(data.test, "meta", None)
+    # each draw of a random gallery has other queries
+    if per_query and data.protocol.get("kind") != "random-gallery": asked["per_query"] = True
     found = evaluate_protocol(z, data.test_labels, meta, data.protocol, **asked, device=device, dry=dry)
-    return {k: (v if isinstance(v, int) else float(v) if math.isfinite(v) else None) for k, v in found.items()}
+    values = found.pop("per_query", {})
+    out = {k: (v if isinstance(v, int) else float(v) if math.isfinite(v) else None) for k, v in found.items()}
+    return {**out, "per_query": _by_image(values, meta, len(z))} if per_query else out
+
+# families of metrics whose values of single queries are kept with a run
+_KEPT = ("R@1", "AP", "mAP@R", "H-AP")
+
+def _by_image(values, meta, M):
+    "Values of single queries as one value per image; NaN where an image is no query or has no positive."
+    part = [] if meta is None or "part" not in meta else np.asarray(meta["part"])
+    query, out = np.flatnonzero(part == "query"), {}
+    for name, v in values.items():
+        if name.split("_level")[0] not in _KEPT or len(v) not in (M, len(query)): continue
+        out[name] = np.full(M, np.nan, dtype=np.float32)
+        out[name][slice(None) if len(v) == M else query] = v
+    return out
 
 # %% ../nbs/33_build.ipynb #20ba09f4
 def _sample(labels, width):
@@ -221,9 +239,21 @@ def features_of(cfg: RunConfig, dataset, device="cpu", progress: bool = False) -
     return _IN_MEMORY[key]
 
 # %% ../nbs/33_build.ipynb #4a448f80
+# settings -> the trunk that was built last: the parts of a dataset and the rounds of an open world need the same one
+_LAST_TRUNK = {}
+
+def _frozen_trunk(cfg):
+    "The trunk of a config, which is built once as long as no other one is asked for."
+    made_by = [cfg.trunk, cfg.trunk_args, _weights_id(cfg.pretrained), cfg.seed if cfg.pretrained is False else None]
+    key = json.dumps(made_by, sort_keys=True), TRUNKS.get(cfg.trunk) if cfg.trunk in TRUNKS else None
+    if key not in _LAST_TRUNK:
+        _LAST_TRUNK.clear()
+        _LAST_TRUNK[key] = build_trunk(cfg)
+    return _LAST_TRUNK[key]
+
 def _features(cfg, dataset, device, progress):
     "Features from disk, or computed."
-    trunk = build_trunk(cfg)
+    trunk = _frozen_trunk(cfg)
     transform = _test_transform(cfg, trunk)
     images = _images(cfg, dataset, transform)
     return cached_features(trunk, images, cfg.pooling, device=device, cache_dir=cache_folder(), progress=progress,

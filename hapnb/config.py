@@ -293,7 +293,7 @@ def _check_args(function, args, where, skip):
 
 # %% ../nbs/32_config.ipynb #f4bc2a92
 # arguments that a run gives itself
-_GIVEN = dict(loss_args=("num_classes", "embedding_size", "proxy_labels"),
+_GIVEN = dict(loss_args=("num_classes", "embedding_size", "proxy_labels", "num_images"),
               sampler_args=("labels", "batch_size", "seed"),
               dataset_args=("split", "data_dir", "transform"), protocol=("emb", "labels", "meta", "args"))
 

@@ -413,7 +413,7 @@ def terms(self: EmbeddingLoss) -> dict:
 def extra_repr(self: EmbeddingLoss):
     "Those arguments of the constructor that the loss keeps under their own names."
     kept = {k: getattr(self, k) for k in inspect.signature(type(self).__init__).parameters if hasattr(self, k)}
-    return ", ".join(f"{k}={v!r}" for k, v in kept.items() if not torch.is_tensor(v))
+    return ", ".join(f"{k}={v!r}" for k, v in kept.items() if not isinstance(v, (Tensor, nn.Module)))
 
 # %% ../nbs/00_core.ipynb #a9d1c0e5
 class _Gram(torch.autograd.Function):

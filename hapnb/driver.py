@@ -338,7 +338,8 @@ def _check_executed(name, executed, status, errors):
 
 # %% ../nbs/60_driver.ipynb #94e99eda
 PROFILES = {
-    "smoke": dict(seeds=2, note="does everything work? one epoch, seconds", settings=dict(freeze="trunk", epochs=1)),
+    "smoke": dict(seeds=2, note="does everything work? one epoch, an eighth of the emoji, seconds",
+                  settings=dict(freeze="trunk", epochs=1)),
     "quick": dict(seeds=3, note="the default: frozen trunk, minutes on two cores",
                   settings=dict(freeze="trunk", epochs=15)),
     "full": dict(seeds=5, note="as quick, trained longer; figures/ is committed from it",

@@ -110,7 +110,8 @@ class Registry:
 def _late(**names): return {n: f"hapnb.{module}" for module, those in names.items() for n in those.split()}
 
 # a name that a later notebook registers stands here as well, so that it is known before that notebook is imported
-LOSSES, SAMPLERS = Registry("loss", late={"pml/": "hapnb.external"}), Registry("sampler")
+LOSSES = Registry("loss", late={"pml/": "hapnb.external"} | _late(added="SiMixLoss AntiCollapseLoss"))
+SAMPLERS = Registry("sampler")
 DATASETS = Registry("dataset", late=_late(
     emoji="emoji", fonts="fonts", benchmarks="cub cars sop inshop", photos="cifar100 fgvc-aircraft",
     hierarchies="inat-base inat-full dyml-vehicle dyml-animal dyml-product", landmarks="vehicleid gldv2"))

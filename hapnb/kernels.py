@@ -145,7 +145,6 @@ def _scaled(f, *tensors): return [(t * f.scale).contiguous() for t in tensors]
 def sums(f, # surrogate: Step, Sigmoid, Sup or Leaky; others are summed by plain PyTorch
          s: Tensor, # scores of items [Q, W], float32 or float64; -2^100 in empty slots
          k: Tensor, # scores of positives [Q, P]; 0 in empty slots
-         filled: Tensor = None, # positives of each query [Q], packed to the left; this kernel does not need it
          ) -> Tensor: # [Q, P]
     "Sum `f(s_j - s_k)` over the items, for each positive; memory O(Q (W + P))."
     if not _serves(f, s, k): return _plain_sums(f, s, k)
@@ -154,7 +153,6 @@ def sums(f, # surrogate: Step, Sigmoid, Sup or Leaky; others are summed by plain
 
 def pull(f, s: Tensor, k: Tensor, # as in `sums`; f has a derivative
          outer: Tensor, # derivative of the result by each sum [Q, P]; 0 in empty slots
-         filled: Tensor = None, # as in `sums`
          ) -> tuple: # derivative by each item's score [Q, W] and by each positive's [Q, P]
     "Take a derivative back through `sums`; memory O(Q (W + P))."
     if not _serves(f, s, k, outer): return _plain_pull(f, s, k, outer)

@@ -391,7 +391,7 @@ class _Prices:
 
 _COST = {"cpu": _Prices(1.2, (23e3, 95.), (26e3, 33.)), "cuda": _Prices(0.005, (50., 0.5), (50., 0.5))}
 # with compiled loops only the direct way costs less
-_COMPILED = replace(_COST["cpu"], triple=0.42)
+_COMPILED = replace(_COST["cpu"], triple=0.35)
 
 def _prices(scores, parts):
     "What a computation costs on the device of the scores, with the kernels that can be had for level 1."

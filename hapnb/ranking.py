@@ -334,14 +334,12 @@ def _level_by_kernels(kernels, slab, index, a, parts, combine, total, grad):
     "As `_level`, with whole sums from kernels instead of blocks."
     k, live, kcol = slab.positives(a)
     if not k.shape[1]: return
-    # positives that are packed to the left leave empty slots on the right
-    filled = None if live is None or kcol is None else slab.counts[:, a]
     groups = [slab.lay(p, 1., _Scratch(k)) for p in parts]
-    worth, outer = combine(a, [kernels.sums(f, s, k, filled) for s, _, f in groups], index)
+    worth, outer = combine(a, [kernels.sums(f, s, k) for s, _, f in groups], index)
     total += _live(worth, live).sum(1)
     for (s, col, f), o in zip(groups, outer) if grad is not None else []:
         if o is None or not f.smooth: continue
-        ds, dk = kernels.pull(f, s, k, _live(o, live), filled)
+        ds, dk = kernels.pull(f, s, k, _live(o, live))
         _spread(grad, slice(None), [(kcol, dk), (col, ds)])
 
 # %% ../nbs/01_ranking.ipynb #9851245e
@@ -363,16 +361,20 @@ def _engine(need, scores, shared, levels, parts, combine, block, counts, method)
     if sorting: way.rank_levels(scores, shared, counts, index, levels, sorting, parts, combine, total, grad)
     needed = {a: parts(a) for a in range(levels, 0, -1) if a not in sorting}
     if not needed: return total, grad
+    kernels = _kernels(scores, sum(needed.values(), []))
+    if hasattr(kernels, "rank_levels"):
+        kernels.rank_levels(scores, shared, counts, index, levels, list(needed), parts, combine, total, grad)
+        return total, grad
     scratches = _scratches(scores, max(map(len, needed.values())), block <= 2**18)
     for first in range(0, len(scores), height):
         rows = slice(first, min(first + height, len(scores)))
         slab, own = _Slab(scores[rows], shared[rows], counts[rows]), None if grad is None else grad[rows]
         for a, those in needed.items():
-            kernels = _kernels(scores, those)
             if kernels: _level_by_kernels(kernels, slab, index[rows], a, those, combine, total[rows], own)
             else: _level(slab, index[rows], a, those, combine, block, total[rows], own, scratches)
     return total, grad
 
+# %% ../nbs/01_ranking.ipynb #4a2750c9
 class _RankScore(torch.autograd.Function):
     "Forward also finds the gradient, so that backward is one product."
     @staticmethod

@@ -181,14 +181,51 @@ def _keys(block, least):
     halves[rows, me, 1 - _HIGH] = low[me]
     return keys
 
+# %% ../nbs/14_retrieval.ipynb #3957526b
+def _short_keys(block, least):
+    "Pack the scores of a block, in steps of 2^(b-30), with the code into int32 keys [T, N]."
+    sets, b = block.sets, block.sets.L.bit_length()
+    # minus infinity becomes a number that is worse than every cosine
+    steps = block.found.clamp(min=-1.5).mul_(-2. ** (30 - b))
+    keys = _codes(steps.to(torch.int32).bitwise_left_shift_(b), block, least)
+    keys[_own(block.of(sets.me), keys.device)] = 3 << 29
+    return keys
+
+# %% ../nbs/14_retrieval.ipynb #af3f76ce
+# open pairs of a row that are put right one by one
+_FEW = 8
+
+def _put_right(codes, row, key, keys, best, block):
+    "Order those images of a row of `codes` by score and index that share their score's number with `key`."
+    b = block.sets.L.bit_length()
+    at = np.flatnonzero(keys[row] >> b == key >> b)
+    at = at[np.lexsort((block.sets.order.numpy()[at], -block.found[row].numpy()[at]))]
+    first = np.searchsorted(best[row], key >> b << b)
+    codes[row, first:first + len(at)] = keys[row, at] & (1 << b) - 1
+
+def _codes_in_order(block, least):
+    "The codes [T, N] of a block of float32 scores, each row best first."
+    b = block.sets.L.bit_length()
+    if not _numpy_here(block.scores): return _sort_rows(_keys(block, least)).bitwise_and_((1 << b) - 1)
+    keys = _short_keys(block, least)
+    best = _sort_rows(keys.clone())
+    codes, k, s = (best & (1 << b) - 1).numpy(), keys.numpy(), best.numpy()
+    rows, at = (((s[:, 1:] ^ s[:, :-1]).view(np.uint32) - np.uint32(1)) < (1 << b) - 1).nonzero()
+    many = np.bincount(rows, minlength=len(s)) > _FEW
+    for row in np.flatnonzero(many):
+        alone = Block(block.sets, block.first + int(row), block.scores[row:row + 1])
+        codes[row] = _sort_rows(_keys(alone, least)).bitwise_and_((1 << b) - 1)[0].numpy()
+    for row, i in zip(rows, at):
+        if not many[row]: _put_right(codes, row, s[row, i], k, s, block)
+    return torch.from_numpy(codes)
+
 # %% ../nbs/14_retrieval.ipynb #5c43c150
 def ranks_by_sort(block: Block,
                   least: int, # smallest number of shared levels of a positive
                   ) -> tuple: # LongTensors (row * N + rank - 1, shared levels), row by row, best first
     "Rank all positives of a block by one sort of each row."
     scores, sets = block.found, block.sets
-    if scores.dtype == torch.float32:
-        codes = _sort_rows(_keys(block, least)).bitwise_and_(2 ** sets.L.bit_length() - 1)
+    if scores.dtype == torch.float32: codes = _codes_in_order(block, least)
     else:
         codes = _codes(torch.zeros(scores.shape, dtype=torch.int16, device=scores.device), block, least)
         codes[_own(block.of(sets.me), scores.device)] = 0
@@ -208,7 +245,7 @@ def _in_threads(f, *arrays):
     with ThreadPoolExecutor(n) as pool: return list(pool.map(f, *(np.array_split(a, n) for a in arrays)))
 
 def _sort_rows(keys):
-    "Sort each row of int64 `keys` in place."
+    "Sort each row of integers `keys` in place."
     if not _numpy_here(keys): return keys.copy_(keys.sort(1).values)
     _in_threads(lambda part: part.sort(axis=1), keys.numpy())
     return keys

@@ -125,6 +125,16 @@ def labels(self: Result) -> Tensor: # LongTensor [N, L]
     return self._tensors_of("embeddings.safetensors")["labels"]
 
 @patch
+def per_query(self: Result) -> dict: # name of a metric -> float32 array [N], NaN for images that are no query
+    "Read the metrics of single queries, one value per image of the evaluation part."
+    name = "per_query.safetensors"
+    if name not in read_manifest(self.path, _REMEDY)["files"]:
+        raise UserError(f"run {self.key} was made before values of single queries were kept. Delete {self.path} and "
+                        "run it again (`hapnb reproduce --force` does so for a study), or compute them: "
+                        "evaluate(result.embeddings(), result.labels(), per_query=True)['per_query'].")
+    return {k: v.numpy() for k, v in self._tensors_of(name).items()}
+
+@patch
 def weights(self: Result) -> dict: # name -> tensor
     "Read the trained weights: `head.*`, `loss.*`, perhaps `trunk.*`."
     return self._tensors_of("weights.safetensors")
@@ -340,7 +350,7 @@ class _Reporter:
 
 # %% ../nbs/33_runs.ipynb #160a6487
 _FILES = ("config.json", "history.csv", "weights.safetensors", "embeddings.safetensors", "environment.json",
-          "metrics.json")
+          "per_query.safetensors", "metrics.json")
 
 def _finish(cfg, path, data, trainer, z, began):
     "Write the result and its manifest."
@@ -355,6 +365,8 @@ def _finish(cfg, path, data, trainer, z, began):
     seconds = dict(train_seconds=sum(r["seconds"] for r in trainer.history), wall_seconds=time.monotonic() - began)
     about = environment(trainer.accelerator) | seconds | dict(data=test, pretrained=_weights_id(cfg.pretrained))
     _json(path / "environment.json", about)
-    _json(path / "metrics.json", evaluate_run(cfg, data, z, trainer.device))
+    metrics = evaluate_run(cfg, data, z, trainer.device, per_query=True)
+    _tensors(path / "per_query.safetensors", {k: torch.from_numpy(v) for k, v in metrics.pop("per_query").items()})
+    _json(path / "metrics.json", metrics)
     write_manifest(path, _FILES, key=path.name)
     (path / "state.pt").unlink(missing_ok=True)

@@ -291,6 +291,8 @@ def _backward(self: Trainer, x, labels, rows=None):
 def _value(self: Trainer, emb, labels, rows=None):
     "The loss of a batch; `Diverged` where it refuses the embeddings because they are not finite."
     try:
+        # a loss with averages for each image asks which ones these are
+        if rows is not None and hasattr(self.loss, "set_rows"): self.loss.set_rows(rows)
         mined = {} if self.miner is None else dict(indices_tuple=self.miner(emb.detach(), labels))
         value = self.loss(emb, labels, **mined)
         return value if self.memory is None else value + self._remember(emb, labels, rows)

@@ -184,6 +184,114 @@ def smooth_hap(scores, levels, rel, tau=.01):
     return values, slopes
 
 
+def pnp(scores, positive, cost, tau=.01):
+    """PNP: each positive costs a function of the smoothed number of negatives above it.
+
+    `cost(n)` gives the value and its derivative."""
+    values, slopes = [], []
+    for s, p in zip(scores, positive):
+        ks, n = [k for k in range(len(s)) if p[k]], len(s)
+        g, value = [0.] * n, 0.
+        for k in ks:
+            above, d = 0., [0.] * n
+            for j in range(n):
+                if p[j]: continue
+                h, d[j] = smooth_step(s[j] - s[k], tau)
+                above += h
+            c, slope = cost(above)
+            value += c / len(ks)
+            for j in range(n):
+                g[j] += slope * d[j] / len(ks)
+                g[k] -= slope * d[j] / len(ks)
+        values.append(value if ks else None)
+        slopes.append(g)
+    return values, slopes
+
+
+def pnp_cost(variant, alpha=4., b=2.):
+    "What n negatives above a positive cost, and the derivative, straight from the paper's table."
+    return {"O": lambda n: (n, 1.), "Iu": lambda n: ((1 + n) * math.log(1 + n), 1 + math.log(1 + n)),
+            "Ib": lambda n: ((b * n - math.log(1 + b * n)) / b ** 2, n / (1 + b * n)),
+            "Ds": lambda n: (math.log(1 + n), 1 / (1 + n)),
+            "Dq": lambda n: (1 - 1 / (1 + n) ** alpha, alpha / (1 + n) ** (alpha + 1))}[variant]
+
+
+def hinge_means(scores, positive, skip, margin=1.):
+    "For each query the means of the squared hinge over its positives and over positives, or all items; or None."
+    found = []
+    for q, (s, p) in enumerate(zip(scores, positive)):
+        items = [k for k in range(len(s)) if not skip(q, k)]
+        ks, means = [k for k in items if p[k]], []
+        for inside in ([k for k in items if p[k]], items):
+            value, g = 0., [0.] * len(s)
+            for i in ks:
+                for j in inside:
+                    h = max(0., margin - s[i] + s[j])
+                    value += h * h
+                    g[j] += 2 * h
+                    g[i] -= 2 * h
+            n = max(len(ks) * len(items), 1)
+            means.append((value / n, [x / n for x in g]))
+        found.append(means if ks else None)
+    return found
+
+
+def moving_ap(scores, positive, skip, margin=1., gamma=1., old=None):
+    "One minus the ratio of the two means, each moved by `gamma` from the query's `old` pair."
+    values, slopes = [], []
+    for q, means in enumerate(hinge_means(scores, positive, skip, margin)):
+        if means is None:
+            values.append(None)
+            slopes.append([0.] * len(scores[q]))
+            continue
+        (pos, dpos), (every, devery) = means
+        if old is not None: pos, every = ((1 - gamma) * o + gamma * x for o, x in zip(old[q], (pos, every)))
+        values.append(1 - pos / every)
+        slopes.append([gamma * (pos * b / every ** 2 - a / every) for a, b in zip(dpos, devery)])
+    return values, slopes
+
+
+def supcon(scores, positive, skip, queries, refs, temperature):
+    "Mean of -log of a softmax over some references, over the positives of each of some queries; value, slopes, count."
+    total, g, n = 0., np.zeros((len(scores), len(scores[0]))), 0
+    for q in queries:
+        items = [k for k in refs if not skip(q, k)]
+        ks = [k for k in items if positive[q][k]]
+        if not ks: continue
+        top = max(scores[q][k] for k in items)
+        e = {k: math.exp((scores[q][k] - top) / temperature) for k in items}
+        bottom, n = sum(e.values()), n + 1
+        for k in items: g[q, k] += e[k] / bottom / temperature
+        for k in ks:
+            total += (math.log(bottom) - (scores[q][k] - top) / temperature) / len(ks)
+            g[q, k] -= 1 / len(ks) / temperature
+    return total / max(n, 1), g / max(n, 1), n
+
+
+def hmlc_levels(scores, query_labels, ref_labels, skip, temperature=.07, one_per_class=True):
+    "The supervised contrastive loss of each level, finest first: (value, slopes), None where no query has a positive."
+    def first(labels, l):
+        own = [x[l] for x in labels]
+        return [i for i, c in enumerate(own) if c == -1 or c not in own[:i]]
+    found = []
+    for l in range(len(query_labels[0])):
+        sides = [first(y, l - 1) if l and one_per_class else range(len(y)) for y in (query_labels, ref_labels)]
+        positive = [[a[l] == b[l] != -1 for b in ref_labels] for a in query_labels]
+        value, g, n = supcon(scores, positive, skip, *sides, temperature)
+        found.append((value, g) if n else None)
+    return found
+
+
+def hmlc(levels, like, constraint=True):
+    "Weighted sum over levels; a level counts at least as much as the finer ones. `like`: the scores."
+    largest = total, slopes = 0., np.zeros((len(like), len(like[0])))
+    for l, found in enumerate(levels, 1):
+        if found is None: continue
+        if not constraint or found[0] > largest[0]: largest = found
+        total, slopes = total + 2 ** (1 / l) * largest[0], slopes + 2 ** (1 / l) * largest[1]
+    return total / len(levels), slopes / len(levels)
+
+
 def mean(values, slopes):
     "Mean over the queries that count, with its slopes; 0 when none counts."
     n = sum(v is not None for v in values)

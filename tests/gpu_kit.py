@@ -29,7 +29,7 @@ def methods(name):
 def build(name, dim, classes, levels=2, **args):
     "A loss for `classes` finest classes, two per parent at each level; arguments that it does not know are left out."
     table = torch.stack([torch.arange(classes) // 2**l for l in range(levels)], 1)
-    known = dict(num_classes=classes, embedding_size=dim, proxy_labels=table, margins=(.3,) * levels, **args)
+    known = dict(num_classes=classes, embedding_size=dim, proxy_labels=table, margins=(.3,) * levels, share=.5, **args)
     torch.manual_seed(0)
     return make_loss(name, **{k: v for k, v in known.items() if k in takes(name) and v is not None})
 

@@ -74,7 +74,8 @@ def read_all(path):
     "Everything that a result holds, as bytes or text."
     r = Result(path)
     tensors = [*r.weights().items(), ("e", r.embeddings()), ("l", r.labels())]
-    return (r.metrics, r.config, r.environment, r.history.to_csv(), [(k, v.numpy().tobytes()) for k, v in tensors])
+    arrays = [(k, v.numpy().tobytes()) for k, v in tensors] + [(k, v.tobytes()) for k, v in r.per_query().items()]
+    return (r.metrics, r.config, r.environment, r.history.to_csv(), arrays)
 
 
 @pytest.mark.parametrize("name", [*_FILES, "manifest.json"])

@@ -145,7 +145,7 @@ def test_sets(shared):
 
 
 LOSSES = ["SmoothAPLoss", "SupAPLoss", "HAPLoss", "SmoothHAPLoss", "SupRecallLoss", "SmoothRecallLoss", "SupNDCGLoss",
-          "SmoothNDCGLoss"]
+          "SmoothNDCGLoss", "PNPLoss"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

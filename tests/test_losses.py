@@ -10,13 +10,14 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from brute import (calibration, dots, hap, hrank_step, mean, ndcg_worth, of_rank, pair, pop, recall_worth, shared,
-                   smooth_ap, smooth_hap, smooth_step,
+from brute import (calibration, dots, hap, hinge_means, hmlc, hmlc_levels, hrank_step, mean, moving_ap, ndcg_worth,
+                   of_rank, pair, pnp, pnp_cost, pop, recall_worth, shared, smooth_ap, smooth_hap, smooth_step,
                    sup_ap, sup_step, to_embeddings, weighted)
 from hapnb.helpers import LOSSES
 from hapnb.core import Relevance
-from hapnb.losses import (AMSoftmaxLoss, CalibrationLoss, CrossEntropyLoss, CSLLoss, HAPLoss, HAPPIERLoss,
-                          NormSoftmaxLoss, PairLoss,
+from hapnb.added import AntiCollapseLoss, coding_rate, SiMixLoss
+from hapnb.losses import (AMSoftmaxLoss, CalibrationLoss, CrossEntropyLoss, CSLLoss, HAPLoss, HAPPIERLoss, HMLCLoss,
+                          MovingAPLoss, NormSoftmaxLoss, PairLoss, PNPLoss,
                           ProxyAnchorLoss, ROADMAPLoss, SmoothAPLoss, SmoothHAPLoss, SmoothNDCGLoss, SmoothRecallLoss,
                           SupAPLoss, SupNDCGLoss, SupRecallLoss,
                           make_loss)
@@ -105,6 +106,11 @@ RANK = {
     "SmoothNDCG": (lambda **k: SmoothNDCGLoss(**k),
                    lambda p: of_rank(p.scores, p.shared, sigmoid_step, ndcg_worth, sigmoid_step)),
 }
+RANK |= {f"PNP, {v}": (lambda v=v, **k: PNPLoss(v, **k), lambda p, v=v: pnp(p.scores, p.positive(0), pnp_cost(v)))
+         for v in ("O", "Iu", "Ib", "Ds", "Dq")}
+RANK["PNP, other constants, coarsest"] = (
+    lambda depth, **k: PNPLoss("Dq", 1.5, tau=.1, level=depth - 1, **k),
+    lambda p: pnp(p.scores, p.positive(p.depth - 1), pnp_cost("Dq", 1.5), .1))
 PAIRS = {
     "Calibration": (lambda **k: CalibrationLoss(**k),
                     lambda p: calibration(p.scores, p.positive(0), p.skip, always(p))),
@@ -125,7 +131,25 @@ SUMS = {
     "ROADMAP, half": (lambda **k: ROADMAPLoss(weight=(.5, .5), **k),
                       lambda p: add(mean(*RANK["SupAP"][1](p)), PAIRS["Calibration"][1](p), .5, .5)),
 }
-ALL = {**RANK, **PAIRS, **SUMS}
+
+
+def hmlc_by_hand(p, temperature=.07, one_per_class=True, constraint=True):
+    "HMLC by loops; beside two equal levels the last bit decides which one counts."
+    levels = hmlc_levels(p.scores, p.ql, p.rl, p.skip, temperature, one_per_class)
+    there = [v for v, _ in filter(None, levels)]
+    if constraint and any(abs(a - b) < 1e-6 for i, a in enumerate(there) for b in there[:i]): assume(False)
+    return hmlc(levels, p.scores, constraint)
+
+
+OTHERS = {
+    "HMLC": (lambda **k: HMLCLoss(**k), hmlc_by_hand),
+    "HMLC, paper": (lambda **k: HMLCLoss(.5, False, False, **k), lambda p: hmlc_by_hand(p, .5, False, False)),
+    "MovingAP": (lambda **k: MovingAPLoss(**k), lambda p: mean(*moving_ap(p.scores, p.positive(0), p.skip))),
+    "MovingAP, margin 0.3, coarsest": (
+        lambda depth, **k: MovingAPLoss(margin=.3, level=depth - 1, **k),
+        lambda p: mean(*moving_ap(p.scores, p.positive(p.depth - 1), p.skip, .3))),
+}
+ALL = {**RANK, **PAIRS, **SUMS, **OTHERS}
 
 
 def make(build, depth, **k):
@@ -238,7 +262,7 @@ def test_one_value_a_query(name, p):
         assume(p.gap() > 1e-9)
         assert each.tolist() == pytest.approx([v or 0. for v in values], rel=1e-9, abs=1e-11)
         assert whole.item() == pytest.approx(each.sum().item() / max(1, sum(counts)), rel=1e-9, abs=1e-11)
-    elif name in PAIRS or p.square and min(map(min, p.ql)) >= 0:
+    elif name in PAIRS or name in SUMS and p.square and min(map(min, p.ql)) >= 0:
         assert whole.item() == pytest.approx(each.mean().item(), rel=1e-9, abs=1e-11)
 
 
@@ -405,9 +429,12 @@ def test_happier(lam):
 NAMES = ["SmoothAPLoss", "SupAPLoss", "HAPLoss", "CalibrationLoss", "ROADMAPLoss", "HAPPIERLoss", "PairLoss",
          "NormSoftmaxLoss",
          "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss", "SmoothHAPLoss", "SupRecallLoss", "SmoothRecallLoss",
-         "SupNDCGLoss", "SmoothNDCGLoss", "HISTLoss", "ProxyAnchorLoss"]
+         "SupNDCGLoss", "SmoothNDCGLoss", "HISTLoss", "ProxyAnchorLoss", "PNPLoss", "HMLCLoss", "MovingAPLoss",
+         "SiMixLoss", "AntiCollapseLoss"]
 PROXIES = {"HAPPIERLoss", "NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss", "HISTLoss",
-           "ProxyAnchorLoss"}
+           "ProxyAnchorLoss", "AntiCollapseLoss"}
+# without its random numbers
+FIXED = {"SiMixLoss": dict(share=.5)}
 # these take `similarity`; HIST measures directions and gives its network the embeddings as they come
 LENGTHS = [n for n in NAMES if n != "HISTLoss"]
 TREE = torch.stack([torch.arange(6), torch.arange(6) // 2], 1)
@@ -415,7 +442,7 @@ TREE = torch.stack([torch.arange(6), torch.arange(6) // 2], 1)
 
 def by_name(name, table=TREE, **k):
     torch.manual_seed(0)
-    return make_loss(name, num_classes=6, embedding_size=4, proxy_labels=table, **k)
+    return make_loss(name, num_classes=6, embedding_size=4, proxy_labels=table, **FIXED.get(name, {}), **k)
 
 
 def batch(n=12, seed=0, dtype=torch.float32):
@@ -497,7 +524,7 @@ def test_bad_arguments(name):
                        (dict(reduction="sum"), "mean")):
         with pytest.raises(ValueError, match=message): by_name(name, **k)
     # these use all levels
-    if name not in ("HAPLoss", "HAPPIERLoss", "CSLLoss", "SmoothHAPLoss", "SupNDCGLoss", "SmoothNDCGLoss"):
+    if name not in ("HAPLoss", "HAPPIERLoss", "CSLLoss", "SmoothHAPLoss", "SupNDCGLoss", "SmoothNDCGLoss", "HMLCLoss"):
         with pytest.raises(ValueError, match="level"): by_name(name, level=2)(*batch())
 
 
@@ -580,7 +607,9 @@ def test_queries_without_positive_do_not_count(name):
 def test_order_of_the_batch_does_not_matter(name):
     emb, y = batch(dtype=torch.float64)
     order = torch.tensor([7, 0, 11, 3, 9, 1, 8, 2, 10, 5, 4, 6])
-    loss = by_name(name, reduction="none").double()
+    # the first image of each class goes up a level, as in the official implementation
+    k = dict(one_per_class=False) if name == "HMLCLoss" else {}
+    loss = by_name(name, reduction="none", **k).double()
     torch.testing.assert_close(loss(emb, y)[order], loss(emb[order], y[order]), rtol=1e-10, atol=1e-12)
 
 
@@ -598,7 +627,7 @@ def test_same_set_by_identity_not_by_shape(name):
     (emb, y), (ref, ry) = batch(dtype=torch.float64), batch(12, 1, torch.float64)
     loss = by_name(name).double()
     assert loss(emb, y, ref_emb=emb, ref_labels=y).item() == loss(emb, y).item()
-    if name not in ("NormSoftmaxLoss", "AMSoftmaxLoss", "CrossEntropyLoss", "CSLLoss", "HISTLoss", "ProxyAnchorLoss"):
+    if name not in PROXIES - {"HAPPIERLoss"}:
         assert loss(emb, y, ref_emb=ref, ref_labels=ry).item() != loss(emb, y).item()
 
 
@@ -712,7 +741,8 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", NAMES)
+# SiMix adds an image for each of the 65,280 pairs of a class
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "SiMixLoss"])
 def test_no_cube_is_built(name):
     "512 queries with 256 positives each and 512 references: a cube would have 67 million elements."
     g = torch.Generator().manual_seed(0)
@@ -805,3 +835,159 @@ def test_training_after_inference_mode():
     thread = threading.Thread(target=work, args=(found,))
     thread.start(), thread.join()
     assert found and found[0] > 0
+
+
+# --- moving averages, virtual images, coding rates
+
+
+@pytest.mark.parametrize("gamma", [.3, 1.])
+@pytest.mark.parametrize("seed", range(3))
+def test_averages_move_by_gamma_for_each_image(seed, gamma):
+    "Three batches of 12 of 30 images: values, gradients, averages by loops; images without a positive keep theirs."
+    rng = np.random.RandomState(seed)
+    loss, means = MovingAPLoss(30, gamma).double(), {}
+    for step in range(3):
+        rows, fine = rng.permutation(30)[:12], rng.randint(-1, 5, 12)
+        p = Problem(rng.standard_normal((12, 4)), fine[:, None].tolist(), cosine=True)
+        found = hinge_means(p.scores, p.positive(0), p.skip)
+        now = [None if f is None else [v for v, _ in f] for f in found]
+        old = [means.get(r, n) for r, n in zip(rows, now)]
+        values, slopes = moving_ap(p.scores, p.positive(0), p.skip, 1., gamma, old)
+        # an image's first batch is its own past, whose derivative counts in full
+        whole = moving_ap(p.scores, p.positive(0), p.skip)[1]
+        slopes = [s if r in means else w for r, s, w in zip(rows, slopes, whole)]
+        want, slopes = mean(values, slopes)
+        emb = torch.tensor(p.q, requires_grad=True)
+        loss.set_rows(torch.tensor(rows))
+        value = loss(emb, torch.tensor(fine))
+        value.backward()
+        assert value.item() == pytest.approx(want, rel=1e-9)
+        np.testing.assert_allclose(emb.grad.numpy(), to_embeddings(slopes, p.q, cosine=True)[0], rtol=1e-8, atol=1e-10)
+        for r, o, n in zip(rows, old, now):
+            if n is not None: means[r] = [(1 - gamma) * a + gamma * b for a, b in zip(o, n)]
+        for r in range(30):
+            every = loss.mean_all[r].item()
+            assert [every - loss.mean_neg[r].item(), every] == pytest.approx(means.get(r, [0., 0.]), rel=1e-9)
+
+
+def test_averages_move_in_training_only_and_for_one_call():
+    (emb, y), loss = batch(), MovingAPLoss(12)
+    loss(emb, y)
+    assert not loss.mean_all.any()
+    loss.eval().set_rows(torch.arange(12))
+    loss(emb, y)
+    assert not loss.mean_all.any()
+    loss.train().set_rows(torch.arange(12))
+    loss(emb, y)
+    kept = loss.mean_all.clone()
+    loss(emb * torch.arange(1, 13)[:, None] + 1, y)
+    assert kept.all() and torch.equal(loss.mean_all, kept)
+
+
+@pytest.mark.parametrize("base, args", [("SmoothRecallLoss", {}), ("SupRecallLoss", dict(ks=(1, 3))), ("HAPLoss", {}),
+                                        ("SmoothAPLoss", dict(tau=.1))])
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("share", [.5, .2, None])
+def test_virtual_images_are_images_of_a_larger_batch(base, args, level, share):
+    "Value and gradient of the base on a batch to which the mixtures were added by a loop; -1 has none."
+    rng = np.random.RandomState(4)
+    fine = torch.tensor(rng.randint(-1, 4, 10))
+    y = torch.stack([fine, torch.where(fine < 0, 0, fine // 2)], 1)
+    emb = torch.tensor(rng.standard_normal((10, 5)), requires_grad=True)
+    pairs = [(i, j) for i in range(10) for j in range(i + 1, 10) if y[i, level] == y[j, level] != -1]
+    torch.manual_seed(3)
+    a = [share if share is not None else x for x in torch.rand(len(pairs), 1)[:, 0].tolist()]
+    unit = emb / emb.norm(dim=1, keepdim=True)
+    more = torch.stack([*unit, *(b * unit[i] + (1 - b) * unit[j] for b, (i, j) in zip(a, pairs))])
+    virtual = torch.stack([torch.where(y[i] == y[j], y[i], -1) for i, j in pairs])
+    own = dict(level=level) if base != "HAPLoss" else {}
+    want = make_loss(base, similarity="dot", **args, **own)(more, torch.cat([y, virtual]))
+    torch.manual_seed(3)
+    got = SiMixLoss(base, args, share, level)(emb, y)
+    assert got.item() == pytest.approx(want.item(), rel=1e-9)
+    torch.testing.assert_close(*(torch.autograd.grad(v, emb, retain_graph=True)[0] for v in (got, want)),
+                               rtol=1e-8, atol=1e-10)
+
+
+def test_references_are_mixed_and_queries_are_not():
+    "A virtual reference is left out for a query whose own copy is one of its parents."
+    (emb, y), (ref, ry) = batch(4, 0, torch.float64), batch(12, 1, torch.float64)
+    mixed = SiMixLoss(share=.5, similarity="dot", reduction="none")
+    i, j = torch.tensor([(a, b) for a in range(12) for b in range(a + 1, 12) if ry[a, 0] == ry[b, 0]]).T
+    more, labels = torch.cat([ref, (ref[i] + ref[j]) / 2]), torch.cat([ry, ry[i]])
+    plain = SmoothRecallLoss(similarity="dot", reduction="none")
+    want = plain(emb, y, ref_emb=more, ref_labels=labels)
+    torch.testing.assert_close(mixed(emb, y, ref_emb=ref, ref_labels=ry), want)
+    kept = (torch.arange(12) != torch.arange(4)[:, None]).nonzero(as_tuple=True)
+    got = mixed(emb, y, (*kept, *kept), ref_emb=ref, ref_labels=ry)
+    for q in range(4):
+        rest = torch.arange(12) != q
+        one = mixed(emb[q:q + 1], y[q:q + 1], ref_emb=ref[rest], ref_labels=ry[rest])
+        assert got[q].item() == pytest.approx(one.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("n, D", [(3, 7), (7, 3), (4, 4)])
+def test_coding_rate_by_eigenvalues(n, D):
+    x = torch.tensor(np.random.RandomState(0).standard_normal((n, D)), requires_grad=True)
+    unit = x / x.norm(dim=1, keepdim=True)
+    want = (1 + D / (n * .25) * torch.linalg.eigvalsh(unit.T @ unit).clamp(min=0)).log().sum() / 2
+    got = coding_rate(x)
+    assert got.item() == pytest.approx(want.item(), rel=1e-9)
+    torch.testing.assert_close(*(torch.autograd.grad(v, x, retain_graph=True)[0] for v in (got, want)))
+    assert coding_rate(x.expand(n, D)[:1].expand(5, D)).item() == pytest.approx(.5 * math.log(1 + 4 * D))
+
+
+@pytest.mark.parametrize("base", ["SupAPLoss", "HAPPIERLoss", "CSLLoss", "HISTLoss", "HMLCLoss", "MovingAPLoss"])
+@pytest.mark.parametrize("on", ["embeddings", "proxies"])
+def test_a_price_for_collapse_is_added_to_any_loss(base, on):
+    if on == "proxies" and base not in ("HAPPIERLoss", "CSLLoss"):
+        with pytest.raises(ValueError, match=f"{base} has no proxies"): by_name("AntiCollapseLoss", base=base, on=on)
+        return
+    emb, y = batch()
+    loss = by_name("AntiCollapseLoss", base=base, on=on, rate_weight=.7, gamma=.2)
+    if base == "HISTLoss": loss.eval()
+    plain = loss.base(emb, y)
+    rows = emb if on == "embeddings" else next(p for n, p in loss.named_parameters() if n.endswith("weight"))
+    want = plain.item() + .7 * math.exp(-.2 * coding_rate(rows).item())
+    assert loss(emb, y).item() == pytest.approx(want, rel=1e-6)
+    assert loss.terms["base"] + .7 * loss.terms["collapse"] == pytest.approx(want, rel=1e-6)
+    assert len([*loss.parameters()]) == len([*loss.base.parameters()])
+
+
+@pytest.mark.parametrize("variant", ["O", "Iu", "Ib", "Ds", "Dq"])
+def test_pnp_agrees_with_pytorch_metric_learning(variant):
+    pml = pytest.importorskip("pytorch_metric_learning.losses")
+    emb, y = torch.randn(24, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), torch.arange(24) % 5
+    emb.requires_grad_()
+    values = PNPLoss(variant)(emb, y), pml.PNPLoss(b=2, alpha=4, variant=variant)(emb, y)
+    assert values[0].item() == pytest.approx(values[1].item(), rel=1e-9)
+    torch.testing.assert_close(*(torch.autograd.grad(v, emb)[0] for v in values), rtol=1e-8, atol=1e-10)
+
+
+def test_calibration_with_other_margins_is_the_threshold_consistent_margin_loss():
+    pml = pytest.importorskip("pytorch_metric_learning.losses")
+    emb, y = torch.randn(24, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), torch.arange(24) % 5
+    ours, theirs = CalibrationLoss(.9, .5), pml.ThresholdConsistentMarginLoss()
+    assert ours(emb, y).item() == pytest.approx(theirs(emb, y).item(), rel=1e-9)
+
+
+def test_hmlc_of_one_level_is_the_supervised_contrastive_loss():
+    pml = pytest.importorskip("pytorch_metric_learning.losses")
+    emb, y = torch.randn(24, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), torch.arange(24) % 5
+    assert HMLCLoss()(emb, y).item() == pytest.approx(2 * pml.SupConLoss(temperature=.07)(emb, y).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: PNPLoss("Dp"), "unknown variant 'Dp'.*Did you mean"), (lambda: MovingAPLoss(0), "num_images must be"),
+    (lambda: MovingAPLoss(gamma=2), "gamma must be above 0 and at most 1"),
+    (lambda: MovingAPLoss(5).set_rows(torch.tensor([0, 5])), "rows 0 to 5 do not fit .* 5 images"),
+    (lambda: SiMixLoss("NormSoftmaxLoss"), "needs a rank loss"),
+    (lambda: SiMixLoss(share=-.1), "share must lie in 0..1"),
+    (lambda: SiMixLoss(base_args=dict(tua=1)), "Did you mean 'tau'"),
+    (lambda: SiMixLoss(base_args=dict(similarity="dot")), "give it to SiMixLoss itself"),
+    (lambda: AntiCollapseLoss("pml/CircleLoss"), "needs a loss of hapnb"),
+    (lambda: AntiCollapseLoss("NormSoftmaxLoss"), "num_classes"),
+    (lambda: AntiCollapseLoss("HAPLoss", level=1), "HAPLoss has no level of its own"),
+    (lambda: AntiCollapseLoss(on="all"), "unknown on 'all'")])
+def test_wrong_arguments_of_the_newer_losses(make, message):
+    with pytest.raises(ValueError, match=message): make()

@@ -23,7 +23,7 @@ from hapnb.hilander import HiLanderConfig
 
 TOY = dict(dataset="toy", dataset_args={"hues": 24}, trunk="toy", image_size=32, epochs=10, batch_size=24, embed_dim=16,
            loss="SmoothAPLoss", lr=1e-2, sampler_args={"m": 2}, ks=(1, 2))
-SMALL = dict(hidden=16, edge_hidden=8, epochs=60, lr=3e-3, k=(4,), levels=(2,))
+SMALL = dict(hidden=16, edge_hidden=8, epochs=30, lr=6e-3, k=(4,), levels=(2,))
 CFG = ow.OpenWorldConfig(base=TOY, hilander=SMALL, decode=dict(k=4, tau=.5), select=dict(threshold=.1), rounds=3)
 
 
@@ -475,7 +475,7 @@ def test_stages_that_runs_share_are_copied(result, tmp_path, monkeypatch):
     first = CFG.replace(rounds=1, last_selection=True)
     others = dict(threshold=(first.replace(select=dict(threshold=.3)), {}),
                   tau=(first.replace(decode=dict(k=4, tau=.7)), dict(cluster_hilander=2)),
-                  hilander=(first.replace(hilander=SMALL | dict(epochs=61)),
+                  hilander=(first.replace(hilander=SMALL | dict(epochs=31)),
                             dict(train_hilander=1, cluster_hilander=2)),
                   embedding=(first.replace(base=TOY | dict(epochs=9)),
                              dict(extract_features=1, train_hilander=1, cluster_hilander=2)))
@@ -547,7 +547,7 @@ def test_a_damaged_state_of_a_training_is_not_used(result, tmp_path, monkeypatch
     import hapnb.hilander as H
     real = H._Training.run_epoch
     def stopped(self):
-        if self.epoch == 30: raise KeyboardInterrupt
+        if self.epoch == 15: raise KeyboardInterrupt
         return real(self)
     monkeypatch.setattr(H._Training, "run_epoch", stopped)
     monkeypatch.setattr(ow, "train_hilander", functools.partial(ow.train_hilander, save_every=0))

@@ -18,7 +18,8 @@ LABELS = {"few": torch.stack([torch.arange(48) // 4, HALF], 1),
           "unknown": torch.stack([(torch.arange(48) // 4).where(torch.arange(48) % 5 > 0, torch.tensor(-1)), HALF], 1)}
 LOSSES = [("SmoothAPLoss", {}), ("SupAPLoss", {}), ("SupAPLoss", dict(strict=True)), ("SupAPLoss", dict(delta=None)),
           ("SupAPLoss", dict(start=0., offset=1.)), ("SupAPLoss", dict(offset=None)), ("HAPLoss", {}),
-          ("HAPLoss", dict(with_hrank=True)), ("SmoothHAPLoss", {}), ("SupRecallLoss", {}), ("SupNDCGLoss", {})]
+          ("HAPLoss", dict(with_hrank=True)), ("SmoothHAPLoss", {}), ("SupRecallLoss", {}), ("SupNDCGLoss", {}),
+          ("PNPLoss", {})]
 by_loss = pytest.mark.parametrize("name,args", LOSSES, ids=[f"{n}-{'-'.join(a)}".strip("-") for n, a in LOSSES])
 
 
@@ -46,13 +47,13 @@ class Plain:
         return (s * scale)[:, None, :] - (k * scale)[:, :, None], (s > -HUGE / 2)[:, None, :]
 
     @classmethod
-    def sums(cls, f, s, k, filled=None):
+    def sums(cls, f, s, k):
         cls.calls += 1
         x, live = cls.differences(f, s, k)
         return torch.where(live, curve(f, x), 0.).sum(-1)
 
     @classmethod
-    def pull(cls, f, s, k, outer, filled=None):
+    def pull(cls, f, s, k, outer):
         x, live = cls.differences(f, s, k)
         x = x.requires_grad_()
         with torch.enable_grad(): inner, = torch.autograd.grad(curve(f, x).sum(), x)

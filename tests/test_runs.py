@@ -1,15 +1,17 @@
 "Runs: read back, kill -9 and resume, damage, faults, protocols."
 
-import os, random, resource, signal, time
+import json, os, random, resource, signal, time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import hapnb.train as T
 from hapnb import build, config, runs
+from hapnb.helpers import LOSSES, UserError
 from hapnb.runs import Result
 from hapnb.train import Diverged, Trainer
 from runs_kit import (
@@ -125,7 +127,8 @@ def test_kill_9_at_random_moments(tmp_path, cfg):
 def test_killed_while_writing_results(tmp_path, monkeypatch):
     want = contents(toy_run(TOY, tmp_path / "whole"))
     write = runs.write_atomic
-    for stop in ("weights.safetensors", "embeddings.safetensors", "history.csv", "environment.json", "metrics.json"):
+    for stop in ("weights.safetensors", "embeddings.safetensors", "history.csv", "environment.json", "per_query.safetensors",
+                 "metrics.json"):
 
         def fails(path, data):
             if Path(path).name == stop:
@@ -324,6 +327,34 @@ def test_a_memory_resumes_to_the_last_bit(tmp_path, monkeypatch, cfg, stop):
     assert contents(toy_run(cfg, tmp_path / "cut")) == contents(whole)
 
 
+@pytest.mark.parametrize("change", [
+    dict(loss="MovingAPLoss"), dict(loss="AntiCollapseLoss", loss_args={"base": "MovingAPLoss"}),
+    dict(loss="SiMixLoss", loss_args={"base": "SupRecallLoss"}), dict(loss="MovingAPLoss", micro_batch=5)],
+    ids=["averages", "averages inside", "random mixtures", "two passes"])
+def test_a_loss_with_a_state_resumes_to_the_last_bit(tmp_path, monkeypatch, change):
+    "Averages are kept for each training image; the mixtures of a step come from the run's own random numbers."
+    cfg = TOY.replace(**change)
+    whole = toy_run(cfg, tmp_path / "whole")
+    step = Trainer.step
+    dies_after(7, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        toy_run(cfg, tmp_path / "cut", save_every=0)
+    state = runs.load_state(next((tmp_path / "cut").rglob("state.pt")))["loss"]
+    averages = [v for k, v in state.items() if k.endswith("mean_all")]
+    assert len(averages) == ("SiMix" not in cfg.loss)
+    assert all(len(v) == 144 and bool(v.any()) for v in averages)
+    monkeypatch.setattr(Trainer, "step", step)
+    assert contents(toy_run(cfg, tmp_path / "cut")) == contents(whole)
+
+
+def test_without_its_averages_a_run_goes_on_differently(tmp_path, monkeypatch):
+    "The test above would see averages that are not in the checkpoint."
+    cfg = TOY.replace(loss="MovingAPLoss")
+    whole = toy_run(cfg, tmp_path / "whole")
+    monkeypatch.setattr(LOSSES.get("MovingAPLoss"), "set_rows", lambda self, rows: None)
+    assert contents(toy_run(cfg, tmp_path / "other")) != contents(whole)
+
+
 def test_without_its_memory_a_run_goes_on_differently(tmp_path, monkeypatch):
     "The test above would see a memory that is not in the checkpoint."
     monkeypatch.setattr(T.CrossBatchMemory, "load_state_dict", lambda *a: None)
@@ -460,6 +491,30 @@ def test_the_datasets_protocol_is_followed(tmp_path):
     assert other.metrics == pytest.approx(evaluate(other.embeddings(), other.labels(), ks=(1, 2)))
     repeated = toy_run(TOY.replace(protocol={"kind": "random-gallery", "repeats": 3, "seed": 1}), tmp_path)
     assert "R@1_level0_std" in repeated.metrics
+    # other queries in each draw: no value belongs to an image
+    assert repeated.per_query() == {}
+
+
+def test_values_of_single_queries_are_kept_and_their_means_are_the_metrics(tmp_path):
+    parts = with_parts({"kind": "query-gallery"})
+    for r, every in ((toy_run(TOY, tmp_path / "a"), True), (toy_run(TOY, tmp_path / "b", data=parts), False)):
+        found, query = r.per_query(), torch.arange(len(parts[1])) % 3 == 0
+        levels = ("_level0", "_level1")
+        assert set(found) == {"H-AP", *(m + l for m in ("R@1", "AP", "mAP@R") for l in levels)}
+        for name, v in found.items():
+            assert v.dtype == np.float32 and v.shape == (len(r.labels()),)
+            assert np.nanmean(v) == pytest.approx(r.metrics[name], abs=1e-6)
+            assert every or np.isnan(v[~query.numpy()]).all()
+
+
+def test_a_run_without_values_of_single_queries_says_how_to_get_them(tmp_path):
+    r = toy_run(TOY, tmp_path)
+    note = json.loads((r.path / "manifest.json").read_text())
+    del note["files"]["per_query.safetensors"]
+    (r.path / "manifest.json").write_text(json.dumps(note))
+    (r.path / "per_query.safetensors").unlink()
+    with pytest.raises(UserError, match="reproduce --force.*per_query=True"):
+        toy_run(TOY, tmp_path).per_query()
 
 
 def test_protocol_errors(tmp_path, monkeypatch):

@@ -2,10 +2,12 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import assume, given, strategies as st
 from scipy import stats
 
-from hapnb.statistics import equivalence, holm, interval, paired_test, summarise
+from hapnb.statistics import (
+    correct_verdicts, crossed_bootstrap, decide, Difference, equivalence, holm, interval, paired_test, seed_difference,
+    smallest_effect, summarise)
 from hapnb.tables import claim_better, claim_equivalent
 from toy_study import toy_rows
 
@@ -150,3 +152,134 @@ def test_equivalence_of_one_seed_and_wrong_names():
     with pytest.raises(ValueError, match="unknown setting of column 'layers': 4"):
         equivalence(rows, "score", "layers", 4)
     with pytest.raises(ValueError, match="something else varies"): alike(pd.concat([rows, rows]))
+
+
+# crossed bootstrap
+
+def crossed(seeds, groups, sds, rng, size=4):
+    "Differences [seeds, groups * size] whose true mean is zero, and their groups; `sds`: of seeds, groups, cells."
+    d = sds[0] * rng.normal(size=(seeds, 1)) + sds[1] * rng.normal(size=(1, groups))
+    return (d + sds[2] * rng.normal(size=(seeds, groups))).repeat(size, 1), np.arange(groups).repeat(size)
+
+
+def test_crossed_bootstrap_is_a_plain_loop_over_draws():
+    rng = np.random.default_rng(0)
+    a, b, of = rng.normal(size=(4, 60)), rng.normal(size=(4, 60)), rng.integers(9, size=60)
+    d, names, draws = a - b, np.unique(of), {"seeds": [], "groups": [], "both": []}
+    for _ in range(3000):
+        rows, chosen = rng.integers(4, size=4), rng.choice(names, len(names))
+        columns = np.concatenate([np.flatnonzero(of == g) for g in chosen])
+        draws["seeds"].append(d[rows].mean())
+        draws["groups"].append(d[:, columns].mean())
+        draws["both"].append(d[np.ix_(rows, columns)].mean())
+    s, g, both = (np.var(x) for x in draws.values())
+    # five percent: the noise of 3,000 draws
+    V_s, V_g, V_i = s * 4 / 3, g * 9 / 8, max(both - s - g, 0) * 4 / 3 * 9 / 8
+    found = crossed_bootstrap(a, b, of)
+    assert found.value == pytest.approx(d.mean()) and (found.seeds, found.groups) == (4, 9)
+    assert found.error == pytest.approx(max(V_s + V_g - V_i, V_s, V_g) ** .5, rel=.05)
+    assert found == crossed_bootstrap(a, b, of) != crossed_bootstrap(a, b, of, seed=1)
+    back = crossed_bootstrap(b, a, of)
+    assert (back.value, back.error) == pytest.approx((-found.value, found.error))
+
+
+@pytest.mark.parametrize("sds", [(.1, 1., .5), (1., .3, .3), (.6, .6, .6)])
+def test_error_of_the_crossed_bootstrap_is_the_one_that_was_simulated(sds):
+    rng, S, G = np.random.default_rng(0), 8, 40
+    found = [crossed_bootstrap(d, 0 * d, of, draws=300) for d, of in (crossed(S, G, sds, rng) for _ in range(300))]
+    true = sds[0] ** 2 / S + sds[1] ** 2 / G + sds[2] ** 2 / (S * G)
+    assert np.mean([f.error ** 2 for f in found]) == pytest.approx(true, rel=.12)
+    hits = np.mean([low < 0 < high for low, high in (f.interval() for f in found)])
+    assert .91 < hits < .985
+
+
+def test_one_kind_of_variation_gives_the_interval_of_that_kind():
+    rng = np.random.default_rng(0)
+    d = rng.normal(size=(5, 1)) + np.zeros((5, 12))
+    over_seeds, found = seed_difference(d[:, 0]), crossed_bootstrap(d, 0 * d, np.arange(12), draws=40_000)
+    assert found.interval() == pytest.approx(over_seeds.interval(), rel=.02)
+    found = crossed_bootstrap(d.T.repeat(2, 1)[:5], np.zeros((5, 10)), np.arange(10), draws=40_000)
+    assert found.error == pytest.approx(d[:, 0].repeat(2).std(ddof=1) / 10 ** .5, rel=.02) and found.dof > 8
+
+
+def test_queries_without_positive_are_left_out_and_other_gaps_are_errors():
+    rng = np.random.default_rng(0)
+    a, b, of = rng.normal(size=(3, 20)), rng.normal(size=(3, 20)), np.arange(20) // 4
+    want = crossed_bootstrap(a[:, 4:], b[:, 4:], of[4:])
+    a[:, :4] = b[:, :4] = np.nan
+    assert crossed_bootstrap(a, b, of) == want
+    for change, message in [
+            (lambda a, b: (a[:, 4:], b), "the same queries"), (lambda a, b: (a[:2], b), "same seeds"),
+            (lambda a, b: (a[0], b[0]), "the same queries"), (lambda a, b: (a[:1], b[:1]), "number of seeds is 1"),
+            (lambda a, b: (np.nan_to_num(a), b), r"query 0 \(4 in all\)"),
+            (lambda a, b: (a * np.nan, b * np.nan), "groups of queries is 0"),
+            (lambda a, b: (np.where(np.arange(20) == 9, np.inf, a), b), "infinite")]:
+        with pytest.raises(ValueError, match=message): crossed_bootstrap(*change(a, b), of)
+    with pytest.raises(ValueError, match="groups of queries is 1"): crossed_bootstrap(a, b, 0 * of)
+    with pytest.raises(ValueError, match="a group"): crossed_bootstrap(a, b, of[1:])
+    with pytest.raises(ValueError, match="number of seeds is 1"): seed_difference([.1])
+
+
+def test_equal_methods_differ_by_nothing():
+    same = crossed_bootstrap(np.ones((3, 4)), np.ones((3, 4)), [0, 0, 1, 1])
+    assert same.interval() == (0., 0.) and decide([same], .01) == ("negligible", 0.)
+    assert decide([same], .01, "no lower")[0] == decide([same], .01, "same")[0] == "supported"
+
+
+# verdicts
+
+def points(low, high, dof=200.):
+    "A difference whose 95 % interval goes from `low` to `high` points."
+    return Difference((low + high) / 200, (high - low) / 200 / stats.t.ppf(.975, dof), dof, 5, 99)
+
+
+@pytest.mark.parametrize("low, high, higher, no_lower, same", [
+    (.4, 1.8, "supported", "supported", "contradicted"),
+    (.1, 1.8, "undecided", "supported", "undecided"),
+    (.1, .9, "negligible", "supported", "supported"),
+    (-.9, .9, "negligible", "supported", "supported"),
+    (-.1, 2.9, "undecided", "supported", "undecided"),
+    (-1.1, .5, "undecided", "undecided", "undecided"),
+    (-1.8, -.1, "undecided", "undecided", "undecided"),
+    (-1.8, -.4, "contradicted", "contradicted", "contradicted"),
+    (-9., 9., "undecided", "undecided", "undecided")])
+def test_verdicts_follow_the_printed_rule(low, high, higher, no_lower, same):
+    for direction, want in (("higher", higher), ("no lower", no_lower), ("same", same)):
+        verdict, p = decide([points(low, high)], .01, direction)
+        assert verdict == want
+        # the p value that Holm's correction takes says the same as the interval
+        if verdict != "undecided": assert p < .05
+
+
+@given(st.floats(-3, 3), st.floats(.1, 3), st.sampled_from(["higher", "no lower", "same"]))
+def test_p_values_and_intervals_agree(middle, half, direction):
+    d = points(middle - half, middle + half)
+    low, high = d.interval()
+    # a bound that equals an edge is decided by its last digit
+    assume(min(abs(bound - edge) for bound in (low, high) for edge in (-.01, 0., .01)) > 1e-9)
+    for edge in (-.01, 0., .01):
+        assert (d.p_above(edge) < .05) == (low > edge) and (d.p_below(edge) < .05) == (high < edge)
+    assert decide([d] * 3, .01, direction)[0] in (decide([d], .01, direction)[0], "undecided")
+
+
+def test_a_claim_must_hold_against_each_rival():
+    good, weak, bad = points(1, 3), points(-.5, 2), points(-3, -1)
+    assert decide([good, good], .01)[0] == "supported" and decide([good, weak], .01)[0] == "undecided"
+    assert decide([good, weak, bad], .01)[0] == "contradicted"
+    # one of many rivals may be ahead by luck
+    lucky = points(-2.4, -.05)
+    assert decide([lucky], .01)[0] == "contradicted" and decide([good] * 9 + [lucky], .01)[0] == "undecided"
+
+
+def test_holm_takes_verdicts_back():
+    found = [("supported", .04), ("contradicted", .001), ("negligible", .02), ("not testable here", np.nan)]
+    assert [v for v, _ in correct_verdicts(found)] == ["supported", "contradicted", "negligible", "not testable here"]
+    assert [v for v, _ in correct_verdicts(found + [("undecided", .9)] * 2)] == [
+        "undecided", "contradicted", "undecided", "not testable here", "undecided", "undecided"]
+
+
+@pytest.mark.parametrize("metric, effect", [
+    ("R@1", .01), ("R@1_level2", .01), ("AP_level0", .01), ("H-AP", .005), ("mAP@R_level1", .005), ("F", .02),
+    ("R@10_level0", None), ("mAP", None), ("gap", None)])
+def test_smallest_effects_are_those_that_were_fixed(metric, effect):
+    assert smallest_effect(metric) == effect

@@ -1,11 +1,12 @@
-"""A toy run, in a module of its own so that worker processes can import it, and toy study notebooks."""
+"""A toy run, in a module of its own so that worker processes can import it, and toy study notebooks.
+
+Workers need neither pandas nor nbformat, which take seconds to import: the functions that use them import them.
+"""
 import contextlib, io, json, os, signal, sys, time, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-import nbformat
-import pandas as pd
 import psutil
 from fastcore.xtras import working_directory
 
@@ -26,6 +27,7 @@ class Toy:
 
 def toy_rows(groups, **more):
     "Rows of a grid: scores of methods, one per seed."
+    import pandas as pd
     return pd.DataFrame([dict(method=m, seed=s, score=v, **more) for m, vs in groups.items() for s, v in enumerate(vs)])
 
 
@@ -96,6 +98,7 @@ jobs: int = 0  # at a time
 
 def write_study(path, parameters=PARAMETERS, cells=(), tags=("parameters",), kernel="python3"):
     "Write a study notebook; returns its path."
+    import nbformat
     new, path = nbformat.v4, Path(path)
     title = "# A toy\n\n> Shows that it works.\n\nExpected time on 2 cores: smoke 0.1 min, quick 2 min."
     tagged = [new.new_code_cell(parameters, metadata={"tags": list(tags)})] if parameters is not None else []
@@ -108,6 +111,7 @@ def write_study(path, parameters=PARAMETERS, cells=(), tags=("parameters",), ker
 
 def run_here(notebook, executed, parameters, say, *_):
     "Run the cells of a notebook in this process; takes and returns the same as `driver._papermill`, in milliseconds."
+    import nbformat
     nb, names, status = nbformat.read(notebook, 4), {}, 0
     cells = [c for c in nb.cells if c.cell_type == "code"]
     given = nbformat.v4.new_code_cell("\n".join(f"{k} = {v!r}" for k, v in parameters.items()))
