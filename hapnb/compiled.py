@@ -6,14 +6,14 @@
 __all__ = ['rank_levels', 'available']
 
 # %% ../nbs/01d_compiled.ipynb #8a2d7ff1
+import math
+import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import lru_cache
 from importlib.util import find_spec
 from types import SimpleNamespace
-import math
-import os
-import warnings
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from .ranking import Step
 
 # %% ../nbs/01d_compiled.ipynb #da0c77f6
 # number format -> integer of its size, bits of the fraction, offset of the exponent, terms of the polynomial
-_FORMATS = {np.float32: (np.int32, 23, 127, 7), np.float64: (np.int64, 52, 1023, 13)}
+_FORMATS = {np.float32: (np.int32, 23, 127, 7), np.float64: (np.int64, 52, 1023, 12)}
 
 def _exponential(real):
     "Compile `exp(y)` for y <= 0 in one number format; relative error about one rounding."
