@@ -85,11 +85,12 @@ class Study:
         return grid(base, self.seeds, **axes)
 
 # %% ../nbs/62_study.ipynb #9838116f
-def _part_of_emoji(store):
-    "The folder of the store that holds a part of the bundled images; made the first time."
-    from hapnb.emoji import find_parquet, write_part
-    recipe = dict(of=file_hash(find_parquet()), every=8)
-    return made_once(store / "derived" / "emoji-part", recipe, partial(write_part, every=recipe["every"]))
+def _part_of(dataset, store):
+    "The folder of the store that holds a part of a bundled set; made the first time."
+    from hapnb.bundled import find_bundled, write_part
+    recipe = dict(of=file_hash(find_bundled(dataset)), every=8)
+    make = partial(write_part, every=recipe["every"], name=dataset)
+    return made_once(store / "derived" / f"{dataset}-part", recipe, make)
 
 # %% ../nbs/62_study.ipynb #8dc12490
 def begin(name: str, # of the notebook: "10_benchmark"
@@ -108,7 +109,7 @@ def begin(name: str, # of the notebook: "10_benchmark"
     # the server of workers imports while the notebook does
     if not alone: worker_context(processor)
     if data_dir: data_dir = from_root(data_dir)
-    elif profile == "smoke" and dataset == "emoji" and not alone: data_dir = _part_of_emoji(store)
+    elif profile == "smoke" and dataset in ("emoji", "fonts") and not alone: data_dir = _part_of(dataset, store)
     return Study(name, profile, dataset, str(data_dir), seeds or n, device, jobs or None, store, out, settings)
 
 # %% ../nbs/62_study.ipynb #6effcfeb
