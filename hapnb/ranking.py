@@ -374,6 +374,7 @@ def _engine(need, scores, shared, levels, parts, combine, block, counts, method)
             else: _level(slab, index[rows], a, those, combine, block, total[rows], own, scratches)
     return total, grad
 
+# %% ../nbs/01_ranking.ipynb #4a2750c9
 class _RankScore(torch.autograd.Function):
     "Forward also finds the gradient, so that backward is one product."
     @staticmethod

@@ -98,7 +98,8 @@ def read_recipes(path): # a JSON file, as `RecipeFile`
         RECIPES[name] = _resolved(name, entry, data.notes)
 
 _FOLDER = Path(find_spec("hapnb").origin).parent / "assets/recipes"
-for _name in ("hist", "happier", "roadmap", "smoothap", "suprank", "emoji"): read_recipes(_FOLDER / f"{_name}.json")
+for _name in ("hist", "happier", "roadmap", "smoothap", "suprank", "emoji", "photos"):
+    read_recipes(_FOLDER / f"{_name}.json")
 
 # %% ../nbs/35_recipes.ipynb #2a099855
 def _value(v):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hapnb import data, datasets as datasets_module, emoji
+from hapnb import bundled, data, datasets as datasets_module, emoji
+from hapnb.bundled import ASSETS, Package, read_bundled
 from hapnb.helpers import DATASETS
 from hapnb.images import BytesStore, decode, encode
 from hapnb.datasets import RetrievalDataset, check_gaps, name_hash, split_classes
@@ -78,18 +79,18 @@ def test_emoji_licences(parts):
     meta = parts["all"].meta
     assert set(meta.licence) == {"Apache-2.0", "MIT", "CC-BY-4.0", "CC-BY-SA-4.0"}
     assert not meta[["licence", "author", "url", "source", "icon"]].isna().any().any() and (meta.licence != "").all()
-    text = (emoji.ASSETS / "ATTRIBUTION.md").read_text()
+    text = (ASSETS / "ATTRIBUTION.md").read_text()
     for name, n in meta.source.value_counts().items():
         assert f"`@iconify-json/{name}` {emoji.SOURCES[name].version} | {n:,} |" in text
 
 
 def test_emoji_checksum_card_and_pixels(parts):
     "What the card says of the file is so; no two images of the whole set have the same pixels, and none is blank."
-    sha = hashlib.sha256((emoji.ASSETS / "emoji.parquet").read_bytes()).hexdigest()
-    assert (emoji.ASSETS / "emoji.sha256").read_text() == f"{sha}  emoji.parquet\n"
+    sha = hashlib.sha256((ASSETS / "emoji.parquet").read_bytes()).hexdigest()
+    assert (ASSETS / "emoji.sha256").read_text() == f"{sha}  emoji.parquet\n"
     pixels = parts["all"].pixels()
     assert pixels.shape == (12934, 64, 64, 3) and pixels.dtype == np.uint8
-    card = (emoji.ASSETS / "DATA_CARD.md").read_text()
+    card = (ASSETS / "DATA_CARD.md").read_text()
     assert sha in card and hashlib.sha256(pixels).hexdigest() in card
     assert len({p.tobytes() for p in pixels}) == len(pixels)
     assert (pixels.reshape(len(pixels), -1).min(1) < 250).all()
@@ -122,7 +123,7 @@ def test_fingerprints_differ_and_repeat(parts):
 
 
 def test_damaged_parquet(tmp_path):
-    for name in ("emoji.parquet", "emoji.sha256"): shutil.copy(emoji.ASSETS / name, tmp_path)
+    for name in ("emoji.parquet", "emoji.sha256"): shutil.copy(ASSETS / name, tmp_path)
     with open(tmp_path / "emoji.parquet", "r+b") as f: f.truncate(100_000)
     with pytest.raises(OSError, match=r"emoji\.parquet is damaged.*100000 bytes.*Install hapnb again"):
         load("emoji", data_dir=tmp_path)
@@ -131,10 +132,10 @@ def test_damaged_parquet(tmp_path):
 
 
 def test_hugging_face_layout():
-    schema = pq.read_schema(emoji.ASSETS / "emoji.parquet")
+    schema = pq.read_schema(ASSETS / "emoji.parquet")
     features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
     assert list(features) == schema.names and features["image"] == {"_type": "Image"}
-    first = pd.read_parquet(emoji.ASSETS / "emoji.parquet").image[0]
+    first = pd.read_parquet(ASSETS / "emoji.parquet").image[0]
     assert Image.open(io.BytesIO(first["bytes"])).size == (64, 64)
 
 
@@ -167,11 +168,11 @@ def tiny(tmp_path, monkeypatch):
                                                             n in enumerate(["red-apple", "green-apple", "pome", "lemon",
                                                                             "nobody-knows"])}),
              "chars.json": {}}
-    source = lambda sha: emoji.Source("1.0.0", sha, "MIT", "Somebody", "https://example.org")
+    source = lambda sha: Package("1.0.0", sha, "MIT", "Somebody", "https://example.org")
     sources = {n: source(pack(cache / f"iconify-json-{n}-1.0.0.tgz", f)) for n,
                f in (("coded", coded), ("named", named))}
-    monkeypatch.setattr(emoji, "EMOJIBASE", emoji.Source("17.0.0", pack(cache / "emojibase-data-17.0.0.tgz", base),
-                                                         "MIT", "x", "y"))
+    monkeypatch.setattr(emoji, "EMOJIBASE", Package("17.0.0", pack(cache / "emojibase-data-17.0.0.tgz", base),
+                                                    "MIT", "x", "y"))
     return cache, sources
 
 
@@ -198,7 +199,7 @@ def test_build_refuses_a_changed_package(tiny, tmp_path):
 
 
 def test_build_without_npm(tmp_path, monkeypatch):
-    monkeypatch.setattr(emoji.shutil, "which", lambda name: None)
+    monkeypatch.setattr(bundled.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="install Node.js"): emoji.build(tmp_path / "out", tmp_path / "cache")
 
 
@@ -208,8 +209,10 @@ def test_rebuild_of_the_bundled_file(tmp_path):
     if shutil.which("npm") is None: pytest.skip("npm is not installed")
     pytest.importorskip("resvg_py")
     sha = emoji.build(tmp_path)
-    if emoji.other_versions(): assert emoji.pixel_sha256(emoji.read(tmp_path)[0]) == emoji.pixel_sha256(emoji.read()[0])
-    else: assert sha == emoji.read()[1]
+    if bundled.other_versions(emoji.BUILT_WITH):
+        again, before = read_bundled("emoji", tmp_path)[0], read_bundled("emoji")[0]
+        assert bundled.pixel_sha256(again) == bundled.pixel_sha256(before)
+    else: assert sha == read_bundled("emoji")[1]
 
 
 # ---- folders and tables
@@ -453,7 +456,7 @@ def test_table_files_that_are_none(tree):
 
 def test_table_with_images_inside(parts):
     "The bundled file is itself a table with images inside."
-    ds = load("table", "test", emoji.ASSETS / "emoji.parquet", image="image", levels=emoji.LEVELS)
+    ds = load("table", "test", ASSETS / "emoji.parquet", image="image", levels=emoji.LEVELS)
     assert len(ds) == len(parts["test"]) and torch.equal(ds.labels, parts["test"].labels)
     assert np.array_equal(np.asarray(ds.image(7)), np.asarray(parts["test"].image(7)))
 
@@ -520,7 +523,7 @@ def test_gaps():
 def test_every_name_can_be_found():
     for name in DATASETS.late:
         assert callable(data.find_loader(name))
-        if name != "emoji": assert data.source_of(name).name == name
+        if name not in bundled.BUNDLED: assert data.source_of(name).name == name
     with pytest.raises(ValueError, match="no source is known for 'sopp'. Did you mean 'sop'"): data.source_of("sopp")
     with pytest.raises(AttributeError): data.sources_of
 

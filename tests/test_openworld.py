@@ -14,6 +14,7 @@ import hapnb.features
 import hapnb.train as T
 from hapnb import emoji, openworld as ow, openworld_recipes as recipes, openworld_report as report, selection, study
 from hapnb import batches, build, runs
+from hapnb.bundled import read_bundled
 from hapnb.clustering import clustering_scores
 from hapnb.config import RunConfig, load_splits, thaw
 from hapnb.datasets import deal_open_world
@@ -36,7 +37,7 @@ def result(tmp_path_factory): return quiet(CFG, tmp_path_factory.mktemp("store")
 # ---- parts
 
 def test_the_bundled_cut_is_the_general_rule():
-    frame = emoji.read()[0].drop_columns(["image"]).to_pandas()
+    frame = read_bundled("emoji")[0].drop_columns(["image"]).to_pandas()
     assert emoji.open_world_parts(frame) == frame.open_world.tolist()
     fit = frame[frame.split == "fit"].sample(frac=1, random_state=0)
     # whatever the order

@@ -57,7 +57,8 @@ def test_all_are_here():
                 if "inshop" not in n} | {f"roadmap/{d}-resnet50-pair-xbm" for d in ("cub", "sop", "inat")}
     happier = {f"happier/{d}{v}" for d in HAPPIER for v in ("", "-f", "-csl", "-nsm")}
     others = {"pss/inat", "pss/inat-vit", "smoothap/inat", "smoothap/vehicleid", "smoothap/sop",
-              "suprank/gldv2"} | {f"{s}/emoji" for s in ("happier", "roadmap", "smoothap")}
+              "suprank/gldv2", "network/cifar100", "network/fgvc-aircraft"}
+    others |= {f"{s}/emoji" for s in ("happier", "roadmap", "smoothap")}
     assert set(RECIPES) == set(HIST) | roadmap | happier | others
 
 
@@ -383,7 +384,7 @@ def test_rates_are_those_of_torch(name):
 @pytest.mark.parametrize("name", [n for n in RECIPES if n not in HIST])
 def test_other_losses_build(name):
     cfg = recipe(name).config()
-    three = cfg.dataset.startswith("dyml") or cfg.dataset in ("gldv2", "emoji")
+    three = cfg.dataset.startswith("dyml") or cfg.dataset in ("gldv2", "emoji", "fgvc-aircraft")
     depth = 7 if cfg.dataset == "inat-full" else 3 if three else 2
     labels = torch.stack([torch.arange(100) // 2**l for l in range(depth)], 1)
     loss = make_loss_for(cfg, labels, 16)

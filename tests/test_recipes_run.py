@@ -5,7 +5,7 @@ batch, epochs; weights are random and precision is full, because the CPU has no 
 loss run on the toy trunk."""
 import itertools, json
 
-import layouts_fine, layouts_hier
+import layouts_fine, layouts_hier, layouts_photos
 import pandas as pd
 import pytest
 import torch
@@ -46,6 +46,7 @@ MAKE = {"cub": lambda d: layouts_fine.make_cub(d, 4), "cars": lambda d: layouts_
         "sop": lambda d: layouts_fine.make_sop(d, 4), "inshop": layouts_fine.make_inshop,
         "inat-base": layouts_hier.make_inat, "inat-full": layouts_hier.make_inat,
         "vehicleid": layouts_hier.make_vehicleid, "gldv2": layouts_hier.make_gldv2,
+        "cifar100": layouts_photos.make_cifar100, "fgvc-aircraft": layouts_photos.make_aircraft,
         **{f"dyml-{k}": lambda d, k=k: bigger_dyml(d, k) for k in ("vehicle", "animal", "product")}}
 
 
@@ -87,7 +88,7 @@ def shortened(name, trees, **changes):
 WANTED = {"hist": ("R@1_level0", "mAP@R_level0"), "rehist": ("R@1_level0", "mAP@R_level0"),
           "happier": ("R@1_level0", "AP_level0", "AP_level1", "H-AP", "ASI", "NDCG"),
           "roadmap": ("R@1_level0", "mAP@R_level0"), "smoothap": ("R@1_level0",), "pss": ("R@1_level0",),
-          "suprank": ("mAP@100",)}
+          "suprank": ("mAP@100",), "network": ("R@1_level0", "AP_level0", "AP_level1", "H-AP")}
 
 
 def wanted(name):
@@ -118,7 +119,7 @@ def test_two_steps(name, trees):
     learns = {k for k, v in seen[0].items() if v}
     assert learns >= {"trunk"} | ({"head"} if cfg.embed_dim
                                   else set()) | ({"loss"} if name.endswith(("-csl", "-nsm"))
-                                                 or name.startswith(("hist", "rehist", "happier", "suprank"))
+                                                 or name.startswith(("hist", "rehist", "happier", "suprank", "network"))
                                                  else set())
     assert moved(seen[0], seen[1]) == (learns - {"trunk"} if cfg.warmup_epochs else learns)
     assert moved(seen[1], seen[2]) == learns
