@@ -225,6 +225,11 @@ def test_a_study_judges_its_claims_from_the_values_of_its_runs(finished, monkeyp
     registered(monkeypatch, CLAIM, second)
     s.declare([CLAIM, second])
     with pytest.raises(UserError, match="Did you mean 'b-beats-a'"): s.judge("b-beat-a", rows, "method")
+    edge = {m: Budget(3, {"lr": .1}, {"lr": [.01, .03, .1]}) for m in "ab"}
+    for budgets, message in ((edge, "claim 'b-beats-a': the search for b ended at the edge"),
+                             ({"b": edge["b"]}, "claim 'b-beats-a' compares unequal numbers of trials"),
+                             ({"B": edge["b"]}, "in claim 'b-beats-a': 'B'")):
+        with pytest.raises(UserError, match=message): s.judge("b-beats-a", rows, "method", budgets=budgets)
     j = s.judge("b-beats-a", rows, "method", "toy network")
     with pytest.raises(UserError, match="claim 'against-c' was declared and not judged"): s.verdicts()
     assert s.judge("against-c", rows, "method").note == "the profile smoke has no run of method c"
