@@ -16,7 +16,7 @@ help:
 	@echo "make test        run every notebook and every test (ARGS='-k plots' for a part, ARGS=--cov for coverage)"
 	@echo "make gpu-check   on a machine with a GPU: check it in 8 minutes (ARGS='--device cpu' rehearses without one)"
 	@echo "make lab         open the notebooks in JupyterLab"
-	@echo "make prepare     after editing notebooks: export hapnb/, clean, rewrite README.md"
+	@echo "make prepare     after editing notebooks: export hapnb/, clean, register claims, rewrite README.md"
 	@echo "make clean       remove caches and build leftovers (keeps .venv and runs)"
 
 # The stamp is newer than settings.ini and setup.py as long as nothing needs installing.
@@ -44,6 +44,7 @@ lab: $(READY)
 prepare: $(READY)
 	@$(BIN)/nbdev_export
 	@$(BIN)/nbdev_clean
+	@$(BIN)/python tools/claims.py
 	@$(BIN)/python tools/readme.py
 
 clean:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from .claims import write_claims
 from .driver import stop_studies, study_context
 from .grids import check_store
 from .helpers import UserError, hardware, nearest, pick_device, repo_root, write_atomic
@@ -20,7 +21,6 @@ from .options import (
     names_of, near, open_run, place, settings_text, whole)
 from .study import (
     PROFILES, StudyFailed, figures_dir, find_studies, from_root, pick_studies, run_study, study_state)
-from .tables import write_claims
 from .workers import slots
 
 # %% ../nbs/65_commands.ipynb #a2d37457

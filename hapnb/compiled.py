@@ -24,7 +24,7 @@ from .ranking import Step
 
 # %% ../nbs/01d_compiled.ipynb #da0c77f6
 # number format -> integer of its size, bits of the fraction, offset of the exponent, terms of the polynomial
-_FORMATS = {np.float32: (np.int32, 23, 127, 7), np.float64: (np.int64, 52, 1023, 12)}
+_FORMATS = {np.float32: (np.int32, 23, 127, 7), np.float64: (np.int64, 52, 1023, 13)}
 
 def _exponential(real):
     "Compile `exp(y)` for y <= 0 in one number format; relative error about one rounding."

@@ -171,13 +171,13 @@ def _state(r, margin, is_reference):
     if r.outside_low >= margin or r.outside_high <= -margin: return "entirely outside"
     return "inside" if -margin < r.low and r.high < margin else "partly outside"
 
-# %% ../nbs/39_statistics.ipynb #5fd97620
+# %% ../nbs/39_statistics.ipynb #dde838dc
 def _cells(a, b, groups):
     "Sums [S, G] of `a - b` per seed and group, and the number of queries [G] of each group; bad values are errors."
     a, b, groups = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64), np.asarray(groups)
     if a.ndim != 2 or a.shape != b.shape or groups.shape != a.shape[1:]:
-        raise ValueError("both methods need values of the same queries with the same seeds, and each query a group: got "
-                         f"{a.shape} and {b.shape} (seeds, queries), and groups {groups.shape}.")
+        raise ValueError("both methods need values of the same queries with the same seeds, and each query a group: "
+                         f"got {a.shape} and {b.shape} (seeds, queries), and groups {groups.shape}.")
     gaps = np.isnan(np.concatenate([a, b]))
     odd = np.flatnonzero(gaps.any(0) & ~gaps.all(0)).tolist()
     if odd: raise ValueError(f"query {odd[0]} ({len(odd)} in all) has a value in some runs and NaN in others: "
@@ -190,13 +190,18 @@ def _cells(a, b, groups):
     return np.stack([np.bincount(of, row) for row in d]), np.bincount(of)
 
 def _draws(T, n, draws, seed):
-    "Means of the draws of seeds, of groups, and of both: three arrays [draws]."
-    (S, G), rng = T.shape, np.random.default_rng(seed)
-    w, v = (rng.multinomial(k, np.full(k, 1 / k), draws) for k in (S, G))
-    size = S * (v @ n)
-    return w @ T.sum(1) / (S * n.sum()), v @ T.sum(0) / size, ((w @ T) * v).sum(1) / size
+    "Means of the draws of seeds, of groups, and of both: [3, draws]."
+    (S, G), out = T.shape, []
+    seeds, groups = (np.random.default_rng([seed, k]) for k in (0, 1))
+    # so many at a time that their counts take 32 MB: a benchmark may have 10,000 finest classes
+    step = max(4_000_000 // G, 1)
+    for k in [step] * (draws // step) + [draws % step]:
+        w, v = seeds.multinomial(S, np.full(S, 1 / S), k), groups.multinomial(G, np.full(G, 1 / G), k)
+        size = S * (v @ n)
+        out.append([w @ T.sum(1) / (S * n.sum()), v @ T.sum(0) / size, ((w @ T) * v).sum(1) / size])
+    return np.concatenate(out, axis=1)
 
-# %% ../nbs/39_statistics.ipynb #66e7a017
+# %% ../nbs/39_statistics.ipynb #d1e79300
 @dataclass(frozen=True)
 class Difference:
     "One method minus another, with its standard error; made by `crossed_bootstrap` or `seed_difference`."
@@ -220,7 +225,7 @@ class Difference:
         "Test that the true difference lies below `edge`."
         return Difference(-self.value, self.error, self.dof, self.seeds).p_above(-edge)
 
-# %% ../nbs/39_statistics.ipynb #cd826b4f
+# %% ../nbs/39_statistics.ipynb #cbb875c0
 def crossed_bootstrap(a, b, # values [S, Q] of two methods: rows are the same seeds, columns the same queries
                       groups, # [Q]: subgroup of each query, or its finest class
                       draws: int = 4000, # of seeds and groups; more give the same to another digit
@@ -228,8 +233,8 @@ def crossed_bootstrap(a, b, # values [S, Q] of two methods: rows are the same se
                       ) -> Difference: # of `a` minus `b`, in the mean over queries
     """Compute the difference of two methods with an error that covers seeds and test classes.
 
-    A query that is NaN in every run (it has no positive) is left out. A `ValueError` says which query has a value in some
-    runs only, and where there is one seed or one group."""
+    A query that is NaN in every run (it has no positive) is left out. A `ValueError` says which query has a value in
+    some runs only, and where there is one seed or one group."""
     T, n = _cells(a, b, groups)
     S, G = T.shape
     by_seed, by_group, by_both = (x.var() for x in _draws(T, n, draws, seed))
@@ -247,7 +252,7 @@ def seed_difference(d, # differences, one per seed
     if n < 2: raise ValueError(f"the number of seeds is {n}: what varies between them needs 2 at least.")
     return Difference(mean, float(half / stats.t.ppf(.975, n - 1)), n - 1., n)
 
-# %% ../nbs/39_statistics.ipynb #024cb8d4
+# %% ../nbs/39_statistics.ipynb #4ee72813
 # as fractions: 0.01 is one percentage point
 SMALLEST_EFFECTS = {"R@1": .01, "AP": .01, "H-AP": .005, "mAP@R": .005, "F": .02}
 
@@ -256,7 +261,7 @@ def smallest_effect(metric: str, # "R@1", "AP_level1", ...; "F" is a clustering'
     "Look up the smallest effect of interest of a metric."
     return SMALLEST_EFFECTS.get(re.sub(r"_level\d+$", "", metric))
 
-# %% ../nbs/39_statistics.ipynb #db8463ce
+# %% ../nbs/39_statistics.ipynb #b28f67b9
 VERDICTS = ("supported", "contradicted", "negligible", "undecided", "not testable here")
 DIRECTIONS = ("higher", "no lower", "same")
 
@@ -281,7 +286,7 @@ def decide(found, # list of `Difference`: the method minus each of its rivals
     if direction == "higher" and inside < .05: return "negligible", inside
     return "undecided", p
 
-# %% ../nbs/39_statistics.ipynb #535d21ec
+# %% ../nbs/39_statistics.ipynb #8ca8328d
 def correct_verdicts(found, # list of (verdict, p), as `decide` gives them: the primary claims of one paper
                      ) -> list: # of (verdict, corrected p)
     "Correct verdicts for their number (Holm); what is no longer significant is undecided."

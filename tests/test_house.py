@@ -219,6 +219,26 @@ def test_package_data_is_shipped(tmp_path):
     assert {"settings.ini", "LICENSE", "CITATION.cff", "README.md"} <= set(shipped)
 
 
+# claims
+
+def test_claims_are_registered_as_they_are_declared():
+    from hapnb.claims import declared_claims, read_preregistration
+    declared = {c.hash() for p in STUDIES for c in declared_claims(p)}
+    assert set(read_preregistration(ROOT / "figures" / "preregistration.md")) == declared, HOW
+
+
+def test_the_page_of_claims_is_in_step(tmp_path):
+    from hapnb.claims import write_claims
+    for p in (ROOT / "figures").glob("*/claims.json"):
+        (tmp_path / p.parent.name).mkdir()
+        shutil.copy(p, tmp_path / p.parent.name)
+    shutil.copy(ROOT / "figures" / "preregistration.md", tmp_path)
+    page = write_claims(tmp_path)
+    for p in (page, *(tmp_path / "claims").glob("*.svg")):
+        committed = ROOT / "figures" / p.relative_to(tmp_path)
+        assert committed.exists() and committed.read_bytes() == p.read_bytes(), HOW
+
+
 # papers and paths
 
 def test_citation():

@@ -16,6 +16,7 @@ from hapnb.runs import Result
 from hapnb.train import Diverged, Trainer
 from runs_kit import (
     cache,
+    FILES,
     TOY,
     PIECES,
     WHOLE,
@@ -127,8 +128,7 @@ def test_kill_9_at_random_moments(tmp_path, cfg):
 def test_killed_while_writing_results(tmp_path, monkeypatch):
     want = contents(toy_run(TOY, tmp_path / "whole"))
     write = runs.write_atomic
-    for stop in ("weights.safetensors", "embeddings.safetensors", "history.csv", "environment.json", "per_query.safetensors",
-                 "metrics.json"):
+    for stop in (*FILES, "history.csv", "environment.json", "per_query.safetensors"):
 
         def fails(path, data):
             if Path(path).name == stop:

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from hapnb.claims import save_claims, write_claims
 from hapnb.helpers import Damaged
 from hapnb.tables import (
-    Claim, claim_better, made_by, make_table, published, save_claims, save_figure, save_table, write_claims)
+    Claim, claim_better, made_by, make_table, published, save_figure, save_table)
 from toy_study import toy_rows
 
 
