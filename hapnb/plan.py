@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .build import check_run, read_data
-from .config import check_names, RunConfig, load_splits, thaw
+from .config import check_names, RunConfig, load_splits, schemas, thaw
 # some of these are not used here: `hapnb.plan` also gives the names that measure one step
 from .cost import (LiveBytes, activation_bytes, batch_that_fits, optimizer_bytes, parameters_of, saved_bytes,
                         timed, _activation_memory, _formula_memory, _image_seconds, _input_shape, _load_seconds,
@@ -267,7 +267,10 @@ def _find_data(cfg, data):
     # an unknown name is an error, data that is absent is not
     check_names(cfg)
     if data is None:
-        try: data = load_splits(cfg)
+        takes = schemas(cfg).get("dataset_args")
+        # a plan downloads nothing
+        here = {"download": False} if takes and "download" in takes.model_fields else {}
+        try: data = load_splits(cfg.replace(dataset_args={**cfg.dataset_args, **here}))
         except (ValueError, OSError) as e: return None, str(e)
     check_run(cfg, read_data(cfg, data))
     return data, ""

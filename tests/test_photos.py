@@ -9,9 +9,11 @@ from PIL import Image
 
 from hapnb import photos
 from hapnb.benchmarks import missing, source_of
+from hapnb.config import RunConfig
 from hapnb.core import check_labels
 from hapnb.data import load
 from hapnb.datasets import split_classes
+from hapnb.plan import plan
 from layouts_photos import AIRCRAFT, SUPERS, cifar_names, cifar_part, make_aircraft, make_cifar100, save
 
 MAKE = {"cifar100": make_cifar100, "fgvc-aircraft": make_aircraft}
@@ -93,6 +95,11 @@ def test_looking_for_what_is_missing_downloads_nothing(tmp_path, name, asked):
     MAKE[name](tmp_path)
     assert missing(name, tmp_path, counts=False) == []
     assert "images, expected" in missing(name, tmp_path)[0]
+
+
+def test_a_plan_downloads_nothing(tmp_path, asked):
+    made = plan(RunConfig(dataset="cifar100", data_dir=str(tmp_path), trunk="toy", image_size=32), device="cpu")
+    assert asked == [] and "is empty" in made.why
 
 
 @pytest.mark.parametrize("name", NAMES)

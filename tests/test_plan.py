@@ -194,11 +194,14 @@ def test_published_counts_decide(name, images, classes, test, steps):
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if not n.endswith("/emoji")])
 def test_every_recipe_has_a_plan(name):
+    # the classes of these sets are dealt by their names, which are known once the data is there
+    ours = name.startswith("network/")
     # a toy has no blocks
     p = plan(recipe(name).config(trunk="toy", trunk_args={}, freeze_blocks=0, pretrained=False, image_size=32,
                                  augment={}, embed_dim=16), device="cpu", probe=0)
-    assert "loss" in p.parameters and p.memory["loss"][0] > 0 and p.source == "published" and str(p)
-    assert p._repr_markdown_()
+    assert p.source == ("unknown" if ours else "published") and p._repr_markdown_()
+    if ours: assert "number of steps is not known" in str(p)
+    else: assert "loss" in p.parameters and p.memory["loss"][0] > 0
 
 
 def test_a_real_trunk_without_images():
