@@ -187,7 +187,8 @@ def _numbers(f, real):
 # %% ../nbs/01d_compiled.ipynb #4cb893c3
 def rank_levels(scores, shared, counts, index, levels, chosen, parts, combine, total, grad):
     "Add what positives of the levels `chosen` contribute to `total [Q]`, and its derivatives to `grad [Q, N]` or None."
-    height = max(1, 2**18 // max(scores.shape[1], 1))
+    # a few arrays of 65,536 numbers, but a row for every thread
+    height = max(torch.get_num_threads(), 2**16 // max(scores.shape[1], 1))
     for first in range(0, len(scores), height):
         r = slice(first, first + height)
         _one_slab(scores[r], shared[r], counts[r], index[r], chosen, parts, combine, total[r],
