@@ -207,8 +207,8 @@ def _one_slab(scores, shared, counts, index, chosen, parts, combine, total, grad
         sums, calls = [], []
         for p in parts(a):
             if p.f.scale not in scaled: scaled[p.f.scale] = (ordered * p.f.scale).numpy()
-            # ends below starts: an empty set
-            items = starts[:, [p.low, max(p.low, p.high + 1)]]
+            # ends below starts: an empty set; levels beyond the last one have no items
+            items = starts[:, [p.low, min(max(p.low, p.high + 1), counts.shape[1])]]
             calls.append((p.f, int(((items[:, 1] - items[:, 0]) * n).sum()), scaled[p.f.scale], items,
                           starts[:, [a, a + 1]]))
             sums.append(_sums(*calls[-1], scores.new_empty(len(scores), n.max())))

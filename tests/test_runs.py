@@ -298,8 +298,9 @@ def test_pieces_resume_to_the_last_bit(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "cfg",
-    [TOY, TOY.replace(pooling="gem"), WHOLE, QUEUE.replace(optimizer="sgd"), SLOTS.replace(micro_batch=4)],
-    ids=["frozen", "gem", "whole", "queue", "slots"],
+    [TOY, TOY.replace(pooling="gem"), WHOLE, QUEUE.replace(optimizer="sgd"), SLOTS.replace(micro_batch=4),
+     TOY.replace(loss="MovingAPLoss")],
+    ids=["frozen", "gem", "whole", "queue", "slots", "averages"],
 )
 def test_run_with_two_processes(tmp_path, cfg):
     cfg = cfg.replace(freeze="bn") if cfg.freeze == "none" else cfg  # batch statistics would be each process's own
