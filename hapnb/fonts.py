@@ -185,7 +185,7 @@ def notices(text: str) -> str:
     "The copyright notices of a family, each once: packages repeat them for every file."
     return "; ".join(dict.fromkeys(re.split(r"\s+\S+\.ttf:\s+", " ".join(text.split()))))
 
-def draw_all(cache, # folder for the tarballs (190 MB)
+def draw_all(cache, # folder for the tarballs (158 MB)
              size: int = 64, # pixels
              packages: dict = None, # npm name -> Package; default: the committed list
              ) -> pd.DataFrame: # one row per glyph, with the column `pixels`
@@ -241,7 +241,7 @@ def add_columns(frame: pd.DataFrame) -> pd.DataFrame:
 BUILT_WITH = {"pillow": "13.0.0", "pyarrow": "26.0.1"}
 
 def build(out, # folder to write to
-          cache=None, # folder for the npm tarballs (190 MB); default: a temporary one
+          cache=None, # folder for the npm tarballs (158 MB); default: a temporary one
           size: int = 64, # pixels
           packages: dict = None, # npm name -> Package; default: the committed list
           ) -> str: # SHA-256 of the parquet file

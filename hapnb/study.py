@@ -85,10 +85,13 @@ class Study:
         return grid(base, self.seeds, **axes)
 
 # %% ../nbs/62_study.ipynb #9838116f
+# a batch of 64 classes must find them in the training split
+_EVERY = {"emoji": 8, "fonts": 2}
+
 def _part_of(dataset, store):
     "The folder of the store that holds a part of a bundled set; made the first time."
     from hapnb.bundled import find_bundled, write_part
-    recipe = dict(of=file_hash(find_bundled(dataset)), every=8)
+    recipe = dict(of=file_hash(find_bundled(dataset)), every=_EVERY[dataset])
     make = partial(write_part, every=recipe["every"], name=dataset)
     return made_once(store / "derived" / f"{dataset}-part", recipe, make)
 
@@ -109,7 +112,7 @@ def begin(name: str, # of the notebook: "10_benchmark"
     # the server of workers imports while the notebook does
     if not alone: worker_context(processor)
     if data_dir: data_dir = from_root(data_dir)
-    elif profile == "smoke" and dataset in ("emoji", "fonts") and not alone: data_dir = _part_of(dataset, store)
+    elif profile == "smoke" and dataset in _EVERY and not alone: data_dir = _part_of(dataset, store)
     return Study(name, profile, dataset, str(data_dir), seeds or n, device, jobs or None, store, out, settings)
 
 # %% ../nbs/62_study.ipynb #6effcfeb

