@@ -678,7 +678,7 @@ def test_drop_path_is_only_in_training():
     ("resnet34", {}, 1, 4),
     ("googlenet", {}, 2, 3),
     ("bn_inception", {}, 1, 3),
-    (LITE0, {}, 4, 7),
+    (LITE0, {}, 4, 7), (INSTALLED[1], {}, 4, 7),
     ("convnext_atto", {}, 2, 4)])
 def test_frozen_blocks(name, args, n, last):
     """No gradient below, and above it the gradients of a network that learns everywhere."""
@@ -926,6 +926,7 @@ def test_losses_in_bfloat16(name, args):
     ("resnet34", 64, {}),
     ("resnet50", 64, dict(freeze="bn")),
     ("tf_efficientnet_lite0", 64, {}),
+    ("tf_efficientnet_lite2", 64, {}),
     ("deit_small", 96, {}),
     ("deit_base", 224, {}),
     ("vit_small", 224, {}),
