@@ -128,6 +128,11 @@ def cifar_part(path, # the file train or test
     return frame, pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
 
 # %% ../nbs/23a_photos.ipynb #81c21049
+def _compare_published(name, frame, levels):
+    "Compare the numbers of images and classes with the published ones."
+    found = dict(images=len(frame), classes=tuple(frame[level].nunique() for level in levels))
+    _compare_counts(found, SOURCES[name].counts["all"], name)
+
 @DATASETS.register("cifar100")
 def load_cifar100(split="test", data_dir=None,
                   download: bool = None, # True: fetch it; None: into an empty or new folder only; False: never
@@ -141,9 +146,7 @@ def load_cifar100(split="test", data_dir=None,
     frames, pixels = zip(*(cifar_part(root / part, names) for part in ("train", "test")))
     frame, pixels = pd.concat(frames, ignore_index=True), np.ascontiguousarray(np.concatenate(pixels))
     levels = ["class", "superclass"]
-    if counts:
-        found = dict(images=len(frame), classes=tuple(frame[level].nunique() for level in levels))
-        _compare_counts(found, SOURCES["cifar100"].counts["all"], "cifar100")
+    if counts: _compare_published("cifar100", frame, levels)
     key = fingerprint_of(rows=table_hash(frame), pixels=hashlib.sha256(pixels).hexdigest())
     return from_frame(frame, ArrayStore(pixels, frame.file), levels, "cifar100", split, key, val)
 
@@ -206,9 +209,7 @@ def load_aircraft(split="test", data_dir=None,
     check_split(split)
     root = fetched("fgvc-aircraft", data_dir, download)
     frame = aircraft_frame(root)
-    if counts:
-        found = dict(images=len(frame), classes=tuple(frame[level].nunique() for level in AIRCRAFT_LEVELS))
-        _compare_counts(found, SOURCES["fgvc-aircraft"].counts["all"], "fgvc-aircraft")
+    if counts: _compare_published("fgvc-aircraft", frame, AIRCRAFT_LEVELS)
     check_present(root, frame.path.tolist(), "fgvc-aircraft")
     files = [f"{root}/{p}" for p in frame.path]
     key = fingerprint_of(rows=table_hash(frame), sizes=some_sizes(files), banner=BannerStore.banner)

@@ -25,13 +25,19 @@ def edit(path, change, encoding="utf-8"):
 
 # ---- what all have in common
 
-@pytest.mark.parametrize("name", NAMES)
-def test_splits(tmp_path, name):
-    root = MAKE[name](tmp_path)
+def disjoint_splits(name, root):
+    "All splits of a dataset and their finest classes, after checking which classes may be in two of them."
     d = {s: load(name, s, root, counts=False) for s in ("train", "fit", "val", "test", "all")}
     classes = {s: set(x.class_names[0]) for s, x in d.items()}
     assert not classes["train"] & classes["test"] and not classes["fit"] & classes["val"]
     assert classes["fit"] | classes["val"] == classes["train"] and classes["train"] | classes["test"] == classes["all"]
+    return d, classes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_splits(tmp_path, name):
+    root = MAKE[name](tmp_path)
+    d, classes = disjoint_splits(name, root)
     assert len(classes["val"]) == 1 and len(classes["train"]) == 6  # every sixth
     assert len(d["train"]) + len(d["test"]) == len(d["all"]) and len(d["fit"]) + len(d["val"]) == len(d["train"])
     assert len({x.fingerprint for x in d.values()}) == 5

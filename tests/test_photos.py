@@ -15,6 +15,7 @@ from hapnb.data import load
 from hapnb.datasets import split_classes
 from hapnb.plan import plan
 from layouts_photos import AIRCRAFT, SUPERS, cifar_names, cifar_part, make_aircraft, make_cifar100, save
+from test_benchmarks import disjoint_splits
 
 MAKE = {"cifar100": make_cifar100, "fgvc-aircraft": make_aircraft}
 NAMES = sorted(MAKE)
@@ -41,10 +42,7 @@ def asked(monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_classes_are_dealt_within_each_parent_by_hashes_of_names(tmp_path, name):
     root = MAKE[name](tmp_path)
-    d = {s: load(name, s, root, counts=False) for s in ("train", "fit", "val", "test", "all")}
-    classes = {s: set(x.class_names[0]) for s, x in d.items()}
-    assert not classes["train"] & classes["test"] and not classes["fit"] & classes["val"]
-    assert classes["fit"] | classes["val"] == classes["train"] and classes["train"] | classes["test"] == classes["all"]
+    d, classes = disjoint_splits(name, root)
     assert len(d["train"]) + len(d["test"]) == len(d["all"]) and classes["all"] == set(PARENT[name])
     side = split_classes(list(PARENT[name]), list(PARENT[name].values()))
     assert {c for c, s in side.items() if s == "test"} == classes["test"]
