@@ -167,13 +167,15 @@ def evaluate_run(cfg: RunConfig, data: RunData,
     out = {k: (v if isinstance(v, int) else float(v) if math.isfinite(v) else None) for k, v in found.items()}
     return {**out, "per_query": _by_image(values, meta, len(z))} if per_query else out
 
+# families of metrics whose values of single queries are kept with a run
+_KEPT = ("R@1", "AP", "mAP@R", "H-AP")
+
 def _by_image(values, meta, M):
-    "Values of single queries as one value per image, for the metrics of claims; NaN: no query, or without a positive."
-    from hapnb.statistics import smallest_effect
+    "Values of single queries as one value per image; NaN where an image is no query or has no positive."
     part = [] if meta is None or "part" not in meta else np.asarray(meta["part"])
     query, out = np.flatnonzero(part == "query"), {}
     for name, v in values.items():
-        if smallest_effect(name) is None or len(v) not in (M, len(query)): continue
+        if name.split("_level")[0] not in _KEPT or len(v) not in (M, len(query)): continue
         out[name] = np.full(M, np.nan, dtype=np.float32)
         out[name][slice(None) if len(v) == M else query] = v
     return out
