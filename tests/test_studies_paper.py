@@ -124,7 +124,7 @@ def test_every_run_of_the_grid_trains(execute, name, dataset, trunk):
                   "schedule", "precision", "augment", "transform"):
         assert {getattr(c, field) for c in grid} == {getattr(wanted, field)}, field
     assert {c.epochs for c in grid} <= {0, wanted.epochs}
-    assert wanted.batch_size in {c.batch_size for c in grid} and len(set(grid)) > 5
+    assert wanted.batch_size in {c.batch_size for c in grid} and len(set(grid)) > 3
 
 
 @pytest.mark.parametrize("name", STUDIES)
