@@ -168,7 +168,7 @@ def evaluate_run(cfg: RunConfig, data: RunData,
     return {**out, "per_query": _by_image(values, meta, len(z))} if per_query else out
 
 # families of metrics whose values of single queries are kept with a run
-_KEPT = ("R@1", "AP", "mAP@R", "H-AP")
+_KEPT = ("R@1", "AP", "mAP@R", "H-AP", "near-miss")
 
 def _by_image(values, meta, M):
     "Values of single queries as one value per image; NaN where an image is no query or has no positive."

@@ -201,6 +201,15 @@ class Judged:
         if len(self.contrasts) > 1: text += f", against {c['rival']}, the hardest of {len(self.contrasts)}"
         return text + (f"; {self.note}" if self.note else "")
 
+    def comparisons(self) -> pd.DataFrame: # one row per rival; empty: nothing was compared
+        "Show the difference to every rival, in points, with both intervals."
+        names = {"rival": "against", "difference": "difference (points)", "low": "low", "high": "high",
+                 "seed_low": "low, seeds only", "seed_high": "high, seeds only", "seeds": "seeds",
+                 "groups": "test groups"}
+        found = pd.DataFrame(list(self.contrasts), columns=list(names))
+        points = list(names)[1:6]
+        return found.assign(**(100 * found[points]).round(2)).rename(columns=names)
+
 # %% ../nbs/61b_claims.ipynb #6237973c
 def _difference(claim, rows, by, rival, values):
     "The method minus one rival: (`Difference`, seed-only `Difference`, keys); None with fewer than two common seeds."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log_incidence', 'normalised', 'propagate', 'HypergraphConv', 'HGNN', 'class_distances', 'ClassDistributions',
-           'hyperedges', 'HISTLoss', 'oversmoothing']
+           'hyperedges', 'HISTLoss', 'oversmoothing', 'at_blind_guess']
 
 # %% ../nbs/04_hypergraph.ipynb #6ee3eedc
 import math
@@ -365,3 +365,14 @@ def oversmoothing(states: list, # tensors [N, F], for example from `HISTLoss.nod
         u = F.normalize(s.detach().double(), dim=1)
         found.append(((u.sum(0).square().sum() - u.square().sum()) / (n * (n - 1))).item())
     return found
+
+# %% ../nbs/04_hypergraph.ipynb #7ca3b9aa
+def at_blind_guess(terms, # hypergraph terms of the last epoch, one per run
+                   classes: int, # of the training part
+                   ) -> str: # empty: the network has learned
+    "Say that the hypergraph term stayed at blind guess, if its mean is above nine tenths of log C."
+    # no run has finished: the judgement counts the failures
+    if not len(terms): return ""
+    mean, guess = sum(map(float, terms)) / len(terms), math.log(classes)
+    if not mean > .9 * guess: return ""
+    return f"the hypergraph term stays at blind guess: {mean:.2f} in the last epoch, log {classes} = {guess:.2f}"

@@ -68,11 +68,20 @@ def _hap_unordered(rel, p, odd, top, bottom):
         top[odd] += (tau[:, i] - tau[:, i - 1]) * _ap_sum(above)[odd]
         bottom[odd] += (tau[:, i] - tau[:, i - 1]) * above.n[odd]
 
+# %% ../nbs/15_metrics.ipynb #b3e4b345
+def _near_miss(p, n):
+    "Fraction of the coarser levels that the first wrong result shares with its query; 1 where nothing is wrong."
+    L = n.shape[1] - 1
+    finest = p.pick(p.level == L)
+    wrong = finest.sum((finest.rank == finest.nth).double()) + 1
+    level = p.sum(torch.where(p.rank == p.each(wrong), p.level, 0).double())
+    return torch.where(n[:, 0] == n[:, L], 1., level / max(L - 1, 1))
+
 # %% ../nbs/15_metrics.ipynb #84bfc5ef
 @dataclass(frozen=True)
 class Metric:
     "One number that `evaluate` gives; `str` is its name. In a request, `None` means any k and any level."
-    kind: str # "R", "P", "AP", "mAP@R", "ASI", "H-AP" or "NDCG"
+    kind: str # "R", "P", "AP", "mAP@R", "ASI", "H-AP", "NDCG" or "near-miss"
     k: int | None = None # of R@k and P@1
     level: int | None = None # column of the labels, 0 = finest; None: over all levels
 
@@ -82,7 +91,7 @@ class Metric:
 
 # %% ../nbs/15_metrics.ipynb #90d91c54
 # metrics of one level, and metrics over the hierarchy, in the order of the result
-_LEVEL, _WHOLE = ("AP", "mAP@R", "ASI"), ("H-AP", "ASI", "NDCG")
+_LEVEL, _WHOLE = ("AP", "mAP@R", "ASI"), ("H-AP", "ASI", "NDCG", "near-miss")
 _FAMILIES = tuple(dict.fromkeys(("R@k", "P@1", *_LEVEL, *_WHOLE)))
 _NAME = re.compile(rf"(?:([RP])@(\d+|k)|({'|'.join(_FAMILIES[2:])}))(?:_level(\d+))?")
 
@@ -145,6 +154,7 @@ def _all_levels(p, n, counts, ap_sums, metrics, tables):
             out[m] = _hap(rel, n, torch.stack([ap_sums[t] for t in range(1, L + 1)], 1), p)
         if m.kind == "NDCG":
             out[m] = _dcg(p, tables["discount"]) / _ideal_dcg(n, tables["discount"]).clamp(min=1e-300)
+        if m.kind == "near-miss": out[m] = _near_miss(p, n)
         if m.kind == "ASI":
             above = lambda t: n[:, t + 1] if t < L else torch.zeros_like(n[:, 0])
             # nothing beyond rank R counts

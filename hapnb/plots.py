@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'MARKERS', 'LINES', 'style', 'looks', 'drawn', 'legend', 'top_k', 'level_looks', 'thumbnail',
-           'draw_thumbnail', 'retrieval_panel', 'embedding_map', 'score_histogram', 'save', 'interval', 'metric_dots',
-           'curve', 'surface', 'loss_shape', 'training_curves']
+           'draw_thumbnail', 'retrieval_panel', 'embedding_map', 'score_histogram', 'save', 'interval',
+           'difference_map', 'metric_dots', 'curve', 'surface', 'loss_shape', 'training_curves']
 
 # %% ../nbs/40_plots.ipynb #1f80aa04
 import functools, io, math
@@ -338,5 +338,5 @@ def save(
     return paths
 
 # %% ../nbs/40_plots.ipynb #026b0478
-_all_ = ["interval", "metric_dots", "curve", "surface", "loss_shape", "training_curves"]
+_all_ = ["interval", "difference_map", "metric_dots", "curve", "surface", "loss_shape", "training_curves"]
 __getattr__ = late_names("hapnb.plots", dict.fromkeys(_all_, "hapnb.curves"))

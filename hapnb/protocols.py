@@ -199,7 +199,7 @@ def _dyml(emb, labels, meta, args):
 # %% ../nbs/28_protocols.ipynb #03949d44
 def _three(emb, labels, meta, levels, ks, metrics, args):
     "Each level on its own benchmark."
-    if whole := [m for m in metrics if m in ("H-AP", "NDCG")]:
+    if whole := [m for m in metrics if m in ("H-AP", "NDCG", "near-miss")]:
         raise ValueError(f"dyml: {whole[0]} needs all levels of an image, but each benchmark has one; "
                          "leave it out of metrics.")
     if labels.shape[1] != len(_BENCHMARKS):

@@ -254,7 +254,7 @@ def seed_difference(d, # differences, one per seed
 
 # %% ../nbs/39_statistics.ipynb #4ee72813
 # as fractions: 0.01 is one percentage point
-SMALLEST_EFFECTS = {"R@1": .01, "AP": .01, "H-AP": .005, "mAP@R": .005, "F": .02}
+SMALLEST_EFFECTS = {"R@1": .01, "AP": .01, "H-AP": .005, "mAP@R": .005, "near-miss": .01, "F": .02}
 
 def smallest_effect(metric: str, # "R@1", "AP_level1", ...; "F" is a clustering's
                     ) -> float: # None if none was fixed

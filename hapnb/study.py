@@ -176,13 +176,17 @@ def judge(self: Study,
           where: str = "", # network, if a study has several
           budgets: dict = None, # method -> `Budget`
           why_not: str = "", # why the claim is not testable here; empty: it is
+          dataset: str = "", # whose runs these are; default: the study's
           ) -> Judged:
     "Judge a declared claim, and rebuild `claims.md`."
     check_choice(f"claim declared in {self.name}:", name, list(self.declared))
     claim, date = self.declared[name]
     missing = [m if isinstance(m, str) else f"{m:g}" for m in (claim.method, *claim.rivals) if m not in set(rows[by])]
-    if missing and self.profile == "smoke": why_not = f"the profile smoke has no run of {by} {', '.join(missing)}"
-    setting = ", ".join(filter(None, (self.dataset, where, f"profile {self.profile}")))
+    # the profile full must have all that was declared; in the others a claim may wait
+    if self.profile != "full":
+        if claim.metric not in rows: why_not = f"{dataset or self.dataset} has no {claim.metric}"
+        if missing: why_not = f"the profile {self.profile} has no run of {by} {', '.join(missing)}"
+    setting = ", ".join(filter(None, (dataset or self.dataset, where, f"profile {self.profile}")))
     judged = judge_claim(claim, rows, by, partial(_query_values, self.store), setting, date, budgets, why_not)
     same = [c for c in self.claims if isinstance(c, Judged) and (c.claim["id"], c.setting) == (name, setting)]
     self._keep(same, judged)
@@ -194,6 +198,73 @@ def _keep(self: Study, old, new):
     self.claims = [c for c in self.claims if c not in old] + [new]
     save_claims(self.claims, self.out)
     write_claims(self.out.parent)
+
+# %% ../nbs/62_study.ipynb #d4a3d20d
+@patch
+def tuned_settings(self: Study) -> list: # of names in `hapnb.budgets.SETTINGS`; empty: nothing was searched for it
+    "List the settings in which this study compares tuned methods, the main one first."
+    from hapnb.budgets import SETTINGS
+    if self.settings["freeze"] != "trunk" or self.data_dir and self.profile != "smoke": return []
+    every = self.profile == "full" and self.dataset == "emoji"
+    known = [name for name, fields in SETTINGS.items() if every or fields["dataset"] == self.dataset]
+    return known if self.profile == "full" else known[:1]
+
+@patch
+def compare(self: Study,
+            methods, # names in `hapnb.budgets.METHODS`, or dict name -> fields of `RunConfig` for the published row
+            objectives=("R@1_level0", "AP_level0", "H-AP"), # for which rows are tuned
+            **fields) -> pd.DataFrame: # of `run`, with the columns setting, method, constants
+    "Train methods with published and with tuned constants; tuned rows appear where a search has chosen a point."
+    from hapnb.budgets import has_point, published, SETTINGS, tuned, tuned_name
+    grid, settings = Grid(), self.tuned_settings()
+    for setting in settings or [self.dataset]:
+        where = SETTINGS.get(setting, {})
+        # a folder is that of the study's own dataset
+        if where.get("dataset", self.dataset) != self.dataset: where = {**where, "data_dir": None}
+        base = self.config(**{**where, **fields})
+        for m in methods:
+            rows = {"published": methods[m] if isinstance(methods, dict) else published(m, base.epochs)}
+            for o in objectives if settings else ():
+                if has_point(m, setting, o): rows[tuned_name(o)] = self._shortened(tuned(m, setting, o)[0])
+            grid += self.grid(base, setting={setting: {}}, method={m: {}}, constants=rows)
+    return self.run(grid, on_error="keep")
+
+@patch
+def _shortened(self: Study, changes):
+    "Changes with the few epochs of the profile smoke."
+    return {**changes, "epochs": self.settings["epochs"]} if self.profile == "smoke" else changes
+
+# %% ../nbs/62_study.ipynb #5d8d4e6b
+@patch
+def judge_tuned(self: Study,
+                name: str, # id of a declared claim
+                rows: pd.DataFrame, # of `compare`
+                where: str = "", # what else is special about these runs
+                ) -> list: # of `Judged`, one per setting
+    "Judge a declared claim on tuned rows; `UserError` names the claim if a method has no point (profile full)."
+    from hapnb.budgets import objective_of, SETTINGS, tuned, tuned_name
+    check_choice(f"claim declared in {self.name}:", name, list(self.declared))
+    claim, settings, found = self.declared[name][0], list(rows["setting"].unique()), []
+    objective = objective_of(claim.metric)
+    for setting in settings if claim.primary else settings[:1]:
+        known = setting in SETTINGS
+        wanted = tuned_name(objective) if known else "published"
+        part = rows[(rows["setting"] == setting) & (rows["constants"] == wanted)]
+        budgets, why_not = None, ""
+        try: budgets = {m: tuned(m, setting, objective)[1] for m in (claim.method, *claim.rivals)} if known else None
+        except UserError as e:
+            if self.profile == "full": raise UserError(f"claim {name!r}: {e}") from e
+            why_not = str(e)
+        network = f"frozen {SETTINGS[setting]['trunk']}, tuned" if known else "published constants"
+        found.append(self.judge(name, part, "method", ", ".join(filter(None, (network, where))), budgets, why_not,
+                                SETTINGS[setting]["dataset"] if known else ""))
+    return found
+
+@patch
+def made_by(self: Study, rows) -> str:
+    "Say what made some rows, for the footer of a table."
+    data = " and ".join(dict.fromkeys(rows.get("dataset", pd.Series([self.dataset]))))
+    return made_by(self.profile, data, rows["seed"].nunique(), self.device, self.store, rows["key"])
 
 # %% ../nbs/62_study.ipynb #a37cc426
 @patch

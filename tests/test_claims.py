@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hapnb import claims, study
+from hapnb import budgets, claims, study
 from hapnb.claims import (
     Budget, check_claims, declared_claims, interval_picture, judge_claim, Judged, read_preregistration, save_claims,
     write_claims, write_preregistration)
+from hapnb.config import RunConfig
 from hapnb.helpers import UserError
 from hapnb.statistics import paired_test
 from hapnb.tables import Claim as FirstClaim
@@ -247,6 +248,126 @@ def test_a_study_judges_its_claims_from_the_values_of_its_runs(finished, monkeyp
     assert [k.get("hash") for k in kept] == [s.claims[0].hash, j.hash, None]
     page = (s.out.parent / "claims.md").read_text()
     assert "## P (2020)" in page and "## Appendix: further claims" in page and "First edition: intervals over" in page
+
+
+# equal budgets: what the search of tuned settings hands to a claim
+
+FIRST = "emoji, Lite0"
+
+
+def write_found(path, trials={"a": 30, "b": 30}, setting=FIRST, **chosen):
+    "A file of chosen points for the methods `a` and `b`, as the study of equal searches writes it."
+    found = []
+    for m, n in trials.items():
+        point = {"lr": .01, "epochs": 10} | chosen.get(m, {})
+        ends = {"lr": [1e-4, 1.], "epochs": [4, 40]}
+        found += [dict(setting=setting, method=m, objective=o, trials=n, chosen=json.dumps(point),
+                       tried=json.dumps(ends), search=budgets.search_id(m, setting, n)) for o in budgets.OBJECTIVES]
+    budgets.write_points(pd.DataFrame(found), path)
+
+
+@pytest.fixture
+def searched(tmp_path, monkeypatch, finished):
+    "A study of the profile full, rows of its methods in two settings, and a function that writes chosen points."
+    s, rows = finished
+    same = {"loss": "SmoothAPLoss"}
+    two = {m: budgets.Method("ranking", same, (.01, .01), dict(budgets._SHARED)) for m in "ab"}
+    monkeypatch.setattr(budgets, "METHODS", two)
+    monkeypatch.setattr(budgets, "points_file", lambda: tmp_path / "points.csv")
+    second = {**CLAIM, "id": "further", "primary": False}
+    registered(monkeypatch, CLAIM, second)
+    full = study.Study(s.name, "full", "emoji", "", 2, "cpu", 1, s.store, tmp_path / "out", {"freeze": "trunk"})
+    full.out.mkdir()
+    full.declare([CLAIM, second])
+    labels = [dict(setting=x, constants=c) for x in (FIRST, "fonts, Lite0")
+              for c in ("published", "tuned for R@1", "tuned for H-AP")]
+    every = pd.concat([rows.assign(**l) for l in labels], ignore_index=True)
+    def points(trials=30, **chosen):
+        for x, n in ((FIRST, trials), ("fonts, Lite0", 12)):
+            counts = n if isinstance(n, dict) else dict.fromkeys("ab", n)
+            write_found(tmp_path / "points.csv", counts, x, **chosen)
+    return full, every, points
+
+
+def test_a_claim_is_judged_with_the_budgets_of_its_metric_in_every_setting(searched):
+    s, rows, points = searched
+    points()
+    found = s.judge_tuned("b-beats-a", rows)
+    assert [j.setting for j in found] == ["emoji, frozen tf_efficientnet_lite0, tuned, profile full",
+                                          "fonts, frozen tf_efficientnet_lite0, tuned, profile full"]
+    # one run per seed: rows of other objectives and published rows take no part
+    assert found[0].contrasts[0]["seeds"] == 2
+    assert len(s.judge_tuned("further", rows)) == 1
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(trials={"a": 12, "b": 30}), r"claim 'b-beats-a' compares unequal numbers of trials \(b 30, a 12\)"),
+    (dict(b={"lr": .999}), r"claim 'b-beats-a': the search for b ended at the edge of its grid \(lr = 0.999"),
+    (dict(a={"epochs": 40}), r"claim 'b-beats-a': the search for a ended at the edge of its grid \(epochs = 40"),
+    (dict(trials={"b": 30}), "claim 'b-beats-a': no tuned point of 'a' in the setting 'emoji, Lite0' for H-AP: search "
+                             "with `hapnb reproduce 11_tuned --profile full`")])
+def test_a_search_that_was_not_equal_fails_the_study_with_the_claim(searched, change, message):
+    s, rows, points = searched
+    points(**change)
+    with pytest.raises(UserError, match=message): s.judge_tuned("b-beats-a", rows)
+
+
+def test_only_the_profile_full_insists_on_tuned_points(searched):
+    s, rows, _ = searched
+    s.profile = "quick"
+    j, = s.judge_tuned("b-beats-a", rows[rows.setting == FIRST])
+    assert (j.verdict, j.note[:27]) == ("not testable here", "no tuned point of 'b' in th")
+
+
+def test_points_of_a_changed_search_do_not_count(searched, monkeypatch, tmp_path):
+    s, rows, points = searched
+    points()
+    assert budgets.has_point("a", FIRST) and budgets.tuned("a", FIRST)[1].trials == 30
+    space = {**budgets._SHARED, "lr": (1e-5, 1., "log")}
+    wider = budgets.Method("ranking", {"loss": "SmoothAPLoss"}, (.01, .01), space)
+    monkeypatch.setitem(budgets.METHODS, "b", wider)
+    with pytest.raises(UserError, match="the tuned point of 'b' in the setting 'emoji, Lite0' comes from a search"):
+        budgets.tuned("b", FIRST)
+    # the next run of one setting keeps what still counts of the others, and says what it drops
+    again = pd.read_csv(tmp_path / "points.csv")
+    again = again[(again.setting == FIRST) & (again.method == "a")]
+    assert budgets.write_points(again, tmp_path / "points.csv") == [("fonts, Lite0", "b")]
+    left = pd.read_csv(tmp_path / "points.csv")
+    assert set(zip(left.setting, left.method)) == {(FIRST, "a"), ("fonts, Lite0", "a")}
+
+
+def test_rows_are_tuned_where_there_are_points(searched, monkeypatch):
+    s, _, points = searched
+    points(trials={"a": 30}, a={"epochs": 7, "lr": .02})
+    asked = []
+    monkeypatch.setattr(study.Study, "run", lambda self, grid, **args: asked.extend(zip(grid.labels, grid)))
+    s.settings["epochs"] = 30
+    s.compare(["a", "b"], ["H-AP"])
+    first = [(l["method"], l["constants"], c.lr, c.epochs) for l, c in asked if l["setting"] == FIRST and not c.seed]
+    assert first == [("a", "published", .01, 30), ("a", "tuned for H-AP", .02, 7), ("b", "published", .01, 30)]
+    assert {(l["setting"], c.dataset, c.trunk) for l, c in asked} == {
+        (x, f["dataset"], f["trunk"]) for x, f in budgets.SETTINGS.items()}
+
+
+# every method that can be searched
+
+@pytest.mark.parametrize("name", budgets.METHODS)
+def test_the_ends_of_every_range_are_settings_that_a_run_accepts(name):
+    from hapnb.config import check_names
+    space = {path: budgets.axis(v) for path, v in budgets.METHODS[name].space.items()}
+    middle = {path: a.at(.5) for path, a in space.items()}
+    for path, a in space.items():
+        for v in a.labels if a.is_choice else (a.low, a.high):
+            check_names(RunConfig(**budgets.changes_of(name, {**middle, path: v})))
+    check_names(RunConfig(**budgets.published(name, 15)))
+
+
+def test_a_search_tries_each_axis_evenly_and_always_the_same_points():
+    found = budgets.points_of("HAPPIER", 30)
+    assert found == budgets.points_of("HAPPIER", 30) and len(found) == 30
+    for path, a in ((p, budgets.axis(v)) for p, v in budgets.METHODS["HAPPIER"].space.items()):
+        places = np.histogram([a.position(p[path]) for p in found], 5, (0, 1))[0]
+        assert places.min() >= 4, path
 
 
 # the page

@@ -46,6 +46,7 @@ def brute(scores, shared, rel, own, ks=KS):
         dcg = lambda ls: sum((2**l - 1) / math.log2(1 + r) for r, l in enumerate(ls, 1))
         match = lambda k: sum(min(lv[:k].count(m), best[:k].count(m)) for m in range(1, L + 1))
         add("NDCG", dcg(lv) / dcg(best))
+        add("near-miss", next((l / max(L - 1, 1) for l in lv if l < L), 1.))
         add("ASI", sum(match(k) / k for k in range(1, R + 1)) / R)
         hranks = ((a + sum(min(a, b) for b in rl[:k])) / (k + 1) for k, a in enumerate(rl) if a)
         if sum(rl): add("H-AP", sum(hranks) / sum(rl))
@@ -195,7 +196,8 @@ def test_float32_ties_and_packed_keys(data):
 @given(sets(), st.booleans())
 def test_self_kept(data, double):
     emb, labels = data
-    found = evaluate(emb, labels, exclude_self=False, ks=(1,), metrics=["AP", "R@1", "ASI", "NDCG", "mAP@R"])
+    metrics = ["AP", "R@1", "ASI", "NDCG", "mAP@R", "near-miss"]
+    found = evaluate(emb, labels, exclude_self=False, ks=(1,), metrics=metrics)
     wanted = lambda k: k[:2] not in ("R@", "P@", "H-") or k.startswith("R@1_")
     agree(found, {k: v for k, v in definition(emb, labels, exclude=False).items() if wanted(k)})
 
@@ -257,7 +259,8 @@ def test_memory_limit_changes_no_bit(dtype):
     "mAP@R",
     "H-AP",
     "ASI",
-    "NDCG"])
+    "NDCG",
+    "near-miss"])
 def test_selection_gives_the_same_values(names):
     emb, labels = tree(300)
     emb[::7] = emb[0]
@@ -542,7 +545,7 @@ def test_arrays_and_one_level():
     emb, labels = tree(60)
     assert evaluate(emb.numpy(), labels[:, 0].numpy()) == evaluate(emb, labels[:, :1])
     names = ["R@1_level0", "R@3_level0", "P@1_level0", "AP_level0", "mAP@R_level0", "ASI_level0"]
-    assert list(evaluate(emb, labels[:, 0], ks=(1, 3))) == [*names, "H-AP", "ASI", "NDCG", "skipped_level0"]
+    assert list(evaluate(emb, labels[:, 0], ks=(1, 3))) == [*names, "H-AP", "ASI", "NDCG", "near-miss", "skipped_level0"]
 
 
 # ---------------------------------------------------------------- the other three

@@ -103,14 +103,32 @@ def test_dots_show_mean_and_interval():
     fig = plots.metric_dots(rows(), ["AP"])
     mean, half = plots.interval([20., 20., 21., 21., 22., 22.])
     line = fig.axes[0].containers[0]
-    assert line[0].get_ydata()[0] == pytest.approx(mean)
-    low, high = line[2][0].get_segments()[0][:, 1]
+    assert line[0].get_xdata()[0] == pytest.approx(mean)
+    low, high = line[2][0].get_segments()[0][:, 0]
     assert (high - low) / 2 == pytest.approx(half)
 
 
 def test_a_single_run_is_hollow_and_has_no_interval():
     box = plots.metric_dots(rows(1)[::2], ["AP"]).axes[0].containers[0]
     assert box[0].get_markerfacecolor() == "white" and box[2] == ()
+
+
+def test_each_metric_has_a_panel_of_its_own_and_each_variant_a_colour():
+    more = [{**r, "H-AP": 2 * r["AP"], "rate": v} for r in rows() for v in ("published", "tuned")]
+    fig = plots.metric_dots(more, ["AP", "H-AP"], variant="rate")
+    left, right = fig.axes
+    assert [ax.get_title() for ax in fig.axes] == ["AP", "H-AP"] and left.get_xlim() != right.get_xlim()
+    assert len({c[0].get_color() for c in left.containers}) == 2 and len(left.containers) == 4
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["published", "tuned"]
+
+
+def test_a_map_of_differences_frames_the_reference():
+    more = [{**r, "H-AP": 1 - r["AP"]} for r in rows()]
+    ax = plots.difference_map(more, ["AP", "H-AP"]).axes[0]
+    names = [t.get_text() for t in ax.get_yticklabels()]
+    # b is best in AP, a in H-AP
+    assert [names[round(p.get_y())] for p in ax.patches] == ["b", "a"]
+    assert [t.get_text() for t in ax.texts][:2] == ["21.0\n-10.0", "79.0\n+0.0"]
 
 
 def test_curve_has_one_line_per_model_and_log2_ticks():
@@ -263,7 +281,10 @@ def one(**fields): return [{"loss": "a", **fields}]
     pytest.param(panel, (), id="panel"),
     pytest.param(lambda e, l: plots.embedding_map(e, torch.arange(48) // 12, names=NAMES), NAMES, id="map of classes"),
     pytest.param(lambda e, l: plots.embedding_map(dict.fromkeys(NAMES, e), l), (), id="maps of models"),
-    pytest.param(lambda e, l: plots.metric_dots(named_rows(), ["AP"]), NAMES, id="dots"),
+    pytest.param(lambda e, l: plots.metric_dots(named_rows(), ["AP"]), (), id="dots"),
+    pytest.param(lambda e, l: plots.metric_dots([{**r, "b": 1} for r in named_rows()], ["AP"], "b", variant="loss"),
+                 NAMES, id="dots of variants"),
+    pytest.param(lambda e, l: plots.difference_map(named_rows(), ["AP"]), (), id="differences"),
     pytest.param(lambda e, l: plots.metric_dots(one(**{"$a$ $": .5}), ["$a$ $"]), (), id="dots of metrics"),
     pytest.param(lambda e, l: plots.curve(named_rows(), "x", "AP"), NAMES, id="curve"),
     pytest.param(lambda e, l: plots.curve(one(**{"$a$": 1, "$b$": .5}), "$a$", "$b$"), (), id="curve of columns"),

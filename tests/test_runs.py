@@ -501,7 +501,7 @@ def test_values_of_single_queries_are_kept_and_their_means_are_the_metrics(tmp_p
     for r, every in ((toy_run(TOY, tmp_path / "a"), True), (toy_run(TOY, tmp_path / "b", data=parts), False)):
         found, query = r.per_query(), torch.arange(len(parts[1])) % 3 == 0
         levels = ("_level0", "_level1")
-        assert set(found) == {"H-AP", *(m + l for m in ("R@1", "AP", "mAP@R") for l in levels)}
+        assert set(found) == {"H-AP", "near-miss", *(m + l for m in ("R@1", "AP", "mAP@R") for l in levels)}
         for name, v in found.items():
             assert v.dtype == np.float32 and v.shape == (len(r.labels()),)
             assert np.nanmean(v) == pytest.approx(r.metrics[name], abs=1e-6)
