@@ -69,11 +69,15 @@ def _method(kind, fields, rates, **constants):
     batches = {"batches": list(BATCHES)} if kind == "proxies" else {}
     return Method(kind, fields, rates, _SHARED | space | batches)
 
+# embeddings of past batches count only once the network has begun to learn, as XBM and SupRank do it
+_MEMORY = {"size": "train", "start_epoch": 2}
+
 def _pml(loss): return dict(loss=f"pml/{loss}", miner="pml/MultiSimilarityMiner")
 
 # %% ../nbs/61c_budgets.ipynb #85735db0
 METHODS = {
     "Contrastive": _method("pairs", dict(loss="PairLoss"), (1e-3, 1e-3), margin=(.05, .95)),
+    "Contrastive, memory": _method("pairs", dict(loss="PairLoss", memory=_MEMORY), (1e-3, 3e-4), margin=(.05, .95)),
     "Triplet": _method("pairs", _pml("TripletMarginLoss"), (1e-3, 1e-3), margin=(.01, .5, "log")),
     "Multi-Similarity": _method("pairs", _pml("MultiSimilarityLoss"), (1e-3, .1), alpha=(.5, 20., "log"),
                                 beta=(5., 100., "log"), base=(.1, .9)),
@@ -98,6 +102,8 @@ METHODS |= {
     "SupAP": _method("ranking", dict(loss="SupAPLoss"), (1e-2, .1), tau=_TAU, rho=(10., 1000., "log")),
     "ROADMAP": _method("ranking", dict(loss="ROADMAPLoss"), (3e-2, .1), tau=_TAU, pos_margin=(.6, .99),
                        neg_margin=(.1, .8)),
+    "ROADMAP, memory": _method("ranking", dict(loss="ROADMAPLoss", memory=_MEMORY), (3e-2, .1), tau=_TAU,
+                               pos_margin=(.6, .99), neg_margin=(.1, .8)),
     "PNP": _method("ranking", dict(loss="PNPLoss"), (3e-3, 3e-3), tau=_TAU, alpha=(.5, 16., "log")),
     "moving AP": _method("ranking", dict(loss="MovingAPLoss"), (1e-3, 1e-3), gamma=(.1, .99), margin=(.1, 1.5)),
     "Recall@k": _method("ranking", dict(loss="SmoothRecallLoss"), (1e-3, 1e-3), tau=_TAU,

@@ -371,6 +371,8 @@ def at_blind_guess(terms, # hypergraph terms of the last epoch, one per run
                    classes: int, # of the training part
                    ) -> str: # empty: the network has learned
     "Say that the hypergraph term stayed at blind guess, if its mean is above nine tenths of log C."
+    # no run has finished: the judgement counts the failures
+    if not len(terms): return ""
     mean, guess = sum(map(float, terms)) / len(terms), math.log(classes)
     if not mean > .9 * guess: return ""
     return f"the hypergraph term stays at blind guess: {mean:.2f} in the last epoch, log {classes} = {guess:.2f}"

@@ -140,6 +140,29 @@ def _query_gallery(emb, labels, meta, args):
     found = evaluate(g, _take(labels, gallery), q, _take(labels, query), **_memory(args, emb, g, q))
     return _measurable(found, len(query), "query-gallery")
 
+# %% ../nbs/28_protocols.ipynb #b583445f
+@PROTOCOLS.register("disjoint")
+def _disjoint(emb, labels, meta, args,
+              column: str = "author", # of `meta`: images that share its value are hidden from each other
+              ):
+    "Each image is a query; its gallery holds the images with another value in a column."
+    names, of = np.unique(_column(meta, column, "disjoint", len(emb)).astype(str), return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"disjoint: all rows of meta have {column!r} = {names[0]!r}: no gallery is left.")
+    values = {}
+    for a in range(len(names)):
+        query, gallery = (torch.from_numpy(np.flatnonzero(x)) for x in (of == a, of != a))
+        g, q = _take(emb, gallery), _take(emb, query)
+        own = {**_memory(args, emb, g, q), "per_query": True}
+        found = evaluate(g, _take(labels, gallery), q, _take(labels, query), **own)
+        for name, v in found.get("per_query", {}).items():
+            values.setdefault(name, np.full(len(emb), np.nan))[query] = v
+        for name in found:
+            if name.startswith("skipped"): values[name] = values.get(name, 0) + found[name]
+    out = {k: v if isinstance(v, int) else float(np.nanmean(v)) if (v == v).any() else 0. for k, v in values.items()}
+    if args.get("per_query"): out["per_query"] = {k: v for k, v in values.items() if not isinstance(v, int)}
+    return _measurable(out, len(emb), "disjoint")
+
 # %% ../nbs/28_protocols.ipynb #b3370bfc
 _BENCHMARKS, _DYML_KS = ("fine", "middle", "coarse"), (1, 10, 20)
 

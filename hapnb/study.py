@@ -182,7 +182,10 @@ def judge(self: Study,
     check_choice(f"claim declared in {self.name}:", name, list(self.declared))
     claim, date = self.declared[name]
     missing = [m if isinstance(m, str) else f"{m:g}" for m in (claim.method, *claim.rivals) if m not in set(rows[by])]
-    if missing and self.profile == "smoke": why_not = f"the profile smoke has no run of {by} {', '.join(missing)}"
+    # the profile full must have all that was declared; in the others a claim may wait
+    if self.profile != "full":
+        if claim.metric not in rows: why_not = f"{dataset or self.dataset} has no {claim.metric}"
+        if missing: why_not = f"the profile {self.profile} has no run of {by} {', '.join(missing)}"
     setting = ", ".join(filter(None, (dataset or self.dataset, where, f"profile {self.profile}")))
     judged = judge_claim(claim, rows, by, partial(_query_values, self.store), setting, date, budgets, why_not)
     same = [c for c in self.claims if isinstance(c, Judged) and (c.claim["id"], c.setting) == (name, setting)]

@@ -221,7 +221,10 @@ def made_by(profile: str, dataset: str,
     seeds = f"{seeds} seeds; " if seeds else ""
     torch = of_runs("torch", lambda: _version("torch")).split("+")[0]
     made = of_runs("commit", commit)
-    return f"Made by: profile {profile}; data {dataset}; {seeds}commit {made}; {here}; torch {torch}."
+    # late, as above: it reads parquet files
+    from hapnb.bundled import EDITIONS
+    edition = f", edition {EDITIONS[dataset]}" if dataset in EDITIONS else ""
+    return f"Made by: profile {profile}; data {dataset}{edition}; {seeds}commit {made}; {here}; torch {torch}."
 
 # %% ../nbs/61_tables.ipynb #7a385fe5
 def save_figure(fig, # a matplotlib figure

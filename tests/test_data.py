@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hapnb import bundled, data, datasets as datasets_module, emoji
+from hapnb import bundled, data, datasets as datasets_module, emoji, twins
 from hapnb.bundled import ASSETS, Package, read_bundled
 from hapnb.helpers import DATASETS
 from hapnb.images import BytesStore, decode, encode
@@ -49,22 +49,44 @@ def test_emoji_splits_are_disjoint_and_complete(parts):
 def test_emoji_counts(parts):
     every = parts["all"]
     assert (len(every), len(every.class_names[0]), len(every.class_names[1]),
-            len(every.class_names[2])) == (12934, 1910, 99, 10)
+            len(every.class_names[2])) == (12728, 1905, 98, 9)
     assert abs(len(classes(parts["train"])) - len(classes(parts["test"]))) < 10
     assert 0.15 < len(classes(parts["val"])) / len(classes(parts["train"])) < 0.2
     assert int(every.labels[:, 0].bincount().min()) >= 2
-    # a subgroup of one concept
-    for level in (1, 2): assert len(classes(parts["train"], level) ^ classes(parts["test"], level)) <= 1
+    # a subgroup of one concept, and one of one family
+    assert classes(parts["train"], 1) ^ classes(parts["test"], 1) == {"animal-amphibian", "keycap"}
+    assert classes(parts["train"], 2) == classes(parts["test"], 2)
     assert classes(parts["train"], 1) == classes(parts["fit"], 1)  # validation takes no subgroup away
 
 
-def test_emoji_split_is_a_hash_of_names(parts):
-    "The split can be computed anew from the names alone."
-    every = parts["all"]
-    pairs = {(every.class_names[0][c], every.class_names[1][s]) for c, s in every.labels[:, :2].tolist()}
-    again = split_classes(*zip(*sorted(pairs)))
-    stored = dict(zip((every.class_names[0][l] for l in every.labels[:, 0]), every.meta.part))
-    assert again == stored
+def test_emoji_split_follows_from_names_and_families(parts):
+    "The split can be computed anew from the table alone, and the committed list of it agrees."
+    frame = read_bundled("emoji")[0].drop_columns(["image"]).to_pandas()
+    again = twins.deal_families(dict(zip(frame.concept, frame.family)), dict(zip(frame.concept, frame.subgroup)))
+    assert again == dict(zip(frame.concept, frame.split))
+    listed = pd.read_csv(ASSETS / "emoji_split.csv", keep_default_na=False)
+    assert dict(zip(listed.concept, listed.split)) == again
+    assert dict(zip(listed.concept, listed.family)) == dict(zip(frame.concept, frame.family))
+
+
+def test_emoji_has_no_twins_and_no_family_across_the_split(parts):
+    frame = read_bundled("emoji")[0].drop_columns(["image"]).to_pandas()
+    for fold in (frame.split == "test", frame.split == "val"):
+        assert not set(frame.family[fold]) & set(frame.family[~fold])
+    # no two drawings are one, and drawings that are close belong to one family
+    i, j, d = twins.near_pairs(parts["all"].pixels(), emoji.FAMILY)
+    assert len(d) > 100 and d.min() >= emoji.TWIN
+    assert (frame.family.to_numpy()[i] == frame.family.to_numpy()[j]).all()
+    # what names say: genders of one action, clock faces, keycaps, territories
+    concepts = frame.drop_duplicates("concept")
+    began = concepts.groupby(concepts.concept.map(emoji.family_name)).split.nunique()
+    assert (began == 1).all() and began.index.isin(["clock face", "keycap", "biking", "flag: France"]).sum() == 4
+
+
+def test_emoji_faults_found_by_readers_are_out(parts):
+    frame = read_bundled("emoji")[0].drop_columns(["image"]).to_pandas()
+    assert not set(emoji.LEFT_OUT) & set(zip(frame.source, frame.concept)) and "skin-tone" not in set(frame.subgroup)
+    assert set(frame.licence[frame.source == "fxemoji"]) == {"CC-BY-4.0"}
 
 
 def test_emoji_labels(parts):
@@ -89,7 +111,7 @@ def test_emoji_checksum_card_and_pixels(parts):
     sha = hashlib.sha256((ASSETS / "emoji.parquet").read_bytes()).hexdigest()
     assert (ASSETS / "emoji.sha256").read_text() == f"{sha}  emoji.parquet\n"
     pixels = parts["all"].pixels()
-    assert pixels.shape == (12934, 64, 64, 3) and pixels.dtype == np.uint8
+    assert pixels.shape == (12728, 64, 64, 3) and pixels.dtype == np.uint8
     card = (ASSETS / "DATA_CARD.md").read_text()
     assert sha in card and hashlib.sha256(pixels).hexdigest() in card
     assert len({p.tobytes() for p in pixels}) == len(pixels)
@@ -181,14 +203,15 @@ def test_build_is_the_same_to_the_byte(tiny, tmp_path):
     cache, sources = tiny
     shas = [emoji.build(tmp_path / out, cache, 32, sources) for out in ("a", "b")]
     assert shas[0] == shas[1]
-    for name in ("emoji.parquet", "emoji.sha256", "ATTRIBUTION.md", "DATA_CARD.md"):
+    for name in ("emoji.parquet", "emoji.sha256", "emoji_split.csv", "ATTRIBUTION.md", "DATA_CARD.md"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     ds = load("emoji", "all", data_dir=tmp_path / "a")
     # two images each; the rest had one
     assert sorted(ds.class_names[0]) == ["green apple", "lemon", "pear", "red apple"]
     assert ds.image(0).size == (32, 32)
     assert "pome" in set(ds.meta.icon)  # an alias of one set named the pear of the other
-    assert sorted(os.listdir(tmp_path / "a")) == ["ATTRIBUTION.md", "DATA_CARD.md", "emoji.parquet", "emoji.sha256"]
+    assert sorted(os.listdir(tmp_path / "a")) == ["ATTRIBUTION.md", "DATA_CARD.md", "emoji.parquet", "emoji.sha256",
+                                                   "emoji_split.csv"]
 
 
 def test_build_refuses_a_changed_package(tiny, tmp_path):

@@ -56,6 +56,26 @@ def sets(draw, classes=4, levels=1):
 
 
 @settings(max_examples=25)
+@given(sets(), st.integers(2, 4))
+def test_disjoint_hides_images_with_the_same_value(data, authors):
+    x, labels, rng = data
+    of = rng.permutation(np.arange(len(x)) % authors)
+    classes, scores, values, skipped = labels[:, 0].tolist(), scored(x), {}, 0
+    for q in range(len(x)):
+        found, without = per_query(scores, classes, [q], np.flatnonzero(of != of[q]).tolist(), ks=(1, 2))
+        skipped += without
+        for m, v in found.items(): values.setdefault(m, []).append(v)
+    if skipped == len(x):
+        with pytest.raises(ValueError, match="nothing can be measured"):
+            evaluate_protocol(x, labels, {"maker": of}, {"kind": "disjoint", "column": "maker"}, ks=(1, 2))
+        return
+    found = evaluate_protocol(x, labels, {"maker": of}, {"kind": "disjoint", "column": "maker"}, ks=(1, 2),
+                              per_query=True)
+    close(found, {f"{m}_level0": sum(v) / len(v) for m, v in values.items()} | {"skipped_level0": skipped})
+    assert all(v.shape == (len(x),) and np.isnan(v).sum() >= skipped for v in found["per_query"].values())
+
+
+@settings(max_examples=25)
 @given(sets(levels=2))
 def test_leave_one_out_is_evaluate(data):
     x, y, _ = data

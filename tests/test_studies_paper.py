@@ -124,7 +124,7 @@ def test_every_run_of_the_grid_trains(execute, name, dataset, trunk):
                   "schedule", "precision", "augment", "transform"):
         assert {getattr(c, field) for c in grid} == {getattr(wanted, field)}, field
     assert {c.epochs for c in grid} <= {0, wanted.epochs}
-    assert wanted.batch_size in {c.batch_size for c in grid} and len(set(grid)) > 5
+    assert wanted.batch_size in {c.batch_size for c in grid} and len(set(grid)) > 3
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -144,10 +144,9 @@ def test_the_whole_notebook_runs_with_the_profile_paper(execute, name, tmp_path,
         return rows.assign(batch_size=sizes) if len(set(sizes)) > 1 else rows
     execute(name, "paper", STUDIES[name][0], run, seeds=1)
     claims = json.loads((tmp_path / "out/claims.json").read_text())
-    one_seed = [c for c in claims if "one seed" in c["value"]]
-    assert {c["verdict"] for c in one_seed} == {"not tested here"}
-    assert not any("failed" in c["value"] for c in claims)
-    assert all("profile paper" in c["measured"] for c in one_seed)
+    # one seed judges nothing
+    assert claims and {c["verdict"] for c in claims} == {"not testable here"}
+    assert all("profile paper" in c["setting"] for c in claims) and not any("failed" in c["note"] for c in claims)
     assert "profile paper" in (tmp_path / "out/main.md").read_text()
     assert len(list((tmp_path / "out").glob("*.png"))) >= 3
 
