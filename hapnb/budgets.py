@@ -7,7 +7,7 @@ __all__ = ['SETTINGS', 'OBJECTIVES', 'BATCHES', 'METHODS', 'SEARCH_SEED', 'REPEA
            'tuned_name', 'Method', 'published', 'changes_of', 'points_of', 'search_grid', 'edges_of', 'candidates',
            'choose', 'choose_points', 'search_id', 'points_file', 'write_points', 'tuned', 'has_point', 'by_metric']
 
-# %% ../nbs/61c_budgets.ipynb #b8cbdbd0
+# %% ../nbs/61c_budgets.ipynb #fe7743b1
 import functools, hashlib, io, json
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from .recipes import recipe
 from .space import apply_params, axis
 from .trials import spread
 
-# %% ../nbs/61c_budgets.ipynb #975e0a7a
+# %% ../nbs/61c_budgets.ipynb #75aa241e
 SETTINGS = {"emoji, Lite0": {"dataset": "emoji", "trunk": "tf_efficientnet_lite0"},
             "emoji, Lite2": {"dataset": "emoji", "trunk": "tf_efficientnet_lite2"},
             "fonts, Lite0": {"dataset": "fonts", "trunk": "tf_efficientnet_lite0"},
@@ -35,7 +35,7 @@ def trials_of(setting: str) -> int:
     check_choice("setting", setting, SETTINGS)
     return 30 if setting == "emoji, Lite0" else 12
 
-# %% ../nbs/61c_budgets.ipynb #0f39168e
+# %% ../nbs/61c_budgets.ipynb #09eadc6a
 # column of the runs -> words
 OBJECTIVES = {"R@1_level0": "R@1", "AP_level0": "AP", "H-AP": "H-AP"}
 
@@ -48,7 +48,7 @@ def tuned_name(objective: str) -> str:
     "Name the rows of a table that were tuned for an objective."
     return f"tuned for {OBJECTIVES[objective]}"
 
-# %% ../nbs/61c_budgets.ipynb #9900a05e
+# %% ../nbs/61c_budgets.ipynb #edc05e5a
 @dataclass(frozen=True)
 class Method:
     "A way to train, and what a search for its settings may vary."
@@ -57,7 +57,7 @@ class Method:
     rates: tuple # learning rates for the published constants: for up to 15 epochs, and for more
     space: dict # path -> values, as in `hapnb.space.axis`; with "batches": the name of an entry of `BATCHES`
 
-# %% ../nbs/61c_budgets.ipynb #60c68dc0
+# %% ../nbs/61c_budgets.ipynb #859913db
 BATCHES = {"plain": {"sampler": "random", "sampler_args": {}, "batch_size": 32},
            "groups": {"sampler": "m_per_class", "sampler_args": {"m": 4}, "batch_size": 256}}
 _SHARED = {"lr": (1e-4, 1., "log"), "epochs": (4, 40, "log")}
@@ -74,7 +74,7 @@ _MEMORY = {"size": "train", "start_epoch": 2}
 
 def _pml(loss): return dict(loss=f"pml/{loss}", miner="pml/MultiSimilarityMiner")
 
-# %% ../nbs/61c_budgets.ipynb #09cd155a
+# %% ../nbs/61c_budgets.ipynb #85735db0
 METHODS = {
     "Contrastive": _method("pairs", dict(loss="PairLoss"), (1e-3, 1e-3), margin=(.05, .95)),
     "Contrastive, memory": _method("pairs", dict(loss="PairLoss", memory=_MEMORY), (1e-3, 3e-4), margin=(.05, .95)),
@@ -92,7 +92,7 @@ METHODS = {
                             scale=(4., 64., "log")),
 }
 
-# %% ../nbs/61c_budgets.ipynb #60a4b14b
+# %% ../nbs/61c_budgets.ipynb #66f97186
 METHODS |= {
     "FastAP": _method("ranking", dict(loss="FastAPLoss"), (1e-3, 3e-4), num_bins=(4, 64, "log")),
     "SoftBin-AP": _method("ranking", dict(loss="SoftBinAPLoss"), (3e-2, .1), num_bins=(4, 64, "log")),
@@ -112,11 +112,11 @@ METHODS |= {
                                base_args__temperature=(.1, 10., "log")),
 }
 
-# %% ../nbs/61c_budgets.ipynb #94e9d035
+# %% ../nbs/61c_budgets.ipynb #460f7ad0
 METHODS |= {
     "CSL": _method("hierarchical", dict(loss="CSLLoss"), (1e-2, 3e-2), scale=(4., 64., "log")),
     "HMLC": _method("hierarchical", dict(loss="HMLCLoss"), (1e-3, 1e-3), temperature=(.02, .5, "log")),
-    "HAPPIER": _method("hierarchical", dict(loss="HAPPIERLoss"), (1e-2, .1), tau=_TAU, lam=(.02, .9)),
+    "HAPPIER": _method("hierarchical", dict(loss="HAPPIERLoss"), (1e-2, .1), tau=_TAU, lam=(.02, .98)),
 }
 _HIST = recipe("hist/emoji").fields
 METHODS["HIST"] = _method("proxies", _HIST, (_HIST["lr"],) * 2, tau=(1., 64., "log"), alpha=(.3, 3.),
@@ -124,7 +124,7 @@ METHODS["HIST"] = _method("proxies", _HIST, (_HIST["lr"],) * 2, tau=(1., 64., "l
 METHODS["HIST"].space.update({"groups.loss.distributions.lr": (1e-3, 1., "log"),
                               "groups.loss.hgnn.lr": (1e-4, .1, "log")})
 
-# %% ../nbs/61c_budgets.ipynb #66a0f81c
+# %% ../nbs/61c_budgets.ipynb #d826faa5
 def published(method: str, # of METHODS
               epochs: int) -> dict: # fields of `RunConfig`
     "Give what a method changes in a configuration: its published constants, and a rate found for them."
@@ -143,7 +143,7 @@ def changes_of(method: str, # of METHODS
     whole = apply_params(RunConfig(**fields), params).to_dict()
     return {name: whole[name] for name in dict.fromkeys([*fields, *(path.split(".")[0] for path in params)])}
 
-# %% ../nbs/61c_budgets.ipynb #badba6e2
+# %% ../nbs/61c_budgets.ipynb #fcaea6a2
 # of every trial, and of the runs that repeat a chosen point; final runs have the seeds 0, 1, ...
 SEARCH_SEED, REPEAT_SEEDS = 1000, (1001, 1002, 1003)
 
@@ -164,7 +164,7 @@ def search_grid(base: RunConfig, # of a setting, with split="val"
     todo = [(m, i, changes_of(m, p), s) for m, own in points.items() for i, p in own.items() for s in seeds]
     return Grid([base.replace(**c, seed=s) for _, _, c, s in todo], [dict(method=m, trial=i) for m, i, *_ in todo])
 
-# %% ../nbs/61c_budgets.ipynb #b8b72198
+# %% ../nbs/61c_budgets.ipynb #f66bc033
 def edges_of(method: str, point: dict) -> list: # of paths
     "Name the settings in which a point lies at an end of its range."
     space = METHODS[method].space
@@ -193,7 +193,7 @@ def choose(pair: list, # of `candidates`
     inside, other = pair[0], pair[-1]
     return other if np.mean(repeats[other]) - np.mean(repeats[inside]) > 2 * noise else inside
 
-# %% ../nbs/61c_budgets.ipynb #c413a480
+# %% ../nbs/61c_budgets.ipynb #3c3be489
 def _mean_std(values): return float(np.sqrt(np.mean([np.var(v, ddof=1) for v in values])))
 
 def choose_points(setting: str,
@@ -220,7 +220,7 @@ def choose_points(setting: str,
                 keys=" ".join(keys), search=search_id(method, setting, len(tried)), commit=commit()))
     return pd.DataFrame(out)
 
-# %% ../nbs/61c_budgets.ipynb #85db227a
+# %% ../nbs/61c_budgets.ipynb #01ba9f2b
 @functools.lru_cache(maxsize=8)
 def _hash_of(path, size, mtime): return file_hash(path)
 
@@ -232,7 +232,7 @@ def search_id(method: str, setting: str, trials: int) -> str: # 12 hexadecimal d
                 base=RunConfig(**SETTINGS[setting]).to_dict(), seeds=[SEARCH_SEED, *REPEAT_SEEDS])
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/61c_budgets.ipynb #5261364c
+# %% ../nbs/61c_budgets.ipynb #81ed5a78
 def points_file() -> Path:
     "Where the committed points are."
     return (repo_root() or Path.cwd()) / "figures" / "11_tuned" / "points.csv"
@@ -264,7 +264,7 @@ def write_points(found: pd.DataFrame, # of `choose_points`, of one or more setti
     write_atomic(Path(path), whole.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     return dropped
 
-# %% ../nbs/61c_budgets.ipynb #947578af
+# %% ../nbs/61c_budgets.ipynb #3aec426c
 def tuned(method: str, # of METHODS
           setting: str, # of SETTINGS
           objective: str = "H-AP", # of OBJECTIVES, see `objective_of`
@@ -291,7 +291,7 @@ def has_point(method: str, setting: str, objective: str = "H-AP", path=None) -> 
     try: return bool(tuned(method, setting, objective, path))
     except UserError: return False
 
-# %% ../nbs/61c_budgets.ipynb #5c92e021
+# %% ../nbs/61c_budgets.ipynb #bcd8401c
 def by_metric(rows: pd.DataFrame, # of `Study.compare`: setting, method, constants, seed, key, metrics
               metrics, # columns
               ) -> pd.DataFrame: # `constants` is "published" or "tuned"

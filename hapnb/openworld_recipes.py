@@ -71,6 +71,8 @@ _SHORT = {"smoke": dict(base=dict(epochs=2, batch_size=64), hilander=dict(epochs
                         rounds=2),
           "network": dict(base=dict(freeze="bn", epochs=20, lr=1e-4, weight_decay=1e-4,
                                     groups={"trunk": {"lr": 5e-5}}))}
+# typefaces: about 20 images per class, few classes
+_OWN = {"fonts": dict(base=dict(batch_size=128, sampler_args={"m": 4}, lr=3e-3, epochs=60))}
 
 def _of_paper(dataset):
     "The published recipe for a dataset."
@@ -86,5 +88,6 @@ def base_for(study, # a `hapnb.study.Study`: its profile and dataset decide
     data = {"dataset": study.dataset, **({"data_dir": study.data_dir} if study.data_dir else {})}
     if study.profile == "paper": return _of_paper(study.dataset).config(base=data, **changes)
     fields = OpenWorldConfig(select=SELECT["hilander"]).to_dict()
-    for part in (dict(base=data), _SHORT.get(study.profile, {}), changes): fields = _merged(fields, part)
+    for part in (dict(base=data), _OWN.get(study.dataset, {}), _SHORT.get(study.profile, {}), changes):
+        fields = _merged(fields, part)
     return OpenWorldConfig.from_dict(fields)

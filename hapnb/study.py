@@ -199,7 +199,7 @@ def _keep(self: Study, old, new):
     save_claims(self.claims, self.out)
     write_claims(self.out.parent)
 
-# %% ../nbs/62_study.ipynb #d4a3d20d
+# %% ../nbs/62_study.ipynb #c4af35fe
 @patch
 def tuned_settings(self: Study) -> list: # of names in `hapnb.budgets.SETTINGS`; empty: nothing was searched for it
     "List the settings in which this study compares tuned methods, the main one first."
@@ -223,9 +223,10 @@ def compare(self: Study,
         if where.get("dataset", self.dataset) != self.dataset: where = {**where, "data_dir": None}
         base = self.config(**{**where, **fields})
         for m in methods:
+            points = [o for o in objectives if settings and has_point(m, setting, o)]
+            if setting in settings[1:] and not points: continue
             rows = {"published": methods[m] if isinstance(methods, dict) else published(m, base.epochs)}
-            for o in objectives if settings else ():
-                if has_point(m, setting, o): rows[tuned_name(o)] = self._shortened(tuned(m, setting, o)[0])
+            rows |= {tuned_name(o): self._shortened(tuned(m, setting, o)[0]) for o in points}
             grid += self.grid(base, setting={setting: {}}, method={m: {}}, constants=rows)
     return self.run(grid, on_error="keep")
 
@@ -234,7 +235,7 @@ def _shortened(self: Study, changes):
     "Changes with the few epochs of the profile smoke."
     return {**changes, "epochs": self.settings["epochs"]} if self.profile == "smoke" else changes
 
-# %% ../nbs/62_study.ipynb #5d8d4e6b
+# %% ../nbs/62_study.ipynb #70ff92f3
 @patch
 def judge_tuned(self: Study,
                 name: str, # id of a declared claim

@@ -345,8 +345,9 @@ def test_rows_are_tuned_where_there_are_points(searched, monkeypatch):
     s.compare(["a", "b"], ["H-AP"])
     first = [(l["method"], l["constants"], c.lr, c.epochs) for l, c in asked if l["setting"] == FIRST and not c.seed]
     assert first == [("a", "published", .01, 30), ("a", "tuned for H-AP", .02, 7), ("b", "published", .01, 30)]
-    assert {(l["setting"], c.dataset, c.trunk) for l, c in asked} == {
-        (x, f["dataset"], f["trunk"]) for x, f in budgets.SETTINGS.items()}
+    # the other settings: only methods that were searched there
+    assert {(l["setting"], c.dataset, l["method"]) for l, c in asked if l["setting"] != FIRST} == {
+        ("fonts, Lite0", "fonts", "a"), ("fonts, Lite0", "fonts", "b")}
 
 
 # every method that can be searched
