@@ -83,8 +83,8 @@ def split_trunk(trunk: Trunk, # one of timm's EfficientNets, or another network 
                         f"EfficientNets and MobileNets), which {trunk.info.name} has not. Use freeze='bn' with "
                         "freeze_blocks.")
     if not 0 < blocks < len(net.blocks):
-        raise UserError(f"freeze='blocks' leaves a block to train: freeze_blocks must be 1 to {len(net.blocks) - 1} for "
-                        f"{trunk.info.name}, got {blocks}.")
+        raise UserError("freeze='blocks' leaves a block to train: freeze_blocks must be 1 to "
+                        f"{len(net.blocks) - 1} for {trunk.info.name}, got {blocks}.")
     front = nn.Sequential(net.conv_stem, net.bn1, *net.blocks[:blocks], nn.Flatten())
     front = Trunk(front, replace(trunk.info, name=f"{trunk.info.name}-first-{blocks}"))
     return front, nn.Sequential(*net.blocks[blocks:], net.conv_head, net.bn2)

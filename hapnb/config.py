@@ -214,6 +214,7 @@ def cached(self: RunConfig) -> bool:
     "Whether each image is seen once, and training reads what the frozen part made of it."
     return self.freeze in ("blocks", "trunk")
 
+# %% ../nbs/32_config.ipynb #f01233b1
 @patch
 def _check_together(self: RunConfig):
     "Settings that need or exclude each other."
