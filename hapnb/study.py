@@ -135,8 +135,9 @@ def table(self: Study, rows, by, metrics, # as in `make_table`
           name="main", # of the files
           **args) -> Table:
     "`make_table` with provenance, saved as `name.md`, `.csv` and `.tex`."
-    seeds = rows["seed"].nunique()
-    args.setdefault("footer", made_by(self.profile, self.dataset, seeds, self.device, self.store, rows["key"]))
+    if "footer" not in args:
+        seeds = rows["seed"].nunique()
+        args["footer"] = made_by(self.profile, self.dataset, seeds, self.device, self.store, rows["key"])
     table = make_table(rows, by, metrics, **args)
     save_table(table, self.out, name)
     return table
