@@ -8,7 +8,7 @@ __all__ = ['SETTINGS', 'OBJECTIVES', 'BATCHES', 'METHODS', 'SEARCH_SEED', 'REPEA
            'choose', 'choose_points', 'search_id', 'points_file', 'write_points', 'tuned', 'has_point', 'by_metric']
 
 # %% ../nbs/61c_budgets.ipynb #fe7743b1
-import functools, hashlib, io, json
+import functools, hashlib, json, re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +41,8 @@ OBJECTIVES = {"R@1_level0": "R@1", "AP_level0": "AP", "H-AP": "H-AP"}
 
 def objective_of(metric: str) -> str:
     "Name the objective by which methods are tuned before they are compared in this metric."
-    if metric.startswith(("R@", "P@")) and metric.endswith("_level0"): return "R@1_level0"
-    return "AP_level0" if metric in ("AP_level0", "mAP@R_level0") else "H-AP"
+    if re.search(r"[RP]@\d+_level0", metric): return "R@1_level0"
+    return "AP_level0" if re.search(r"(^|[^-\w])AP_level0|mAP@R_level0", metric) else "H-AP"
 
 def tuned_name(objective: str) -> str:
     "Name the rows of a table that were tuned for an objective."
@@ -298,11 +298,9 @@ def by_metric(rows: pd.DataFrame, # of `Study.compare`: setting, method, constan
     "Take each metric from the runs that were tuned for it."
     index = ["setting", "method", "seed"]
     parts = {o: rows[rows["constants"] == tuned_name(o)].set_index(index) for o in OBJECTIVES}
-    tuned = pd.concat([parts[objective_of(m)][[m]] for m in metrics], axis=1)
-    tuned = tuned.reset_index().assign(constants="tuned")
-    both = pd.concat([rows[rows["constants"] == "published"], tuned])
-    order = both.drop_duplicates(["setting", "method"]).reset_index(drop=True)
-    place = {(s, m): i for i, (s, m) in enumerate(order[["setting", "method"]].itertuples(index=False, name=None))}
-    places = [place[k] for k in both[["setting", "method"]].itertuples(index=False, name=None)]
-    both = both.assign(place=places).sort_values("place", kind="stable")
-    return both[["setting", "method", "constants", "seed", *metrics]].reset_index(drop=True)
+    tuned = pd.concat([parts[objective_of(m)][[m]] for m in metrics], axis=1).reset_index().assign(constants="tuned")
+    names = list(map(tuned_name, OBJECTIVES))
+    both = pd.concat([x for x in (rows[~rows["constants"].isin(names)], tuned) if len(x)])
+    place = {k: i for i, k in enumerate(dict.fromkeys(zip(both["setting"], both["method"])))}
+    order = np.argsort([place[k] for k in zip(both["setting"], both["method"])], kind="stable")
+    return both.iloc[order][["setting", "method", "constants", "seed", *metrics]].reset_index(drop=True)

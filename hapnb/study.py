@@ -185,7 +185,7 @@ def judge(self: Study,
     # the profile full must have all that was declared; in the others a claim may wait
     if self.profile != "full":
         if claim.metric not in rows: why_not = f"{dataset or self.dataset} has no {claim.metric}"
-        if missing: why_not = f"the profile {self.profile} has no run of {by} {', '.join(missing)}"
+        if missing: why_not = why_not or f"the profile {self.profile} has no run of {by} {', '.join(missing)}"
     setting = ", ".join(filter(None, (dataset or self.dataset, where, f"profile {self.profile}")))
     judged = judge_claim(claim, rows, by, partial(_query_values, self.store), setting, date, budgets, why_not)
     same = [c for c in self.claims if isinstance(c, Judged) and (c.claim["id"], c.setting) == (name, setting)]
@@ -210,20 +210,29 @@ def tuned_settings(self: Study) -> list: # of names in `hapnb.budgets.SETTINGS`;
     return known if self.profile == "full" else known[:1]
 
 @patch
+def config_in(self: Study, setting: str, # of `tuned_settings`; any other name: the study's own data and backbone
+              **changes): # a `RunConfig`
+    "The base configuration of this study in a setting."
+    from hapnb.budgets import SETTINGS
+    where = SETTINGS.get(setting, {})
+    # a folder is that of the study's own dataset
+    if where.get("dataset", self.dataset) != self.dataset: where = {**where, "data_dir": None}
+    return self.config(**{**where, **changes})
+
+@patch
 def compare(self: Study,
             methods, # names in `hapnb.budgets.METHODS`, or dict name -> fields of `RunConfig` for the published row
             objectives=("R@1_level0", "AP_level0", "H-AP"), # for which rows are tuned
-            **fields) -> pd.DataFrame: # of `run`, with the columns setting, method, constants
+            tune=None, # the methods that get tuned rows; default: all
+            **changes) -> pd.DataFrame: # of `run`, with the columns setting, method, constants
     "Train methods with published and with tuned constants; tuned rows appear where a search has chosen a point."
-    from hapnb.budgets import has_point, published, SETTINGS, tuned, tuned_name
+    from hapnb.budgets import has_point, published, tuned, tuned_name
     grid, settings = Grid(), self.tuned_settings()
     for setting in settings or [self.dataset]:
-        where = SETTINGS.get(setting, {})
-        # a folder is that of the study's own dataset
-        if where.get("dataset", self.dataset) != self.dataset: where = {**where, "data_dir": None}
-        base = self.config(**{**where, **fields})
+        base = self.config_in(setting, **changes)
         for m in methods:
-            points = [o for o in objectives if settings and has_point(m, setting, o)]
+            known = settings and (tune is None or m in tune)
+            points = [o for o in objectives if known and has_point(m, setting, o)]
             if setting in settings[1:] and not points: continue
             rows = {"published": methods[m] if isinstance(methods, dict) else published(m, base.epochs)}
             rows |= {tuned_name(o): self._shortened(tuned(m, setting, o)[0]) for o in points}
