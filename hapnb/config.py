@@ -77,7 +77,7 @@ class _Network:
     trunk: str = "tf_efficientnet_lite0" # a name that `hapnb.models.make_trunk` knows
     trunk_args: dict = field(default_factory=dict) # further arguments of timm's models
     pretrained: bool | str = True # True, False, or a file of weights
-    freeze: str = "trunk" # "none", "bn" (batch norm frozen) or "trunk" (features computed once)
+    freeze: str = "trunk" # "none", "bn" (batch norm frozen), "blocks" (first blocks computed once), "trunk" (all of it)
     freeze_blocks: int = 0 # first blocks of the trunk (stages of a ResNet), with what is before them, that are frozen
     bn_affine: bool = True # with freeze="bn": scale and shift of batch norm still learn
     pooling: str = "avg" # "avg", "max", "avg+max" or "gem"
@@ -133,7 +133,7 @@ class RunConfig(_Evaluation, _Training, _Network, _Data): # fields in the order 
     def __post_init__(self): self._check()
 
 # %% ../nbs/32_config.ipynb #4e2dccb4
-_CHOICES = dict(split=("test", "val"), freeze=("none", "bn", "trunk"), precision=PRECISIONS,
+_CHOICES = dict(split=("test", "val"), freeze=("none", "bn", "blocks", "trunk"), precision=PRECISIONS,
                 optimizer=tuple(OPTIMIZERS), schedule=tuple(SCHEDULES), decode=("full", "shrink"),
                 pooling=("avg", "max", "avg+max", "gem"),
                 norm=("layernorm", "l2", "after", None), init=("default", "kaiming", "whitening"))
@@ -209,16 +209,27 @@ def _check_relevance(fields):
 # %% ../nbs/32_config.ipynb #1248e827
 def _refuse(text): raise UserError(text)
 
+@patch(as_prop=True)
+def cached(self: RunConfig) -> bool:
+    "Whether each image is seen once, and training reads what the frozen part made of it."
+    return self.freeze in ("blocks", "trunk")
+
+# %% ../nbs/32_config.ipynb #f01233b1
 @patch
 def _check_together(self: RunConfig):
     "Settings that need or exclude each other."
     size = check_memory(self.memory).get("size")
-    if self.freeze == "trunk" and self.augment:
-        _refuse("augment has no effect with freeze='trunk': features are computed once, without random crops. "
+    if self.cached and self.augment:
+        _refuse(f"augment has no effect with freeze={self.freeze!r}: images are seen once, without random crops. "
                 "Use freeze='bn' or 'none', or augment={}.")
     if self.freeze == "trunk" and self.freeze_blocks:
         _refuse("freeze_blocks has no effect with freeze='trunk', where the whole trunk is frozen. "
                 "Use freeze='bn' or 'none'.")
+    if self.freeze == "blocks" and self.init == "whitening":
+        _refuse("init='whitening' needs pooled features of the untrained trunk: use it with freeze='trunk' or 'bn'.")
+    if self.freeze == "blocks" and not self.freeze_blocks:
+        _refuse("freeze='blocks' computes the first freeze_blocks blocks once: give freeze_blocks, such as 6 of the 7 "
+                "of EfficientNet-Lite0.")
     if (self.transform.get("resize") or self.image_size) < self.image_size:
         _refuse(f"transform: resize={self.transform['resize']} is less than the crop of {self.image_size} pixels "
                 "(image_size).")

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .batches import _View, _images
-from .build import build_net, FeatureNet, make_loss_for
+from .build import as_tail, build_net, FeatureNet, make_loss_for, split_trunk
 from .config import thaw
 from .large_batches import CrossBatchMemory, check_memory, memory_part
 from .train import Trainer
@@ -77,7 +77,7 @@ def _parts(cfg, labels, accelerator):
     loss = None if labels is None else make_loss_for(cfg, labels, whole.head.out_features)
     groups = {k: v for k, v in thaw(cfg.groups).items() if loss is not None or k.split(".")[0] != "loss"}
     if cfg.freeze == "trunk": whole.head.pool.requires_grad_(False)
-    net = FeatureNet(whole.head) if cfg.freeze == "trunk" else whole
+    net = {"trunk": lambda: FeatureNet(whole.head), "blocks": lambda: as_tail(whole)}.get(cfg.freeze, lambda: whole)()
     trainer = Trainer(net, loss or nn.Identity(), lr=cfg.lr, weight_decay=cfg.weight_decay, groups=groups,
                       optimizer=cfg.optimizer, optimizer_args=thaw(cfg.optimizer_args), accelerator=accelerator)
     trainer.begin_epoch()
@@ -86,7 +86,10 @@ def _parts(cfg, labels, accelerator):
 def _input_shape(cfg, whole, device):
     "The shape of one row of a step's input: an image, or pooled features."
     side = cfg.image_size
-    if cfg.freeze != "trunk": return 3, side, side
+    if not cfg.cached: return 3, side, side
+    if cfg.freeze == "blocks":
+        front = split_trunk(whole.trunk, cfg.freeze_blocks)[0].eval()
+        with torch.no_grad(): return tuple(front(torch.randn(1, 3, side, side, device=device)).shape[1:])
     with torch.no_grad(): pooled = whole.eval().head.pool(whole.trunk(torch.randn(2, 3, side, side, device=device)))
     return tuple(pooled.shape[1:])
 
@@ -116,7 +119,7 @@ def _activation_memory(cfg, trainer, shape):
     "(bytes, how) of what the network keeps for the backward pass."
     device, cut = trainer.device, min(cfg.micro_batch or cfg.batch_size, cfg.batch_size)
     as_bf16 = cfg.precision == "fp16" and device.type == "cpu"
-    what = "rows" if cfg.freeze == "trunk" else "images"
+    what = "rows" if cfg.cached else "images"
     how = f"computed from the shapes of {cut:,} {what}" + " (in bf16, as large as fp16)" * as_bf16
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=as_bf16):
         return activation_bytes(trainer.model, (cut, *shape), device), how

@@ -123,7 +123,7 @@ def seconds_total(self: Plan):
     "Estimated seconds of the run, of what could be measured; None if steps or their time are not known."
     if self.steps is None or self.seconds_step is None: return None
     images, each = self.counts.get("test", {}).get("images") or 0, self.seconds.get("evaluate") or 0.
-    frozen = self.config.freeze == "trunk"  # features of both parts once, then only the head
+    frozen = self.config.cached  # features of both parts once, then only what follows
     seen = (self.counts["train"].get("images") or 0) + images if frozen else images * self.evaluations
     return self.steps * max(self.seconds_step, self._load_step()) + seen * each
 
@@ -211,7 +211,7 @@ def _time_lines(self: Plan):
 def _with(self: Plan):
     "What the time of the run holds beside its steps."
     test, times = self.counts.get("test", {}).get("images"), self.evaluations
-    if self.config.freeze == "trunk": return "with the features of all images, which are computed once and kept"
+    if self.config.cached: return "with the features of all images, which are computed once and kept"
     if not test or "evaluate" not in self.seconds: return "training only"
     return f"with {test:,} evaluation images sent through the network {'once' if times == 1 else f'{times} times'}"
 
@@ -219,7 +219,7 @@ def _with(self: Plan):
 def _left_out(self: Plan):
     "What the time of the run does not hold."
     out = ["start-up", "checkpoints", "the search for neighbours and the metrics"]
-    if self.config.freeze == "trunk": out.append("reading images for the features")
+    if self.config.cached: out.append("reading images for the features")
     elif "load" not in self.seconds: out.append("reading, decoding and transforming images")
     if self.config.miner: out.append("the miner")
     if not self.counts.get("test", {}).get("images"): out.append("evaluation")
@@ -299,8 +299,8 @@ def _measure(out, trainer, whole, loss, labels, batch, data, probe):
     if loss is not None: _add_loss(out, trainer, batch, labels, probe)
     if probe and trainer.opt: out.seconds["optimiser"] = timed(_optimiser_step(trainer), device, probe)
     if probe: out.seconds["evaluate"] = _image_seconds(cfg, whole, device, probe)
-    if probe and data and cfg.freeze != "trunk": out.seconds["load"] = _load_seconds(cfg, data[0], whole, probe)
-    if cfg.freeze == "trunk": _note_features(out, shape[0])
+    if probe and data and not cfg.cached: out.seconds["load"] = _load_seconds(cfg, data[0], whole, probe)
+    if cfg.cached: _note_features(out, shape[0])
     if cfg.packed is not None:
         out.notes.append("the packed copy of the images was not made; loading was timed without it.")
     there = _capacity(device)

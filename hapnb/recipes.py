@@ -132,7 +132,8 @@ def config(self: Recipe, **changes): # a `RunConfig`
     for part in other: fields[_ARGS[part]] = {}
     groups = fields.get("groups", {})
     if "loss" in other: groups = fields["groups"] = {k: v for k, v in groups.items() if not k.startswith("loss")}
-    if changes.get("freeze") == "trunk": fields.pop("augment", None)  # no crops in features that are computed once
+    # no crops in features that are computed once
+    if changes.get("freeze") in ("trunk", "blocks"): fields.pop("augment", None)
     if "lr" in changes:  # a part that learns at the general rate goes on doing so
         for part in ("trunk", "head"):
             own = groups.get(part, {})

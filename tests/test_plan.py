@@ -34,7 +34,8 @@ def state_bytes(opt): return sum(t.nbytes for s in opt.state.values() for t in s
     {"optimizer": "sgd", "optimizer_args": {"momentum": 0.9}}, {"optimizer": "sgd"},
     {"optimizer": "adamw", "groups": {"head": {"lr": 1e-2}, "loss": {"lr": 1.0}}},
     {"sampler": "hierarchical", "sampler_args": {"m": 4, "batches_per_pair": 2}}, {"micro_batch": 8},
-    {"loss": "ROADMAPLoss", "memory": {"size": "train"}}, {"levels": (0,)}, {"split": "val", "batch_size": 12}])
+    {"loss": "ROADMAPLoss", "memory": {"size": "train"}}, {"levels": (0,)}, {"split": "val", "batch_size": 12},
+    {"trunk": "tf_efficientnet_lite0", "freeze": "blocks", "freeze_blocks": 6, "pretrained": False}])
 def test_as_a_real_run(changes, tmp_path):
     cfg = TOY.replace(**{"epochs": 2, **changes})
     p, steps = plan(cfg, device="cpu", probe=1), []

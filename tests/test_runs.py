@@ -38,6 +38,36 @@ def test_a_misspelt_loss_argument_fails_before_the_features(tmp_path, monkeypatc
         toy_run(TOY.replace(loss_args={"lamb": 1}), tmp_path)
 
 
+TAIL = dict(trunk="tf_efficientnet_lite0", pretrained=False, freeze="blocks", freeze_blocks=6, image_size=64, epochs=2,
+            eval_every=1)
+
+
+@pytest.mark.parametrize("loss", ["PairLoss", "HAPPIERLoss"])
+def test_blocks_computed_once_are_the_network_on_images(tmp_path, monkeypatch, loss):
+    cfg = TOY.replace(**TAIL, loss=loss)
+    with monkeypatch.context() as m:
+        dies_after(8, m)
+        with pytest.raises(KeyboardInterrupt): toy_run(cfg, tmp_path / "a")
+    result = toy_run(cfg, tmp_path / "a")
+    assert contents(result) == contents(toy_run(cfg, tmp_path / "b"))
+    before, after = build.build_net(cfg), result.model()
+    changed = {n for n, p in after.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+    assert {n.split(".")[3] for n in changed if ".blocks." in n} == {"6"}
+    assert {"trunk.net.conv_head.weight", "head.proj.weight"} <= changed
+    assert not any("conv_stem" in n or ".running_" in n for n in changed)
+    # the trained network on images gives what was measured on kept maps
+    images = build.embed_part(cfg.replace(freeze="bn"), after, result.dataset())
+    assert torch.allclose(images, result.embeddings(), atol=1e-5)
+    assert torch.equal(build.embed_part(cfg, after, result.dataset()), result.embeddings())
+
+
+def test_blocks_computed_once_need_blocks(tmp_path):
+    with pytest.raises(UserError, match="give freeze_blocks"): TOY.replace(freeze="blocks")
+    with pytest.raises(UserError, match="without random crops"): TOY.replace(**TAIL, augment={"flip": 0.0})
+    with pytest.raises(UserError, match="toy has not"): toy_run(TOY.replace(freeze="blocks", freeze_blocks=1), tmp_path)
+    with pytest.raises(UserError, match="must be 1 to 6"): toy_run(TOY.replace(**TAIL | {"freeze_blocks": 7}), tmp_path)
+
+
 def test_force_trains_again(tmp_path, monkeypatch):
     done = lambda: (toy_run(TOY, tmp_path).path / "metrics.json").stat().st_mtime_ns
     first, weights = done(), toy_run(TOY, tmp_path).weights()["head.proj.weight"]
