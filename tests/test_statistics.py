@@ -201,7 +201,8 @@ def test_crossed_bootstrap_of_a_split_per_seed():
         rows, chosen = rng.integers(6, size=6), np.bincount(rng.integers(30, size=30), minlength=30)
         weight = [chosen[of[halves[s]]] for s in rows]
         draws.append(sum((w * parts[s]).sum() for w, s in zip(weight, rows)) / sum(w.sum() for w in weight))
-    by_both = statistics._draws(*statistics._cells(parts, [0 * p for p in parts], [of[h] for h in halves]), 20_000, 0)[2]
+    cells = statistics._cells(parts, [0 * p for p in parts], [of[h] for h in halves])
+    by_both = statistics._draws(*cells, 20_000, 0)[2]
     assert by_both.std() == pytest.approx(np.std(draws), rel=.06)
     with pytest.raises(ValueError, match=r"query 7 \(1 in all\)"):
         holes = [np.where(np.arange(60) == 7, np.nan, p) if i == 2 else p for i, p in enumerate(parts)]
