@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'OBJECTIVES', 'BATCHES', 'METHODS', 'SEARCH_SEED', 'REPEAT_SEEDS', 'trials_of', 'objective_of',
            'tuned_name', 'Method', 'published', 'changes_of', 'points_of', 'search_grid', 'edges_of', 'candidates',
-           'choose', 'choose_points', 'search_id', 'points_file', 'write_points', 'tuned', 'has_point', 'by_metric']
+           'choose', 'choose_points', 'search_id', 'points_file', 'read_points', 'write_points', 'tuned', 'has_point',
+           'by_metric']
 
 # %% ../nbs/61c_budgets.ipynb #fe7743b1
 import functools, hashlib, json, re
@@ -200,6 +201,7 @@ def choose_points(setting: str,
                   points: dict, # method -> list of points
                   rows: pd.DataFrame, # runs of `search_grid`: method, trial, key, the objectives
                   repeats: pd.DataFrame, # the same of the candidates, with other seeds
+                  known: pd.DataFrame, # runs with published constants, with the seeds of the repeats
                   ) -> pd.DataFrame: # one row per method and objective
     "Choose a point for each method and objective."
     again = {(m, int(i)): part for (m, i), part in repeats.groupby(["method", "trial"])}
@@ -210,14 +212,15 @@ def choose_points(setting: str,
             score = first.loc[method][objective].reindex(range(len(tried))).to_numpy()
             pair = candidates(method, tried, score)
             i = choose(pair, {i: again[method, i][objective] for i in pair}, noise)
-            own = again[method, i]
+            own, old = again[method, i], known.loc[known["method"] == method, objective]
             keys = [first.loc[method, i]["key"], *own["key"]]
             out.append(dict(
                 setting=setting, method=method, objective=objective, trials=len(tried), chosen=json.dumps(tried[i]),
                 tried=json.dumps({path: _tried(METHODS[method].space[path]) for path in tried[i]}),
-                validation=score[i], repeated=own[objective].mean(), noise=own[objective].std(), pooled_noise=noise,
-                optimism=score[i] - own[objective].mean(), edge=" ".join(edges_of(method, tried[i])),
-                keys=" ".join(keys), search=search_id(method, setting, len(tried)), commit=commit()))
+                validation=score[i], repeated=own[objective].mean(), published=old.mean(), noise=own[objective].std(),
+                pooled_noise=noise, optimism=score[i] - own[objective].mean(),
+                edge=" ".join(edges_of(method, tried[i])), keys=" ".join(keys),
+                search=search_id(method, setting, len(tried)), commit=commit()))
     return pd.DataFrame(out)
 
 # %% ../nbs/61c_budgets.ipynb #01ba9f2b
@@ -237,8 +240,8 @@ def points_file() -> Path:
     "Where the committed points are."
     return (repo_root() or Path.cwd()) / "figures" / "11_tuned" / "points.csv"
 
-def _read_points(path):
-    "The rows of a file of points; no file: no rows."
+def read_points(path) -> pd.DataFrame: # as `choose_points`
+    "Read a file of points; no file: no rows."
     columns = ["setting", "method", "objective", "trials", "search"]
     if not Path(path).is_file(): return pd.DataFrame(columns=columns)
     found = pd.read_csv(path, keep_default_na=False, na_values=[""])
@@ -254,7 +257,7 @@ def _still_valid(row):
 def write_points(found: pd.DataFrame, # of `choose_points`, of one or more settings
                  path) -> list: # (setting, method) of rows that were dropped
     "Write points beside those of other settings that are still valid."
-    kept = _read_points(path)
+    kept = read_points(path)
     kept = kept[~kept["setting"].isin(found["setting"])]
     valid = np.array([_still_valid(row) for _, row in kept.iterrows()], bool)
     dropped = list(dict.fromkeys(kept[~valid][["setting", "method"]].itertuples(index=False, name=None)))
@@ -274,7 +277,7 @@ def tuned(method: str, # of METHODS
     for what, name, known in (("method", method, METHODS), ("setting", setting, SETTINGS),
                               ("objective", objective, OBJECTIVES)):
         check_choice(what, name, known)
-    found = _read_points(path or points_file())
+    found = read_points(path or points_file())
     found = found[(found["method"] == method) & (found["setting"] == setting) & (found["objective"] == objective)]
     how = "search with `hapnb reproduce 11_tuned --profile full`."
     if not len(found):

@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from .helpers import atomic_path, check_choice, write_atomic
+from .helpers import atomic_path, check_choice, check_number, UserError, write_atomic
 from .images import BytesStore, decode, encode
 from .datasets import RetrievalDataset, SPLITS, check_split, from_frame
 from .data import what_is_in
+from .twins import deal_families
 
 # %% ../nbs/20b_bundled.ipynb #d7651695
 ASSETS = Path(__file__).parent / "assets" if "__file__" in globals() else Path("../hapnb/assets")
@@ -77,17 +78,34 @@ OPEN_WORLD = dict(labelled=("labelled",), unlabelled=("unlabelled known", "unlab
 def load_bundled(name: str, # "emoji" or "fonts"
                  split: str = "test", # train, fit, val, test, all, labelled or unlabelled
                  data_dir=None, # None: the file that comes with the library
+                 deal: int = 0, # 0: the committed split; 1, 2, ...: other splits by the same rule
                  ) -> RetrievalDataset:
     "Load one split of a bundled set."
     check_split(split, (*SPLITS, *OPEN_WORLD))
+    check_number("deal", deal, least=0, whole=True)
+    if deal and split in OPEN_WORLD: raise UserError(f"{split!r} images belong to the committed split: leave deal=0.")
     table, sha = read_bundled(name, data_dir)
     levels = BUNDLED[name]
     frame = table.drop_columns(["image", *(f"{level}_id" for level in levels)]).to_pandas()
     image = table["image"].combine_chunks()
     store = BytesStore(image.field("bytes"), image.field("path"))
+    if deal: return _dealt(frame, deal, store, name, split, sha)
     if split in SPLITS: return from_frame(frame, store, levels, name, split, sha)
     fit = from_frame(frame, store, levels, name, "fit", sha)
     return fit.subset(fit.meta.open_world.isin(OPEN_WORLD[split]).to_numpy(), relabel=True, split=split, share=True)
+
+# %% ../nbs/20b_bundled.ipynb #9e8fc602
+# whose halves go to training and test
+_CUT = {"emoji": "subgroup", "fonts": "category"}
+
+def _dealt(frame, deal, store, name, split, sha):
+    "One split of another deal of the classes."
+    fine, cut = BUNDLED[name][0], _CUT[name]
+    parts = deal_families(dict(zip(frame[fine], frame.family)), dict(zip(frame[fine], frame[cut])), salt=f"deal {deal}")
+    frame = frame.assign(split=frame[fine].map(parts))
+    whole = from_frame(frame, store, BUNDLED[name], name, "all", sha)
+    if split == "all": return whole
+    return whole.subset(whole.meta.part.isin(SPLITS[split]).to_numpy(), relabel=True, split=split, share=True)
 
 # %% ../nbs/20b_bundled.ipynb #983022e3
 def write_part(folder, # to write to

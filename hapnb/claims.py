@@ -224,10 +224,11 @@ def _difference(claim, rows, by, rival, values):
     keys = [*both["a", "key"], *both["b", "key"]]
     read = [values(k, claim.metric) for k in keys] if claim.over == "test classes" else [None]
     if None in read: return over_seeds, over_seeds, keys
-    if any(not np.array_equal(groups, read[0][1]) for _, groups in read):
+    (a, groups), (b, again) = (list(zip(*part)) for part in (read[:len(both)], read[len(both):]))
+    if not all(map(np.array_equal, groups, again)):
         raise UserError(f"claim {claim.id!r}: its runs were measured on different images.")
-    x = np.stack([v for v, _ in read])
-    try: wide = crossed_bootstrap(x[:len(both)], x[len(both):], read[0][1])
+    # runs of different seeds may have different queries, where each seed has a split of its own
+    try: wide = crossed_bootstrap(a, b, groups)
     except ValueError as e: raise UserError(f"claim {claim.id!r}, {claim.method} against {rival}: {e}") from e
     return wide, over_seeds, keys
 
@@ -242,7 +243,7 @@ def _contrast(rival, found):
 def judge_claim(claim: Claim,
                 rows: pd.DataFrame, # one row per run, as `run_grid` gives them: `by`, "seed", "key", the metric
                 by: str, # the column that tells methods apart
-                values, # function (key of a run, metric) -> (values [N] of single queries, groups [N]), or None
+                values, # function (key of a run, metric) -> (values of its queries [N], names of their groups [N]), or None
                 setting: str, # data, network, profile
                 registered: str = "", # date of the registration
                 budgets: dict = None, # method -> `Budget`, as in `check_budgets`

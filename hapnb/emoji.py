@@ -31,9 +31,11 @@ LEVELS = BUNDLED["emoji"]
 
 # %% ../nbs/21_emoji.ipynb #67063f7f
 @DATASETS.register("emoji")
-def load_emoji(split="test", data_dir=None) -> RetrievalDataset:
+def load_emoji(split="test", data_dir=None,
+               deal: int = 0, # 0: the committed split; 1, 2, ...: other splits by the same rule
+               ) -> RetrievalDataset:
     "Load the bundled images; splits: train, fit, val, test, all, and labelled / unlabelled for open-world training."
-    return load_bundled("emoji", split, data_dir)
+    return load_bundled("emoji", split, data_dir, deal)
 
 # %% ../nbs/21_emoji.ipynb #f304b237
 def open_world_parts(frame: pd.DataFrame, # columns concept, subgroup, source, split

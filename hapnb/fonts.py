@@ -29,9 +29,11 @@ from .bundled import (
 LEVELS = BUNDLED["fonts"]
 
 @DATASETS.register("fonts")
-def load_fonts(split="test", data_dir=None) -> RetrievalDataset:
+def load_fonts(split="test", data_dir=None,
+               deal: int = 0, # 0: the committed split; 1, 2, ...: other splits by the same rule
+               ) -> RetrievalDataset:
     "Load the bundled glyphs; splits: train, fit, val, test, all, and labelled / unlabelled for open-world training."
-    return load_bundled("fonts", split, data_dir)
+    return load_bundled("fonts", split, data_dir, deal)
 
 # %% ../nbs/21b_fonts.ipynb #b868b5d4
 def read_list(path=None, # a CSV file: package, version, sha256; default: the list that comes with the library

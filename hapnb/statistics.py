@@ -173,21 +173,30 @@ def _state(r, margin, is_reference):
 
 # %% ../nbs/39_statistics.ipynb #dde838dc
 def _cells(a, b, groups):
-    "Sums [S, G] of `a - b` per seed and group, and the number of queries [G] of each group; bad values are errors."
-    a, b, groups = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64), np.asarray(groups)
-    if a.ndim != 2 or a.shape != b.shape or groups.shape != a.shape[1:]:
+    "Sums [S, G] of `a - b` per seed and group, and the number of queries [S, G]; bad values are errors."
+    # without a split per seed, all seeds have the same queries
+    own = len(groups) > 0 and np.ndim(groups[0]) == 1
+    a, b = ([np.asarray(row, dtype=np.float64) for row in x] for x in (a, b))
+    groups = [np.asarray(g) for g in (groups if own else [groups] * len(a))]
+    shapes = [[x.shape for x in rows] for rows in (a, b, groups)]
+    if not shapes[0] == shapes[1] == shapes[2] or any(len(shape) != 1 for shape in shapes[0]):
         raise ValueError("both methods need values of the same queries with the same seeds, and each query a group: "
-                         f"got {a.shape} and {b.shape} (seeds, queries), and groups {groups.shape}.")
-    gaps = np.isnan(np.concatenate([a, b]))
-    odd = np.flatnonzero(gaps.any(0) & ~gaps.all(0)).tolist()
-    if odd: raise ValueError(f"query {odd[0]} ({len(odd)} in all) has a value in some runs and NaN in others: "
-                             "the runs were not measured on the same queries.")
-    keep = ~gaps[0]
-    d, (names, of) = (a - b)[:, keep], np.unique(groups[keep], return_inverse=True)
-    if not np.isfinite(d).all(): raise ValueError("a value of a query is infinite.")
+                         f"got {', '.join(str(x[:1] + [len(x)]) for x in shapes)} (first shape, number of seeds).")
+    gaps = [np.isnan([x, y]) for x, y in zip(a, b)]
+    # where the queries are the same, so are those without a positive
+    gaps = gaps if own else [np.concatenate(gaps)] * len(a)
+    odd = [q for g in gaps for q in np.flatnonzero(g.any(0) & ~g.all(0)).tolist()]
+    if odd: raise ValueError(f"query {odd[0]} ({len(odd) // (1 if own else len(a))} in all) has a value in some runs "
+                             "and NaN in others: the runs were not measured on the same queries.")
+    keep = [~g[0] for g in gaps]
+    d = [(x - y)[k] for x, y, k in zip(a, b, keep)]
+    if not all(np.isfinite(x).all() for x in d): raise ValueError("a value of a query is infinite.")
+    names, of = np.unique(np.concatenate([g[k] for g, k in zip(groups, keep)]), return_inverse=True)
     for what, n in (("seeds", len(d)), ("groups of queries", len(names))):
         if n < 2: raise ValueError(f"the number of {what} is {n}: what varies between them needs 2 at least.")
-    return np.stack([np.bincount(of, row) for row in d]), np.bincount(of)
+    of = np.split(of, np.cumsum([len(x) for x in d])[:-1])
+    count = [np.bincount(o, minlength=len(names)) for o in of]
+    return np.stack([np.bincount(o, x, len(names)) for o, x in zip(of, d)]), np.stack(count)
 
 def _draws(T, n, draws, seed):
     "Means of the draws of seeds, of groups, and of both: [3, draws]."
@@ -197,8 +206,8 @@ def _draws(T, n, draws, seed):
     step = max(4_000_000 // G, 1)
     for k in [step] * (draws // step) + [draws % step]:
         w, v = seeds.multinomial(S, np.full(S, 1 / S), k), groups.multinomial(G, np.full(G, 1 / G), k)
-        size = S * (v @ n)
-        out.append([w @ T.sum(1) / (S * n.sum()), v @ T.sum(0) / size, ((w @ T) * v).sum(1) / size])
+        total, size = ((w @ x.sum(1), v @ x.sum(0), ((w @ x) * v).sum(1)) for x in (T, n))
+        out.append([t / k for t, k in zip(total, size)])
     return np.concatenate(out, axis=1)
 
 # %% ../nbs/39_statistics.ipynb #d1e79300
@@ -226,15 +235,17 @@ class Difference:
         return Difference(-self.value, self.error, self.dof, self.seeds).p_above(-edge)
 
 # %% ../nbs/39_statistics.ipynb #cbb875c0
-def crossed_bootstrap(a, b, # values [S, Q] of two methods: rows are the same seeds, columns the same queries
-                      groups, # [Q]: subgroup of each query, or its finest class
+def crossed_bootstrap(a, b, # values [S, Q] of two methods, rows are the same seeds; or a list of S arrays [Q_s]
+                      groups, # [Q]: subgroup of each query, or its finest class; or a list of S arrays [Q_s]
                       draws: int = 4000, # of seeds and groups; more give the same to another digit
                       seed: int = 0, # of the draws
                       ) -> Difference: # of `a` minus `b`, in the mean over queries
     """Compute the difference of two methods with an error that covers seeds and test classes.
 
-    A query that is NaN in every run (it has no positive) is left out. A `ValueError` says which query has a value in
-    some runs only, and where there is one seed or one group."""
+    Lists are for runs of which each seed has a split of the classes of its own, and so queries of its own: then the
+    error covers the split as well. Groups of the same name belong together. A query that is NaN in every run (it has
+    no positive) is left out. A `ValueError` says which query has a value in some runs only, and where there is one
+    seed or one group."""
     T, n = _cells(a, b, groups)
     S, G = T.shape
     by_seed, by_group, by_both = (x.var() for x in _draws(T, n, draws, seed))
@@ -243,7 +254,7 @@ def crossed_bootstrap(a, b, # values [S, Q] of two methods: rows are the same se
     variance = max(by_seed + by_group - own, by_seed, by_group)
     spread = by_seed ** 2 / (S - 1) + by_group ** 2 / (G - 1)
     dof = max(variance ** 2 / spread, min(S, G) - 1) if spread else S - 1
-    return Difference(float(T.sum() / (S * n.sum())), float(variance ** .5), float(dof), S, G)
+    return Difference(float(T.sum() / n.sum()), float(variance ** .5), float(dof), S, G)
 
 def seed_difference(d, # differences, one per seed
                     ) -> Difference:

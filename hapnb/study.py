@@ -131,12 +131,17 @@ def run(self: Study, configs, # a `Grid`
 
 # %% ../nbs/62_study.ipynb #2440e074
 @patch
+def footer(self: Study, rows) -> str:
+    "Say what made some rows, for the footer of a table."
+    data = " and ".join(dict.fromkeys(rows.get("dataset", pd.Series([self.dataset]))))
+    return made_by(self.profile, data, rows["seed"].nunique(), self.device, self.store, rows["key"])
+
+@patch
 def table(self: Study, rows, by, metrics, # as in `make_table`
           name="main", # of the files
           **args) -> Table:
     "`make_table` with provenance, saved as `name.md`, `.csv` and `.tex`."
-    seeds = rows["seed"].nunique()
-    args.setdefault("footer", made_by(self.profile, self.dataset, seeds, self.device, self.store, rows["key"]))
+    if "footer" not in args: args["footer"] = self.footer(rows)
     table = make_table(rows, by, metrics, **args)
     save_table(table, self.out, name)
     return table
@@ -219,6 +224,7 @@ def config_in(self: Study, setting: str, # of `tuned_settings`; any other name: 
     if where.get("dataset", self.dataset) != self.dataset: where = {**where, "data_dir": None}
     return self.config(**{**where, **changes})
 
+# %% ../nbs/62_study.ipynb #bc046f1d
 @patch
 def compare(self: Study,
             methods, # names in `hapnb.budgets.METHODS`, or dict name -> fields of `RunConfig` for the published row
@@ -269,12 +275,6 @@ def judge_tuned(self: Study,
         found.append(self.judge(name, part, "method", ", ".join(filter(None, (network, where))), budgets, why_not,
                                 SETTINGS[setting]["dataset"] if known else ""))
     return found
-
-@patch
-def made_by(self: Study, rows) -> str:
-    "Say what made some rows, for the footer of a table."
-    data = " and ".join(dict.fromkeys(rows.get("dataset", pd.Series([self.dataset]))))
-    return made_by(self.profile, data, rows["seed"].nunique(), self.device, self.store, rows["key"])
 
 # %% ../nbs/62_study.ipynb #a37cc426
 @patch

@@ -83,6 +83,27 @@ def test_emoji_has_no_twins_and_no_family_across_the_split(parts):
     assert (began == 1).all() and began.index.isin(["clock face", "keycap", "biking", "flag: France"]).sum() == 4
 
 
+@pytest.mark.parametrize("name", ["emoji", "fonts"])
+def test_other_deals_of_the_bundled_classes(name):
+    whole, seen = load(name, "all"), set()
+    for deal in (0, 1, 2):
+        ds = {s: load(name, s, deal=deal) for s in ("train", "fit", "val", "test")}
+        fine = {s: classes(d) for s, d in ds.items()}
+        assert not fine["train"] & fine["test"] and fine["fit"] | fine["val"] == fine["train"]
+        assert fine["train"] | fine["test"] == classes(whole)
+        family = {s: set(d.meta.family) if name == "emoji" else classes(d, 1) for s, d in ds.items()}
+        assert not family["train"] & family["test"] and not family["fit"] & family["val"]
+        assert abs(len(ds["train"]) - len(ds["test"])) < .12 * len(whole)
+        assert .1 < len(fine["val"]) / len(fine["train"]) < .25
+        if deal: assert (ds["test"].image(3).tobytes() == whole.image(int(ds["test"].cut[1][3])).tobytes())
+        seen.add(ds["test"].fingerprint)
+    assert len(seen) == 3 and load(name, "test", deal=1).fingerprint in seen
+    # features are computed once for all deals
+    assert load(name, "test", deal=1).cut[0].fingerprint == load(name, "fit", deal=2).cut[0].fingerprint
+    with pytest.raises(ValueError, match="leave deal=0"): load(name, "labelled", deal=1)
+    with pytest.raises(ValueError, match="deal"): load(name, "test", deal=-1)
+
+
 def test_emoji_faults_found_by_readers_are_out(parts):
     frame = read_bundled("emoji")[0].drop_columns(["image"]).to_pandas()
     assert not set(emoji.LEFT_OUT) & set(zip(frame.source, frame.concept)) and "skin-tone" not in set(frame.subgroup)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import assume, given, strategies as st
 from scipy import stats
 
+from hapnb import statistics
 from hapnb.statistics import (
     correct_verdicts, crossed_bootstrap, decide, Difference, equivalence, holm, interval, paired_test, seed_difference,
     smallest_effect, summarise)
@@ -181,6 +182,33 @@ def test_crossed_bootstrap_is_a_plain_loop_over_draws():
     assert found == crossed_bootstrap(a, b, of) != crossed_bootstrap(a, b, of, seed=1)
     back = crossed_bootstrap(b, a, of)
     assert (back.value, back.error) == pytest.approx((-found.value, found.error))
+
+
+def test_crossed_bootstrap_of_a_split_per_seed():
+    "Each seed has queries of its own; the groups have names that all seeds share."
+    rng = np.random.default_rng(0)
+    d, of = crossed(6, 30, (.2, 1., .5), rng, size=4)
+    whole = crossed_bootstrap(d, 0 * d, of)
+    names = np.array([f"group {g:02d}" for g in of])
+    assert crossed_bootstrap(list(d), list(0 * d), [names] * 6) == whole
+    halves = [np.sort(rng.permutation(len(of))[:60]) for _ in d]
+    parts = [row[h] for row, h in zip(d, halves)]
+    found = crossed_bootstrap(parts, [0 * p for p in parts], [names[h] for h in halves], draws=20_000)
+    assert found.value == pytest.approx(np.concatenate(parts).mean()) and (found.seeds, found.groups) == (6, 30)
+    # a plain loop over draws of both
+    draws = []
+    for _ in range(3000):
+        rows, chosen = rng.integers(6, size=6), np.bincount(rng.integers(30, size=30), minlength=30)
+        weight = [chosen[of[halves[s]]] for s in rows]
+        draws.append(sum((w * parts[s]).sum() for w, s in zip(weight, rows)) / sum(w.sum() for w in weight))
+    cells = statistics._cells(parts, [0 * p for p in parts], [of[h] for h in halves])
+    by_both = statistics._draws(*cells, 20_000, 0)[2]
+    assert by_both.std() == pytest.approx(np.std(draws), rel=.06)
+    with pytest.raises(ValueError, match=r"query 7 \(1 in all\)"):
+        holes = [np.where(np.arange(60) == 7, np.nan, p) if i == 2 else p for i, p in enumerate(parts)]
+        crossed_bootstrap(holes, [0 * p for p in parts], [names[h] for h in halves])
+    with pytest.raises(ValueError, match="each query a group"):
+        crossed_bootstrap(parts, [0 * p for p in parts], [names[h] for h in halves][:5])
 
 
 @pytest.mark.parametrize("sds", [(.1, 1., .5), (1., .3, .3), (.6, .6, .6)])
