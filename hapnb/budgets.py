@@ -219,7 +219,8 @@ def choose_points(setting: str,
                 tried=json.dumps({path: _tried(METHODS[method].space[path]) for path in tried[i]}),
                 validation=score[i], repeated=own[objective].mean(), published=old.mean(), noise=own[objective].std(),
                 pooled_noise=noise, optimism=score[i] - own[objective].mean(),
-                edge=" ".join(edges_of(method, tried[i])), keys=" ".join(keys), search=search_id(method, setting, len(tried)), commit=commit()))
+                edge=" ".join(edges_of(method, tried[i])), keys=" ".join(keys),
+                search=search_id(method, setting, len(tried)), commit=commit()))
     return pd.DataFrame(out)
 
 # %% ../nbs/61c_budgets.ipynb #01ba9f2b

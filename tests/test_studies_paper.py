@@ -185,7 +185,7 @@ def test_supap_of_inaturalist_has_the_constants_of_inaturalist(execute):
     "In the comparison with ROADMAP, SupAP alone is ROADMAP without its calibration and nothing else."
     for dataset, start, offset in (("inat-base", 0., 1.), ("cub", 0.5, 1.44)):
         [grid] = execute("42_roadmap_tables", "paper", dataset, stop, seeds=1)
-        args = {l["loss"]: dict(c.loss_args) for l, c in zip(grid.labels, grid)}
+        args = {l["method"]: dict(c.loss_args) for l, c in zip(grid.labels, grid)}
         for name in ("SupAP", "ROADMAP"): assert (args[name]["start"], args[name]["offset"]) == (start, offset), name
         assert set(args["ROADMAP"]) - set(args["SupAP"]) == {"weight", "pos_margin", "neg_margin", "average"}
         assert args["Triplet"] == {}
