@@ -11,7 +11,7 @@ __all__ = ['WrongUse', 'profile_settings', 'figures_dir', 'Study', 'begin', 'Bud
            'StudyFailed', 'StudyFile', 'summarise', 'Table', 'time_pairs', 'unfinished_cell', 'write_claims']
 
 # %% ../nbs/62_study.ipynb #1d3964c1
-import hashlib, json, re
+import functools, hashlib, json, re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .claims import (
-    Budget, check_claims, Judged, judge_claim, read_preregistration, save_claims, write_claims)
+    Budget, check_budgets, check_claims, Judged, judge_claim, read_preregistration, save_claims, write_claims)
 from .driver import (
     check_parameters, code_hash, declared_parameters, find_studies, from_root, pick_studies, PROFILES, run_study,
     study_state, StudyFailed, StudyFile, unfinished_cell)
@@ -163,16 +163,28 @@ def declare(self: Study, values): # the list of the cell tagged `claims`
         self.declared[c.id] = c, known[c.hash()][0]
 
 # %% ../nbs/62_study.ipynb #a0b4dfba
+@functools.lru_cache(maxsize=32)
+def _class_names(dataset, split, data_dir, args, level):
+    "Names of the classes at a level of the evaluation part."
+    from hapnb.data import load
+    return np.array(load(dataset, split, data_dir or None, **json.loads(args)).class_names[level])
+
 def _query_values(store, key, metric):
     "Values [N] of a run's single queries, and the subgroup of each; None where its protocol gives none."
     from hapnb.runs import Result
     run = Result(store / key)
-    found, labels = run.per_query(), run.labels().numpy()
+    found, labels, cfg = run.per_query(), run.labels().numpy(), run.config
     if metric not in found: return None
-    group = labels[:, min(1, labels.shape[1] - 1)]
+    level = min(1, labels.shape[1] - 1)
+    group = labels[:, level]
+    # splits number their classes each in their own way, so those of several are told apart by names
+    if cfg.dataset_args.get("deal"):
+        args = json.dumps(dict(cfg.dataset_args), sort_keys=True)
+        return found[metric], _class_names(cfg.dataset, cfg.split, cfg.data_dir, args, level)[group]
     # an image without a known subgroup stands with those of its finest class
     return found[metric], np.where(group < 0, -2 - labels[:, 0], group)
 
+# %% ../nbs/62_study.ipynb #f6b58926
 @patch
 def judge(self: Study,
           name: str, # id of a declared claim
@@ -230,19 +242,23 @@ def compare(self: Study,
             methods, # names in `hapnb.budgets.METHODS`, or dict name -> fields of `RunConfig` for the published row
             objectives=("R@1_level0", "AP_level0", "H-AP"), # for which rows are tuned
             tune=None, # the methods that get tuned rows; default: all
+            splits=None, # a setting: only tuned rows of it, each seed with a split of the classes of its own
             **changes) -> pd.DataFrame: # of `run`, with the columns setting, method, constants
     "Train methods with published and with tuned constants; tuned rows appear where a search has chosen a point."
     from hapnb.budgets import has_point, published, tuned, tuned_name
     grid, settings = Grid(), self.tuned_settings()
-    for setting in settings or [self.dataset]:
+    for setting in [splits] if splits else settings or [self.dataset]:
         base = self.config_in(setting, **changes)
         for m in methods:
             known = settings and (tune is None or m in tune)
             points = [o for o in objectives if known and has_point(m, setting, o)]
             if setting in settings[1:] and not points: continue
-            rows = {"published": methods[m] if isinstance(methods, dict) else published(m, base.epochs)}
+            known = methods[m] if isinstance(methods, dict) else published(m, base.epochs)
+            rows = {} if splits else {"published": known}
             rows |= {tuned_name(o): self._shortened(tuned(m, setting, o)[0]) for o in points}
-            grid += self.grid(base, setting={setting: {}}, method={m: {}}, constants=rows)
+            if rows: grid += self.grid(base, setting={setting: {}}, method={m: {}}, constants=rows)
+    # deal 0 is the split on whose validation classes the search chose
+    if splits: grid = Grid([c.replace(dataset_args={"deal": c.seed + 1}) for c in grid], grid.labels)
     return self.run(grid, on_error="keep")
 
 @patch
@@ -272,6 +288,11 @@ def judge_tuned(self: Study,
             if self.profile == "full": raise UserError(f"claim {name!r}: {e}") from e
             why_not = str(e)
         network = f"frozen {SETTINGS[setting]['trunk']}, tuned" if known else "published constants"
+        if known and claim.primary and self.profile == "full":
+            # before anything is trained for it
+            check_budgets(claim, budgets)
+            part = self.compare([claim.method, *claim.rivals], [objective], splits=setting)
+            network += f", {part['seed'].nunique()} splits"
         found.append(self.judge(name, part, "method", ", ".join(filter(None, (network, where))), budgets, why_not,
                                 SETTINGS[setting]["dataset"] if known else ""))
     return found

@@ -282,6 +282,13 @@ def searched(tmp_path, monkeypatch, finished):
     labels = [dict(setting=x, constants=c) for x in (FIRST, "fonts, Lite0")
               for c in ("published", "tuned for R@1", "tuned for H-AP")]
     every = pd.concat([rows.assign(**l) for l in labels], ignore_index=True)
+    compare = study.Study.compare
+    def stands_in(self, methods, objectives, splits=None):
+        "The rows above instead of runs on five splits."
+        if splits is None: return compare(self, methods, objectives)
+        wanted = (every.setting == splits) & (every.constants == budgets.tuned_name(objectives[0]))
+        return every[every.method.isin(methods) & wanted]
+    monkeypatch.setattr(study.Study, "compare", stands_in)
     def points(trials=30, **chosen):
         for x, n in ((FIRST, trials), ("fonts, Lite0", 12)):
             counts = n if isinstance(n, dict) else dict.fromkeys("ab", n)
@@ -293,11 +300,25 @@ def test_a_claim_is_judged_with_the_budgets_of_its_metric_in_every_setting(searc
     s, rows, points = searched
     points()
     found = s.judge_tuned("b-beats-a", rows)
-    assert [j.setting for j in found] == ["emoji, frozen tf_efficientnet_lite0, tuned, profile full",
-                                          "fonts, frozen tf_efficientnet_lite0, tuned, profile full"]
+    assert [j.setting for j in found] == ["emoji, frozen tf_efficientnet_lite0, tuned, 2 splits, profile full",
+                                          "fonts, frozen tf_efficientnet_lite0, tuned, 2 splits, profile full"]
     # one run per seed: rows of other objectives and published rows take no part
     assert found[0].contrasts[0]["seeds"] == 2
-    assert len(s.judge_tuned("further", rows)) == 1
+    further, = s.judge_tuned("further", rows)
+    assert further.setting == "emoji, frozen tf_efficientnet_lite0, tuned, profile full"
+
+
+def test_primary_claims_get_a_split_of_the_classes_per_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(budgets, "points_file", lambda: tmp_path / "points.csv")
+    monkeypatch.setattr(budgets, "METHODS", {m: budgets.METHODS[m] for m in ("SupAP", "HAPPIER")})
+    monkeypatch.setattr(study.Study, "run", lambda self, grid, on_error: grid)
+    write_found(tmp_path / "points.csv", {"SupAP": 12}, "fonts, Lite2")
+    s = study.Study("10_toy", "full", "emoji", "", 3, "cpu", 1, tmp_path, tmp_path / "out", {"freeze": "trunk"})
+    grid = s.compare(["SupAP", "HAPPIER"], ["H-AP"], splits="fonts, Lite2")
+    assert [(c.dataset, c.trunk, c.seed, c.dataset_args["deal"]) for c in grid] == [
+        ("fonts", "tf_efficientnet_lite2", i, i + 1) for i in range(3)]
+    assert {(l["setting"], l["method"], l["constants"]) for l in grid.labels} == {
+        ("fonts, Lite2", "SupAP", "tuned for H-AP")}
 
 
 @pytest.mark.parametrize("change, message", [
