@@ -80,7 +80,7 @@ def split_trunk(trunk: Trunk, # one of timm's EfficientNets, or another network 
     net = trunk.net
     if not all(hasattr(net, n) for n in _EFFICIENTNET):
         raise UserError(f"freeze='blocks' needs a trunk with the parts {', '.join(_EFFICIENTNET)} (timm's "
-                        f"EfficientNets and MobileNets), which {trunk.info.name} has not. Use freeze='bn' with "
+                        f"EfficientNets and MobileNetV2), which {trunk.info.name} has not. Use freeze='bn' with "
                         "freeze_blocks.")
     if not 0 < blocks < len(net.blocks):
         raise UserError("freeze='blocks' leaves a block to train: freeze_blocks must be 1 to "

@@ -218,7 +218,7 @@ def family_name(concept: str) -> str:
     return _SAME.get(name, name or "person")
 
 # %% ../nbs/21_emoji.ipynb #cde94075
-def find_families(concepts: pd.DataFrame, # concept of each image, one row per image
+def find_families(concepts: pd.Series, # concept of each image
                   near: tuple, # rows i, j and distances of close pairs of images
                   ) -> dict: # concept -> family
     "Join concepts whose names say so, or whose drawings are closer than `FAMILY` grey levels."

@@ -223,8 +223,9 @@ def made_by(profile: str, dataset: str,
     made = of_runs("commit", commit)
     # late, as above: it reads parquet files
     from hapnb.bundled import EDITIONS
-    edition = f", edition {EDITIONS[dataset]}" if dataset in EDITIONS else ""
-    return f"Made by: profile {profile}; data {dataset}{edition}; {seeds}commit {made}; {here}; torch {torch}."
+    # a footer of several settings joins its datasets by "and"
+    data = " and ".join(f"{d}, edition {EDITIONS[d]}" if d in EDITIONS else d for d in dataset.split(" and "))
+    return f"Made by: profile {profile}; data {data}; {seeds}commit {made}; {here}; torch {torch}."
 
 # %% ../nbs/61_tables.ipynb #7a385fe5
 def save_figure(fig, # a matplotlib figure
