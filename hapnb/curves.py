@@ -116,7 +116,10 @@ def _failures(ax, x, bad, total, look, row=0):
 def _log2_axis(ax, values):
     "Make x logarithmic with base two and write the values themselves on it."
     ax.set_xscale("log", base=2)
-    ax.set_xticks(values, [f"{v:g}" for v in values])
+    names = [f"{v:g}" for v in values]
+    # long numbers would touch each other
+    slant = dict(rotation=40, ha="right", rotation_mode="anchor") if len("".join(names)) > 16 else {}
+    ax.set_xticks(values, names, **slant)
     ax.minorticks_off()
 
 # %% ../nbs/40b_curves.ipynb #9e6ecb53

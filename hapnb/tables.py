@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Cell', 'VERDICTS', 'Table', 'make_table', 'markdown_rows', 'made_by', 'save_figure', 'save_table', 'Claim',
-           'claim_better', 'claim_equivalent', 'published']
+           'published']
 
 # %% ../nbs/61_tables.ipynb #845e867a
 import functools
@@ -12,12 +12,11 @@ from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
 from .helpers import check_choice, commit, hardware, pick_device, write_atomic, _version
-from .statistics import equivalence, paired_test, summarise, _by_seed, _failures
+from .statistics import paired_test, summarise, _by_seed
 
 # %% ../nbs/61_tables.ipynb #5ac9d741
 # mark: "", "best" or "tie" (not distinguishable from the best)
@@ -248,7 +247,7 @@ VERDICTS = ("supported", "not supported", "not tested here")
 
 @dataclass(frozen=True)
 class Claim:
-    "One claim of a paper and what this library found."
+    "One claim as the first edition recorded it."
     paper: str # "HAPPIER (ECCV 2022)"
     claim: str # the claim in one sentence
     measured: str # what was measured here: quantity, data, setting
@@ -257,26 +256,6 @@ class Claim:
     def __post_init__(self):
         check_choice("verdict", self.verdict, VERDICTS)
 
-# %% ../nbs/61_tables.ipynb #5615d61d
-def claim_better(paper, claim, measured,
-                 rows, metric, by, better, than, # the claim: `better` beats `than` in `metric`
-                 margin: float = 0., # by at least this much (0.01 is one percentage point); negative: "no worse than"
-                 level: float = 0.95, scale: float = 100., unit: str = "points") -> Claim:
-    "Decide the claim that one method beats another: supported if the paired difference lies above `margin`."
-    two = rows[rows[by].isin([better, than])]
-    check_choice(f"setting of column {by!r}:", better, list(rows[by].unique()))
-    t = paired_test(two, metric, by, than, level).iloc[0]
-    failures = _failures(two, metric, by).items()
-    failed = "; ".join(f"{by} {name}: {bad} of {runs} runs failed" for name, (bad, runs) in failures if bad)
-    if not t.n: return Claim(paper, claim, measured, failed)
-    number = _digits((t.low, margin), (-t.high, -min(margin, 0.)), scale=scale)
-    value = f"{number(t.difference)} {unit}, 95% interval {number(t.low)} to {number(t.high)} ({t.n} seeds)"
-    if t.n < 2: value = f"{t.difference * scale:+.1f} {unit} (one seed, no interval)"
-    if t.n > 1 and t.high < min(margin, 0.): value += "; the opposite"
-    if failed: value += f"; {failed}"
-    verdict = VERDICTS[2] if t.n < 2 else VERDICTS[0] if t.low > margin else VERDICTS[1]
-    return Claim(paper, claim, measured, value, verdict)
-
 # %% ../nbs/61_tables.ipynb #fa346d60
 def _digits(*pairs, # (bound, edge): the verdict depends on whether the bound lies above the edge
             scale: float = 100., least: int = 1, most: int = 6):
@@ -284,40 +263,6 @@ def _digits(*pairs, # (bound, edge): the verdict depends on whether the bound li
     def agree(d): return all((round(b * scale, d) > round(e * scale, 9)) == (b > e) for b, e in pairs)
     d = next((d for d in range(least, most) if agree(d)), most)
     return lambda x: f"{x * scale:+.{d}f}"
-
-# %% ../nbs/61_tables.ipynb #0aa1430b
-def claim_equivalent(paper, claim, measured,
-                     rows, metric, by, reference, others=None, # as in `equivalence`
-                     margin: float = 0.01, level: float = 0.95, # likewise
-                     scale: float = 100., unit: str = "points") -> Claim:
-    "Decide the claim that settings perform alike: supported if all lie inside the margin and no run failed."
-    e = equivalence(rows, metric, by, reference, others, margin, level)
-    rest, start = e.iloc[1:], e.iloc[0]
-    def say(g): return f"{by} {g:g}" if isinstance(g, (int, float, np.number)) else str(g)
-    def number(x): return f"{x * scale:+.2f}"
-    def measure(r): return f"{number(r.difference)} {unit}, {level:.0%} interval {number(r.low)} to {number(r.high)}"
-    edge = f"±{margin * scale:g} {unit} of {say(reference)}"
-    if start.n == 0: return Claim(paper, claim, measured, f"{say(reference)}, the reference, has no finished run")
-    if (e["runs"] < 2).any() or (rest["state"] == "not tested").any():
-        return Claim(paper, claim, measured, f"{len(rest)} settings against {say(reference)}: one seed, no interval")
-    if rest["state"].eq("inside").all() and start.state == "reference":
-        far = rest.loc[rest["difference"].abs().idxmax()]
-        value = (f"{len(rest)} of {len(rest)} settings inside {edge}; "
-                 f"farthest: {say(far.group)}, {measure(far)} ({_seeds_of(rest)} seeds)")
-        return Claim(paper, claim, measured, value, VERDICTS[0])
-    bad = e[~e["state"].isin(("inside", "reference"))]
-    def outside(r):
-        if r.failed: return f"{say(r.group)}: {r.failed} of {r.runs} runs failed"
-        beyond = f"beyond by {(max(abs(r.low), abs(r.high)) - margin) * scale:.2f}"
-        if r.state == "entirely outside": beyond += ", entirely outside"
-        return f"{say(r.group)}: {measure(r)}, {beyond}"
-    sure, out = bad["state"].isin(("failed", "entirely outside")).any(), (rest["state"] != "inside").sum()
-    value = f"{out} of {len(rest)} settings not inside {edge} ({_seeds_of(rest)} seeds): "
-    value += "; ".join(outside(r) for r in bad.itertuples())
-    if not sure: value += "; undecided: no setting is shown to lie outside"
-    return Claim(paper, claim, measured, value, VERDICTS[1])
-
-def _seeds_of(e): return " to ".join(str(n) for n in sorted({e["n"].min(), e["n"].max()}))
 
 # %% ../nbs/61_tables.ipynb #1664f1df
 def published(paper=None, dataset=None, backbone=None, method=None, metric=None, # value or list of values; None = all

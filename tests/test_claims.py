@@ -241,11 +241,12 @@ def test_a_study_judges_its_claims_from_the_values_of_its_runs(finished, monkeyp
     saved = pd.read_csv(s.out / "verdicts.csv")
     assert saved["keys"][0].split() == rows.sort_values(["method", "seed"], ascending=[False, True])["key"].tolist()
     assert {"seed_low", "seed_high", "hash", "effect"} <= set(saved) and len(saved) == 1
-    # judged again: one entry, not two; a claim of the first edition is kept beside it
+    # judged again: one entry, not two; claims of the first edition in another folder are shown beside it
+    (s.out.parent / "20_old").mkdir()
+    save_claims([FirstClaim("P", "old", "m")], s.out.parent / "20_old")
     s.judge("b-beats-a", rows, "method", "toy network")
-    s.claim(FirstClaim("P", "old", "m"))
     kept = json.loads((s.out / "claims.json").read_text())
-    assert [k.get("hash") for k in kept] == [s.claims[0].hash, j.hash, None]
+    assert [k["hash"] for k in kept] == [s.claims[0].hash, j.hash]
     page = (s.out.parent / "claims.md").read_text()
     assert "## P (2020)" in page and "## Appendix: further claims" in page and "First edition: intervals over" in page
 

@@ -9,7 +9,6 @@ from hapnb import statistics
 from hapnb.statistics import (
     correct_verdicts, crossed_bootstrap, decide, Difference, equivalence, holm, interval, paired_test, seed_difference,
     smallest_effect, summarise)
-from hapnb.tables import claim_better, claim_equivalent
 from toy_study import toy_rows
 
 
@@ -68,11 +67,6 @@ def test_a_setting_whose_runs_all_failed_is_not_tested_and_the_others_are_kept()
     t = paired_test(rows, "score", "method", "a").set_index("group")
     assert t.n.to_dict() == {"b": 0, "c": 2} and t.verdict["b"] == "failed: not tested" and t.difference["c"] == 1
     assert paired_test(rows, "score", "method", "b").verdict.tolist() == ["failed: not tested"] * 2
-    judge = lambda *pair: claim_better("P", "x", "score", rows, "score", "method", *pair)
-    for pair in (("a", "b"), ("b", "a")):
-        assert (judge(*pair).verdict, judge(*pair).value) == ("not tested here", "method b: 3 of 3 runs failed")
-    assert judge("c", "a").value.endswith("(2 seeds); method c: 1 of 3 runs failed")
-    with pytest.raises(ValueError, match="unknown setting of column 'method': 'z'"): judge("z", "a")
 
 
 def test_equal_scores_are_not_a_difference():
@@ -87,9 +81,9 @@ def settings(groups):
     return pd.DataFrame([dict(layers=k, seed=s, score=v / 100) for k, vs in groups.items() for s, v in enumerate(vs)])
 
 
-def alike(rows, **args):
-    "Judge the claim that all depths perform like depth 2."
-    return claim_equivalent("P", "any depth", "score", rows, "score", "layers", 2, **args)
+def states(groups, **args):
+    "States of all depths compared with depth 2."
+    return equivalence(settings(groups), "score", "layers", 2, **args).set_index("group").state.to_dict()
 
 
 @given(st.integers(2, 6), st.integers(0, 1000))
@@ -104,25 +98,16 @@ def test_equivalence_is_two_one_sided_tests(n, seed):
 
 def test_equivalence_of_hand_made_settings():
     near = {1: [50.1, 51.2, 52.3], 2: [50, 51, 52]}
-    c = alike(settings(near | {3: [49.9, 51.0, 52.1]}))
-    assert c.verdict == "supported"
-    assert c.value == ("2 of 2 settings inside ±1 points of layers 2; farthest: layers 1, +0.20 points, "
-                       "95% interval -0.05 to +0.45 (3 seeds)")
-    c = alike(settings(near | {5: [47, 48.1, 48.9]}))
-    assert c.verdict == "not supported"
-    assert c.value.startswith("1 of 2 settings not inside ±1 points of layers 2 (3 seeds): layers 5: -3.00 points, "
-                              "95% interval -3.25 to -2.75, beyond by 2.25, entirely outside")
-    assert "layers 1" not in c.value and "undecided" not in c.value
-    scattered = settings({2: [50, 51, 52], 3: [50.5, 51.9, 52.1]})
-    c = alike(scattered)
-    assert c.verdict == "not supported" and c.value.endswith("undecided: no setting is shown to lie outside")
-    assert alike(scattered, margin=.02).verdict == "supported"
+    assert states(near | {3: [49.9, 51.0, 52.1]}) == {2: "reference", 1: "inside", 3: "inside"}
+    assert states(near | {5: [47, 48.1, 48.9]})[5] == "entirely outside"
+    scattered = {2: [50, 51, 52], 3: [50.5, 51.9, 52.1]}
+    assert (states(scattered)[3], states(scattered, margin=.02)[3]) == ("partly outside", "inside")
 
 
 def test_a_missing_difference_is_not_an_equivalence():
-    rows = settings({2: [50, 53], 3: [52, 51]})
-    assert paired_test(rows, "score", "layers", 2).verdict[0] == "not distinguishable"
-    assert alike(rows).verdict == "not supported"
+    rows = {2: [50, 53], 3: [52, 51]}
+    assert paired_test(settings(rows), "score", "layers", 2).verdict[0] == "not distinguishable"
+    assert states(rows)[3] == "partly outside"
 
 
 def test_entirely_outside_needs_more_with_more_settings():
@@ -134,25 +119,23 @@ def test_entirely_outside_needs_more_with_more_settings():
 
 def test_failed_runs_count_against_equivalence():
     good = {2: [50, 51, 52], 3: [50.1, 51, 52]}
-    c = alike(settings(good | {4: [50, np.nan, 52]}))
-    assert c.verdict == "not supported" and "layers 4: 1 of 3 runs failed" in c.value
-    assert "layers 4: 3 of 3 runs failed" in alike(settings(good | {4: [np.nan] * 3})).value
-    c = alike(settings({2: [50, np.nan, 52], 3: [50, 51, 52]}))
-    assert c.verdict == "not supported" and "layers 2: 1 of 3 runs failed" in c.value and "(2 seeds)" in c.value
-    c = alike(settings({2: [np.nan] * 3, 3: [50, 51, 52]}))
-    assert (c.verdict, c.value) == ("not tested here", "layers 2, the reference, has no finished run")
+    assert states(good | {4: [50, np.nan, 52]})[4] == states(good | {4: [np.nan] * 3})[4] == "failed"
+    rows = settings({2: [50, np.nan, 52], 3: [50, 51, 52]})
+    e = equivalence(rows, "score", "layers", 2)
+    assert (e.failed.tolist(), e.n.tolist(), e.state.tolist()) == ([1, 0], [2, 2], ["failed", "inside"])
 
 
 def test_equivalence_of_one_seed_and_wrong_names():
-    assert alike(settings({2: [50], 3: [50]})).verdict == "not tested here"
-    assert alike(settings({2: [50, 51], 3: [50]})).verdict == "not tested here"
-    rows = settings({2: [50, 51], 3: [50, 51], 10: [0, 1]})
-    assert alike(rows, others=[3]).verdict == "supported" and alike(rows).verdict == "not supported"
+    assert states({2: [50], 3: [50]})[3] == states({2: [50, 51], 3: [50]})[3] == "not tested"
+    rows = {2: [50, 51], 3: [50, 51], 10: [0, 1]}
+    assert states(rows, others=[3]) == {2: "reference", 3: "inside"} and states(rows)[10] != "inside"
     for bad in (dict(others=[11]), dict(others=[]), dict(margin=0)):
-        with pytest.raises(ValueError): alike(rows, **bad)
+        with pytest.raises(ValueError): states(rows, **bad)
+    rows = settings(rows)
     with pytest.raises(ValueError, match="unknown setting of column 'layers': 4"):
         equivalence(rows, "score", "layers", 4)
-    with pytest.raises(ValueError, match="something else varies"): alike(pd.concat([rows, rows]))
+    with pytest.raises(ValueError, match="something else varies"):
+        equivalence(pd.concat([rows, rows]), "score", "layers", 2)
 
 
 # crossed bootstrap

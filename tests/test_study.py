@@ -19,7 +19,7 @@ def start(store, **args): return begin("10_x", **{**dict(profile="smoke", datase
 
 
 def test_one_import_gives_a_study_its_names():
-    names = ("begin Claim claim_better claim_equivalent compare_times equivalence Grid grid interval make_table "
+    names = ("begin compare_times equivalence Grid grid interval make_table "
              "paired_test published read_run run_grid run_study summarise time_pairs").split()
     assert set(names) <= set(study.__all__) and all(hasattr(study, n) for n in study.__all__)
 
