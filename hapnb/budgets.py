@@ -237,7 +237,7 @@ def search_id(method: str, setting: str, trials: int) -> str: # 12 hexadecimal d
 
 # %% ../nbs/61c_budgets.ipynb #81ed5a78
 def points_file() -> Path:
-    "Where the committed points are."
+    "Give the path of the committed points."
     return (repo_root() or Path.cwd()) / "figures" / "11_tuned" / "points.csv"
 
 def read_points(path) -> pd.DataFrame: # as `choose_points`

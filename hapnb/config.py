@@ -211,7 +211,7 @@ def _refuse(text): raise UserError(text)
 
 @patch(as_prop=True)
 def cached(self: RunConfig) -> bool:
-    "Whether each image is seen once, and training reads what the frozen part made of it."
+    "Tell whether each image is seen once, and training reads what the frozen part made of it."
     return self.freeze in ("blocks", "trunk")
 
 # %% ../nbs/32_config.ipynb #f01233b1

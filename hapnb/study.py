@@ -229,7 +229,7 @@ def tuned_settings(self: Study) -> list: # of names in `hapnb.budgets.SETTINGS`;
 @patch
 def config_in(self: Study, setting: str, # of `tuned_settings`; any other name: the study's own data and backbone
               **changes): # a `RunConfig`
-    "The base configuration of this study in a setting."
+    "Give the base configuration of this study in a setting."
     from hapnb.budgets import SETTINGS
     where = SETTINGS.get(setting, {})
     # a folder is that of the study's own dataset
