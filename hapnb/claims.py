@@ -243,7 +243,7 @@ def _contrast(rival, found):
 def judge_claim(claim: Claim,
                 rows: pd.DataFrame, # one row per run, as `run_grid` gives them: `by`, "seed", "key", the metric
                 by: str, # the column that tells methods apart
-                values, # function (key, metric) -> (values [N] of the run's queries, names [N] of their groups), or None
+                values, # function (key, metric) -> (values [N] of queries, names [N] of their groups), or None
                 setting: str, # data, network, profile
                 registered: str = "", # date of the registration
                 budgets: dict = None, # method -> `Budget`, as in `check_budgets`
