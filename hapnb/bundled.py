@@ -101,6 +101,9 @@ _CUT = {"emoji": "subgroup", "fonts": "category"}
 def _dealt(frame, deal, store, name, split, sha):
     "One split of another deal of the classes."
     fine, cut = BUNDLED[name][0], _CUT[name]
+    if "family" not in frame:
+        raise UserError(f"another deal needs the column 'family', which this file of {name} has not: it is of an "
+                        "earlier edition. Leave deal=0, or take the file that comes with the library.")
     parts = deal_families(dict(zip(frame[fine], frame.family)), dict(zip(frame[fine], frame[cut])), salt=f"deal {deal}")
     frame = frame.assign(split=frame[fine].map(parts))
     whole = from_frame(frame, store, BUNDLED[name], name, "all", sha)

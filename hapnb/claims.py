@@ -225,9 +225,11 @@ def _difference(claim, rows, by, rival, values):
     read = [values(k, claim.metric) for k in keys] if claim.over == "test classes" else [None]
     if None in read: return over_seeds, over_seeds, keys
     (a, groups), (b, again) = (list(zip(*part)) for part in (read[:len(both)], read[len(both):]))
-    if not all(map(np.array_equal, groups, again)):
+    same = all(np.array_equal(g, groups[0]) for g in groups)
+    # seeds have other queries only where each has a split of its own, and then groups are told apart by their names
+    if not all(map(np.array_equal, groups, again)) or not same and groups[0].dtype.kind != "U":
         raise UserError(f"claim {claim.id!r}: its runs were measured on different images.")
-    # runs of different seeds may have different queries, where each seed has a split of its own
+    if same: a, b, groups = np.stack(a), np.stack(b), groups[0]
     try: wide = crossed_bootstrap(a, b, groups)
     except ValueError as e: raise UserError(f"claim {claim.id!r}, {claim.method} against {rival}: {e}") from e
     return wide, over_seeds, keys

@@ -184,6 +184,14 @@ def test_runs_that_do_not_belong_together_are_named():
     rows, values = toy({"a": 0, "b": 1})
     with pytest.raises(UserError, match="b-beats-a.*measured on different images"):
         judge(rows, lambda key, metric: (values(key, metric)[0], GROUPS + (key == "b0")))
+    # other images for another seed of both methods: allowed for splits, whose groups have names
+    with pytest.raises(UserError, match="b-beats-a.*measured on different images"):
+        judge(rows, lambda key, metric: (values(key, metric)[0], GROUPS + key.endswith("0")))
+    names = np.array([f"group {g}" for g in GROUPS])
+    def split(key, metric):
+        keep = slice(int(key.endswith("0")), None)
+        return values(key, metric)[0][keep], names[keep]
+    assert judge(rows, split).contrasts[0]["groups"] == len(set(GROUPS))
     with pytest.raises(UserError, match="claim 'b-beats-a', b against a: query 0 .* has a value in some runs"):
         gap = lambda key: np.where(np.arange(60) < (key == "b0"), np.nan, 0)
         judge(rows, lambda key, metric: (values(key, metric)[0] + gap(key), GROUPS))
