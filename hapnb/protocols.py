@@ -156,7 +156,7 @@ def _disjoint(emb, labels, meta, args,
         own = {**_memory(args, emb, g, q), "per_query": True}
         found = evaluate(g, _take(labels, gallery), q, _take(labels, query), **own)
         for name, v in found.get("per_query", {}).items():
-            values.setdefault(name, np.full(len(emb), np.nan))[query] = v
+            values.setdefault(name, np.full(len(emb), np.nan))[query.numpy()] = v
         for name in found:
             if name.startswith("skipped"): values[name] = values.get(name, 0) + found[name]
     out = {k: v if isinstance(v, int) else float(np.nanmean(v)) if (v == v).any() else 0. for k, v in values.items()}

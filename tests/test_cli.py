@@ -28,7 +28,8 @@ write_atomic(done, str(n + 1))
 print("profile", profile, "run", n)
 """
 END = """
-from hapnb.study import Claim, save_claims
+from hapnb.study import save_claims
+from hapnb.tables import Claim
 save_claims([Claim("P", "c", "m")], out)
 write_atomic(Path(out) / "main.md", "| the main table |")
 """
