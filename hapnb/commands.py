@@ -157,7 +157,7 @@ def _reproduce_all(found, a, store, out) -> list: # of bool: which worked
 
 # %% ../nbs/65_commands.ipynb #5eaccbd8
 @command(_reproduce_options, """examples:
-  hapnb reproduce                             all studies, bundled images, about half an hour on two cores
+  hapnb reproduce                             all studies, bundled images, up to an hour on two cores
   hapnb reproduce benchmark --profile smoke   does it work at all?
   hapnb reproduce --profile full --seeds 5    what figures/ is committed from
   hapnb reproduce 10 --dataset folder --data-dir ~/photos
