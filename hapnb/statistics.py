@@ -181,7 +181,8 @@ def _cells(a, b, groups):
     shapes = [[x.shape for x in rows] for rows in (a, b, groups)]
     if not shapes[0] == shapes[1] == shapes[2] or any(len(shape) != 1 for shape in shapes[0]):
         raise ValueError("both methods need values of the same queries with the same seeds, and each query a group: "
-                         f"got {', '.join(str(x[:1] + [len(x)]) for x in shapes)} (first shape, number of seeds).")
+                         "got " + ", ".join(f"{name} of {len(x)} seeds, the first {x[0] if x else ()}" for name, x in
+                                            zip(("values", "values", "groups"), shapes)) + ".")
     gaps = [np.isnan([x, y]) for x, y in zip(a, b)]
     # where the queries are the same, so are those without a positive
     gaps = gaps if own else [np.concatenate(gaps)] * len(a)
@@ -207,7 +208,7 @@ def _draws(T, n, draws, seed):
     for k in [step] * (draws // step) + [draws % step]:
         w, v = seeds.multinomial(S, np.full(S, 1 / S), k), groups.multinomial(G, np.full(G, 1 / G), k)
         total, size = ((w @ x.sum(1), v @ x.sum(0), ((w @ x) * v).sum(1)) for x in (T, n))
-        out.append([t / k for t, k in zip(total, size)])
+        out.append(np.stack(total) / np.stack(size))
     return np.concatenate(out, axis=1)
 
 # %% ../nbs/39_statistics.ipynb #d1e79300

@@ -250,11 +250,11 @@ def compare(self: Study,
     for setting in [splits] if splits else settings or [self.dataset]:
         base = self.config_in(setting, **changes)
         for m in methods:
-            known = settings and (tune is None or m in tune)
-            points = [o for o in objectives if known and has_point(m, setting, o)]
+            wanted = settings and (tune is None or m in tune)
+            points = [o for o in objectives if wanted and has_point(m, setting, o)]
             if setting in settings[1:] and not points: continue
-            known = methods[m] if isinstance(methods, dict) else published(m, base.epochs)
-            rows = {} if splits else {"published": known}
+            rows = {}
+            if not splits: rows["published"] = methods[m] if isinstance(methods, dict) else published(m, base.epochs)
             rows |= {tuned_name(o): self._shortened(tuned(m, setting, o)[0]) for o in points}
             if rows: grid += self.grid(base, setting={setting: {}}, method={m: {}}, constants=rows)
     # deal 0 is the split on whose validation classes the search chose

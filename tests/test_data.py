@@ -15,6 +15,7 @@ from hapnb.images import BytesStore, decode, encode
 from hapnb.datasets import RetrievalDataset, check_gaps, name_hash, split_classes
 from hapnb.data import load
 from hapnb.core import check_labels
+from hapnb.protocols import evaluate_protocol
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,21 @@ def test_emoji_has_no_twins_and_no_family_across_the_split(parts):
     concepts = frame.drop_duplicates("concept")
     began = concepts.groupby(concepts.concept.map(emoji.family_name)).split.nunique()
     assert (began == 1).all() and began.index.isin(["clock face", "keycap", "biking", "flag: France"]).sum() == 4
+
+
+def test_sister_sets_answer_nothing_in_the_designer_disjoint_track(parts):
+    "Both sets of one designer carry one author, and the protocol hides an author's images even where all are equal."
+    meta = parts["test"].meta
+    sets = meta.groupby("author").source.unique().map(sorted).tolist()
+    assert sorted(s for s in sets if len(s) > 1) == [["emojione", "emojione-v1"], ["fluent-emoji", "fluent-emoji-flat"],
+                                                     ["noto", "noto-v1"]]
+    # an embedding that knows the author and the concept of sister sets only: nothing is found once they are hidden
+    pair = meta.source.isin(["fluent-emoji", "fluent-emoji-flat"]).to_numpy()
+    labels = parts["test"].labels[torch.from_numpy(pair.copy())]
+    emb = torch.randn(int(labels.max()) + 1, 8, generator=torch.Generator().manual_seed(0))[labels[:, 0]]
+    makers = {"author": meta.author[pair].tolist()}
+    assert evaluate_protocol(emb, labels, metrics="R@1")["R@1_level0"] > .9
+    with pytest.raises(ValueError, match="no gallery is left"): evaluate_protocol(emb, labels, makers, "disjoint")
 
 
 @pytest.mark.parametrize("name", ["emoji", "fonts"])
