@@ -286,7 +286,6 @@ def _score_panel(ax, unit, q, shared, level_names, bins, margins):
         if not len(s): continue
         entries[text] = ax.stairs(np.histogram(s.clip(edges[0], 1), edges, density=True)[0], edges, **look)
     for m in margins: entries["margins"] = ax.axvline(m, color="black", linestyle=":", linewidth=1)
-    ax.set_xlabel("cosine similarity")
     return entries
 
 # %% ../nbs/40_plots.ipynb #aee79fc8
@@ -316,6 +315,7 @@ def score_histogram(
         entries = _score_panel(ax, unit, q, shared, level_names, bins, margins)
         ax.set_title(name)
     fig.supylabel("density", fontsize=9)
+    ax.set_xlabel("cosine similarity")
     legend(fig, entries, loc="outside upper center", ncol=min(L + 2, 3))
     return fig
 
