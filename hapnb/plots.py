@@ -286,13 +286,12 @@ def _score_panel(ax, unit, q, shared, level_names, bins, margins):
         if not len(s): continue
         entries[text] = ax.stairs(np.histogram(s.clip(edges[0], 1), edges, density=True)[0], edges, **look)
     for m in margins: entries["margins"] = ax.axvline(m, color="black", linestyle=":", linewidth=1)
-    ax.set_xlabel("cosine similarity")
     return entries
 
 # %% ../nbs/40_plots.ipynb #aee79fc8
 @drawn
 def score_histogram(
-    embeddings,    # [N, D], or a dict name -> [N, D] for panels side by side
+    embeddings,    # [N, D], or a dict name -> [N, D] for one panel each
     labels,        # [N] or [N, L]
     level_names=None, # names of the levels, finest first
     queries: int = 300, # this many random queries against all items
@@ -309,14 +308,15 @@ def score_histogram(
     q = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(N)[:queries]))
     shared = shared_levels(labels[q], labels)
     shared[torch.arange(len(q)), q] = -1
-    size, entries = (8 if len(maps) > 1 else 6, 3.2), {}
-    fig, axes = plt.subplots(1, len(maps), figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained")
+    size, entries = (4.6, .9 + 1.5 * len(maps)), {}
+    fig, axes = plt.subplots(len(maps), 1, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained")
     for ax, (name, e) in zip(axes.flat, maps.items()):
         unit = unit_floats(check_embeddings(e, f"embeddings {name!r}", unit=True))
         entries = _score_panel(ax, unit, q, shared, level_names, bins, margins)
         ax.set_title(name)
-    axes[0, 0].set_ylabel("density")
-    legend(fig, entries, loc="outside upper center", ncol=min(L + 2, 5))
+    fig.supylabel("density", fontsize=9)
+    ax.set_xlabel("cosine similarity")
+    legend(fig, entries, loc="outside upper center", ncol=min(L + 2, 3))
     return fig
 
 # %% ../nbs/40_plots.ipynb #13633d59
