@@ -340,15 +340,15 @@ interval over seeds and test classes. Its grey band holds the differences that a
 interest. The picture ends at six times that effect.
 
 **Supported**: the interval excludes zero on the claimed side, and its middle lies outside the band. **Contradicted**:
-the same on the other side. **Negligible**: the interval lies inside the band. **Undecided**: none of these. **Not
-testable here**: a stated precondition failed. Verdicts of primary claims are corrected for their number within a paper
+the same on the other side. **Negligible**: the intervals against all rivals lie inside the band. **Undecided**: none
+of these. **Not testable here**: a stated precondition failed. Verdicts of primary claims are corrected for their number within a paper
 (Holm). A verdict holds for the experiment that is named, not for every setting.
 
 *Tuned* methods had equal searches on the validation classes of the committed split (`11_tuned`). *5 splits* means that
 each seed deals the classes anew to training and testing, so that the interval covers the split too."""
-_CHANGED = """The first edition of these studies judged {count} of these claims by intervals over seeds alone, on images with near
-twins across the split, and mostly with published constants. {same} of them are as before (*supported*, or any other
-word). The others are listed here."""
+_CHANGED = """The first edition of these studies judged {count} of these claims by intervals over seeds alone, on
+images with near twins across the split, and mostly with published constants. The verdict is as before for {same},
+where all words but *supported* count as one. The others are listed here."""
 _COLUMNS = ["claim (source)", "interval", "difference", "verdict", "study"]
 
 # %% ../nbs/61b_claims.ipynb #89d2b2ae
