@@ -218,7 +218,7 @@ def test_the_page_of_claims_is_in_step(tmp_path):
     for p in (ROOT / "figures").glob("*/claims.json"):
         (tmp_path / p.parent.name).mkdir()
         shutil.copy(p, tmp_path / p.parent.name)
-    shutil.copy(ROOT / "figures" / "preregistration.md", tmp_path)
+    for name in ("preregistration.md", "first_edition.csv"): shutil.copy(ROOT / "figures" / name, tmp_path)
     page = write_claims(tmp_path)
     for p in (page, *(tmp_path / "claims").glob("*.svg")):
         committed = ROOT / "figures" / p.relative_to(tmp_path)
