@@ -341,8 +341,8 @@ interest. The picture ends at six times that effect.
 
 **Supported**: the interval excludes zero on the claimed side, and its middle lies outside the band. **Contradicted**:
 the same on the other side. **Negligible**: the intervals against all rivals lie inside the band. **Undecided**: none
-of these. **Not testable here**: a stated precondition failed. Verdicts of primary claims are corrected for their number within a paper
-(Holm). A verdict holds for the experiment that is named, not for every setting.
+of these. **Not testable here**: a stated precondition failed. Verdicts of primary claims are corrected for their
+number within a paper (Holm). A verdict holds for the experiment that is named, not for every setting.
 
 *Tuned* methods had equal searches on the validation classes of the committed split (`11_tuned`). *5 splits* means that
 each seed deals the classes anew to training and testing, so that the interval covers the split too."""
