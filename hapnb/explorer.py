@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['small_image', 'fit_size', 'visible', 'rank_all', 'query_values', 'packed', 'json_block', 'Explorer', 'explore',
-           'explore_runs']
+           'explore_runs', 'unlabelled', 'is_flat']
 
 # %% ../nbs/43_explorer.ipynb #1dec5e90
 import base64, copy, html, io, json, os
@@ -20,9 +20,10 @@ from torch import Tensor
 from .build import _by_image
 from .config import load_splits
 from .core import shared_levels, unit_floats
-from .datasets import RetrievalDataset
+from .data import check_files, find_images, need_dir
+from .datasets import RetrievalDataset, fingerprint_of
 from .helpers import UserError, check_number, write_atomic
-from .images import UNREADABLE, decode
+from .images import IMAGE_SUFFIXES, UNREADABLE, FileStore, decode
 from .metrics import check_rows
 from .plots import level_looks, retrieval_panel
 from .protocols import check_protocol, evaluate_protocol
@@ -215,13 +216,15 @@ def explore(models: dict, # name -> embeddings [N, D]; one model, or two to comp
     ranks = {n: number[ids[:, :k]] for n, (ids, *_) in found.items()}
     names, known, metrics = _described(next(iter(values.values())), dataset)
     table = {n: _table(values[n], names, known, found[n], ranked) for n in models}
-    data = _page(dataset, kept, listed, asks, metrics, notes)
+    data = _page(models, dataset, kept, listed, asks, metrics, notes)
     data |= dict(k=k, ranked=len(ranked), runs=[
         dict(name=n, about=(about or {}).get(n, ""), ids=packed(ranks[n], "<i4"), values=packed(table[n], "<f4"),
              scores=packed((found[n][1][:, :k] * 10000).round(), "<i2")) for n in models])
     _add_pictures(data, dataset, kept.tolist())
     main = [np.nan_to_num(t[:len(listed), 0]) for t in table.values()]
-    return Explorer(data, ranks, dataset.labels[kept], main[1] - main[0] if len(main) == 2 else -main[0])
+    # low values are worth a look, and so are images that are very similar where nothing else is known
+    gain = main[1] - main[0] if len(main) == 2 else -main[0] if known else main[0]
+    return Explorer(data, ranks, dataset.labels[kept], gain)
 
 # %% ../nbs/43_explorer.ipynb #2d0ed6d9
 def _table(values, names, known, found, ranked):
@@ -230,15 +233,16 @@ def _table(values, names, known, found, ranked):
     ranks = np.where(first[:, known] > 0, first[:, known], np.nan)
     return np.column_stack([*(values[n][ranked.numpy()] for n in names), ranks, cosines[:, :1]])
 
-def _page(dataset, kept, listed, asks, metrics, notes):
+def _page(models, dataset, kept, listed, asks, metrics, notes):
     "What the page says of the data."
     style = ["dotted", *["dashed"] * (len(dataset.level_names) - 1), "solid"]
     looks = [dict(color=l["color"], on=_readable_on(l["color"]), width=round(l["linewidth"] + .6, 1), style=s)
              for l, s in zip(level_looks(len(dataset.level_names)), style)]
     names, some = _names(dataset), len(listed) < len(asks)
     note = f"{len(listed):,} of {len(asks):,} queries, drawn at random." if some else f"{len(asks):,} queries."
+    if metrics[0]["kind"] == "percent": note += " Metrics are in percent."
     labels, classes = dataset.labels[kept], [[str(c) for c in names] for names in dataset.class_names]
-    return dict(title=f"{dataset.name}, {dataset.split}: what is retrieved", notes=[note, *notes],
+    return dict(title=f"{' and '.join(models)} on {dataset.name}, {dataset.split}", notes=[note, *notes],
                 levels=list(dataset.level_names), classes=classes, labels=packed(labels, "<i4"), labelled=bool((labels >= 0).any()), looks=looks,
                 names=[names[i] for i in kept.tolist()], listed=len(listed), metrics=metrics)
 
@@ -287,7 +291,7 @@ def panel(self: Explorer,
           queries: int = 3, # rows per model
           k: int = 8, # results per row
           ): # a matplotlib figure
-    "Draw the first queries of the list: of two models the largest gains, of one the lowest values."
+    "Draw the first queries of the list: two models' largest gains, or the lowest values of one."
     rows = torch.from_numpy(np.argsort(-self.gain, kind="stable")[:queries].copy())
     ids = {n: r[rows, :k] for n, r in self.ranks.items()}
     # a query with few results makes all rows as short
@@ -369,3 +373,18 @@ def explore_runs(run, # a `Result`
     kept = _stored_values(runs)
     return explore(dict(zip(names, (r.embeddings() for r in runs))), dataset, queries,
                    kept and dict(zip(names, kept)), about, notes=notes)
+
+# %% ../nbs/43_explorer.ipynb #03fc02b9
+def unlabelled(root) -> RetrievalDataset: # a folder of images
+    "Take all images below a folder, without classes; `FileNotFoundError` if there is none."
+    paths = find_images(root := need_dir(root, "a folder of images"))
+    if not paths: raise FileNotFoundError(f"found no images in {root} ({', '.join(IMAGE_SUFFIXES)}).")
+    files = [root / p for p in paths]
+    mark = fingerprint_of(paths=paths, sizes=check_files(files, str(root)))
+    return RetrievalDataset(FileStore(files), torch.full((len(files), 1), -1), [[]], ("class",), root.absolute().name,
+                            "all images", mark)
+
+def is_flat(root) -> bool:
+    "Tell whether images lie directly in a folder, so that its folders cannot be classes."
+    folder = Path(root).expanduser()
+    return folder.is_dir() and any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.iterdir() if p.is_file())

@@ -1,5 +1,5 @@
 """A headless Chromium for tests of pages: it speaks the DevTools protocol over a pipe, so it needs no package."""
-import base64, json, os, shutil, subprocess, tempfile
+import base64, json, os, select, shutil, subprocess, tempfile
 from pathlib import Path
 
 FOUND = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -8,11 +8,16 @@ _FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usag
           "--no-first-run", "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe")
 
 
+# seconds to wait for an answer, on a machine that may be busy
+_PATIENCE = 60
+
+
 class Browser:
     "A browser with one page. `errors` holds what the console and the page complained about."
 
     def __init__(self):
-        self.home, self.errors, self._count = tempfile.TemporaryDirectory(ignore_cleanup_errors=True), [], 0
+        self.home, self.errors = tempfile.TemporaryDirectory(ignore_cleanup_errors=True), []
+        self._count = self.loads = 0
         (theirs_in, self._out), (self._in, theirs_out) = os.pipe(), os.pipe()
 
         def as_three_and_four():
@@ -34,6 +39,7 @@ class Browser:
     def _next(self):
         "Read one message; messages end with a zero byte."
         while b"\0" not in self._left:
+            if not select.select([self._in], [], [], _PATIENCE)[0]: raise TimeoutError(f"no answer in {_PATIENCE} s")
             got = os.read(self._in, 1 << 20)
             if not got: raise RuntimeError("the browser has gone")
             self._left += got
@@ -48,7 +54,7 @@ class Browser:
         if method == "Log.entryAdded" and p["entry"]["level"] in ("error", "warning"): self.errors.append(p["entry"])
         if method == "Network.requestWillBeSent" and p["request"]["url"].startswith("http"):
             self.errors.append(p["request"]["url"])
-        return method
+        self.loads += method == "Page.loadEventFired"
 
     def send(self, method, **params):
         "Send a command and wait for its result."
@@ -69,9 +75,10 @@ class Browser:
         scheme = [dict(name="prefers-color-scheme", value="dark" if dark else "light")]
         self.send("Emulation.setEmulatedMedia", features=scheme)
         # the address of a page that is open already would only move within it
-        self.send("Page.navigate", url="about:blank")
-        self.send("Page.navigate", url=Path(path).absolute().as_uri() + fragment)
-        self.js("new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))")
+        for url in ("about:blank", Path(path).absolute().as_uri() + fragment):
+            self.loads = 0
+            self.send("Page.navigate", url=url)
+            while not self.loads: self._note(self._next())
 
     def js(self, code):
         "Evaluate JavaScript, wait for its promise, and return its value."
