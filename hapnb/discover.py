@@ -143,7 +143,8 @@ def _view_images(a): # an `Explorer`
         flat = a.dataset == "folder" and where is not None and is_flat(where)
         images = unlabelled(where) if flat else load(a.dataset, split, data_dir=where)
     table = extract_features(None, images, a.device, trunk=trunk)
-    return explore({trunk: table.embeddings}, images, a.queries, about={trunk: "features of a pretrained, frozen network"})
+    about_it = {trunk: "features of a pretrained, frozen network"}
+    return explore({trunk: table.embeddings}, images, a.queries, about=about_it)
 
 @command(_view_options, """examples:
   hapnb view --run 3f2a                              the images that the run was evaluated on

@@ -243,7 +243,8 @@ def _page(models, dataset, kept, listed, asks, metrics, notes):
     if metrics[0]["kind"] == "percent": note += " Metrics are in percent."
     labels, classes = dataset.labels[kept], [[str(c) for c in names] for names in dataset.class_names]
     return dict(title=f"{' and '.join(models)} on {dataset.name}, {dataset.split}", notes=[note, *notes],
-                levels=list(dataset.level_names), classes=classes, labels=packed(labels, "<i4"), labelled=bool((labels >= 0).any()), looks=looks,
+                levels=list(dataset.level_names), classes=classes, labels=packed(labels, "<i4"),
+                labelled=bool((labels >= 0).any()), looks=looks,
                 names=[names[i] for i in kept.tolist()], listed=len(listed), metrics=metrics)
 
 def _readable_on(colour):

@@ -71,7 +71,8 @@ class Browser:
 
     def open(self, path, width=1280, height=900, dark=False, fragment=""):
         "Load a file and wait until it has loaded."
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                  mobile=width < 500)
         scheme = [dict(name="prefers-color-scheme", value="dark" if dark else "light")]
         self.send("Emulation.setEmulatedMedia", features=scheme)
         # the address of a page that is open already would only move within it
