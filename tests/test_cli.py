@@ -29,8 +29,7 @@ print("profile", profile, "run", n)
 """
 END = """
 from hapnb.study import save_claims
-from hapnb.tables import Claim
-save_claims([Claim("P", "c", "m")], out)
+save_claims([], out)
 write_atomic(Path(out) / "main.md", "| the main table |")
 """
 
