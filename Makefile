@@ -10,7 +10,7 @@ READY   := .venv/.installed
 DOCS    := .venv/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test gpu-check lab docs slides prepare clean
+.PHONY: help install reproduce test gpu-check lab docs slides prepare render clean
 
 help:
 	@echo "make reproduce   regenerate tables and figures (STUDY=10_benchmark, PROFILE=smoke|quick|full|network|paper)"
@@ -20,6 +20,7 @@ help:
 	@echo "make docs        build the site: the book, the studies, the reference (_docs/index.html; the first time needs npm)"
 	@echo "make slides      slides of every lesson (_slides/; they need no network)"
 	@echo "make prepare     after editing notebooks: export hapnb/, clean, register claims, rewrite README.md"
+	@echo "make render      execute the notebooks that changed and keep their outputs (ARGS=nbs/15_metrics.ipynb: these)"
 	@echo "make clean       remove caches and build leftovers (keeps .venv and runs)"
 
 # The stamp is newer than settings.ini and setup.py as long as nothing needs installing.
@@ -41,8 +42,9 @@ test: $(READY)
 gpu-check: $(READY)
 	@$(BIN)/python tools/gpu_check.py $(ARGS)
 
+# The kernel of tools/lab is ipykernel with a name and version that no machine changes: opening a notebook leaves it as is.
 lab: $(READY)
-	@$(BIN)/jupyter lab nbs $(ARGS)
+	@JUPYTER_PATH=$(CURDIR)/tools/lab $(BIN)/jupyter lab nbs $(ARGS)
 
 $(DOCS): $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
@@ -59,6 +61,9 @@ prepare: $(READY)
 	@$(BIN)/nbdev_clean
 	@$(BIN)/python tools/claims.py
 	@$(BIN)/python tools/readme.py
+
+render: $(READY)
+	@$(BIN)/python tools/render.py --jobs $(JOBS) $(ARGS)
 
 clean:
 	@rm -rf build dist _proc _docs _slides htmlcov .coverage .coverage.* .pytest_cache .hypothesis

@@ -227,7 +227,7 @@ def _map_one(ax, points, groups, names, class_looks, max_labels):
     order = [g for g in np.argsort(-counts, kind="stable") if counts[g]]
     for g in order:
         look = {k: class_looks[g][k] for k in ("color", "marker")}
-        entries[names[g]] = ax.scatter(*points[groups == g].T, s=9, alpha=.65, linewidths=0, rasterized=True, **look)
+        entries[names[g]] = ax.scatter(*points[groups == g].T, s=6, alpha=.65, linewidths=0, rasterized=True, **look)
     for g in order[:max_labels]:
         box = dict(facecolor="white", alpha=.75, edgecolor=class_looks[g]["color"], pad=1.2, linewidth=.8)
         middle = np.median(points[groups == g], axis=0)
@@ -246,7 +246,7 @@ def _checked_maps(embeddings, rows):
 # %% ../nbs/40_plots.ipynb #b72f28e7
 @drawn
 def embedding_map(
-    embeddings,    # [N, D], or a dict name -> [N, D] for maps side by side
+    embeddings,    # [N, D], or a dict name -> [N, D] for one map each
     labels,        # [N] or [N, L]
     method: str = "pca", # "pca" or "tsne"
     level: int = -1, # the level that gives the colour; -1 = coarsest
@@ -263,9 +263,9 @@ def embedding_map(
     keep = np.sort(np.random.default_rng(seed).permutation(len(groups))[:max_points])
     few = list(looks(range(min(len(names), 32))).values())
     class_looks = [few[g % 32] for g in range(len(names))]
-    cols = min(len(maps), 3)
+    cols = min(len(maps), 2)
     rows = math.ceil(len(maps) / cols)
-    size = (8 if cols > 1 else 5.5, 4 * rows if cols < 3 else 3 * rows)
+    size = (5, .6 + (2.5 if cols > 1 else 4) * rows)
     fig, axes = plt.subplots(rows, cols, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat[len(maps):]: ax.axis("off")
     entries = {}
@@ -273,7 +273,7 @@ def embedding_map(
         points, titles = _project(e[keep], method, seed)
         entries |= _map_one(ax, points, groups[keep], names, class_looks, max_labels)
         ax.set(title=n, xlabel=titles[0], ylabel=titles[1], xticks=[], yticks=[])
-    if len(names) <= 12: legend(fig, entries, loc="outside lower center", ncol=5, markerscale=1.6)
+    if len(names) <= 12: legend(fig, entries, loc="outside lower center", ncol=3, markerscale=2)
     return fig
 
 # %% ../nbs/40_plots.ipynb #06543342
