@@ -96,7 +96,11 @@ class Shell(CaptureShell):
         from matplotlib.figure import Figure
         self.display_formatter.formatters["image/png"].for_type(Figure, draw)
 
-    def show(self, kind, **output): self.shown.append(dict(output_type=kind, **output))
+    def show(self, kind, **output):
+        # pictures come as bytes, and JSON holds text
+        if data := output.get("data"):
+            output["data"] = {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in data.items()}
+        self.shown.append(dict(output_type=kind, **output))
 
     def run(self, code, **kwargs):
         "Run the code of a cell; its outputs are in `shown`."
