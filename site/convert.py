@@ -29,7 +29,8 @@ PARTS = {
                   "45_features 46_clustering 47_knn_graphs 47b_edge_network 48_hilander 49_selection 50_openworld "
                   "51_openworld_report 52_openworld_recipes"),
     "evidence": ("Studies and evidence", "How sure are we of a number? Intervals, tests, claims, tables and pictures.",
-                 "39_statistics 40_plots 40b_curves 41_search_plots 61_tables 61b_claims 61c_budgets 62_study"),
+                 "39_statistics 40_plots 40b_curves 41_search_plots 43_explorer 61_tables 61b_claims 61c_budgets "
+                 "62_study"),
     "engineers": ("For engineers", "What makes it fast, safe and easy to run. You need none of it to follow the rest.",
                   "01b_loglinear 01c_kernels 01d_compiled 16_images 19_files 20b_bundled 24b_weights 27_packed "
                   "34_measure 36_cost 36_plan 37_workers 37b_grids 60_driver 63_options 64_doctor 65_commands "
