@@ -97,9 +97,9 @@ class Shell(CaptureShell):
         self.display_formatter.formatters["image/png"].for_type(Figure, draw)
 
     def show(self, kind, **output):
-        # pictures come as bytes, and JSON holds text
-        if data := output.get("data"):
-            output["data"] = {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in data.items()}
+        "Add an output, with pictures as text."
+        for k, v in output.get("data", {}).items():
+            if isinstance(v, bytes): output["data"][k] = base64.b64encode(v).decode()
         self.shown.append(dict(output_type=kind, **output))
 
     def run(self, code, **kwargs):
