@@ -1,16 +1,25 @@
-"""A headless Chromium for tests, driven through the DevTools protocol: pages, clicks, screenshots, console errors.
+"""A headless Chromium for tests, driven by the DevTools protocol over a pipe: it needs no package and no port.
 
 `with Browser() as b: b.open(path_or_url); b.js("document.title"); b.click("#go"); b.wait("done === true")`.
-`b.errors` holds what the console has reported since `open`: exceptions, errors, files that did not load.
-`missing()` is the reason to skip where there is no browser. `Browser(network=False)` refuses all but local files.
+`b.errors` holds what the browser has complained about since `open`: exceptions, errors and warnings of the console,
+and files that did not load. `Browser(network=False)` refuses all but local files and complains about each request.
+`missing()` is the reason to skip where there is no browser. No wait is longer than `SECONDS`.
 """
-import base64, json, os, shutil, subprocess, tempfile, time, urllib.request
+import base64, json, os, select, shutil, signal, subprocess, tempfile, time
 from pathlib import Path
 
+# a machine that is busy needs a few seconds to start a browser
+SECONDS = 60
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-extensions",
-         "--disable-background-networking", "--no-first-run", "--hide-scrollbars", "--remote-debugging-port=0",
-         "--remote-allow-origins=*", "--force-color-profile=srgb")
+         "--disable-background-networking", "--disable-component-update", "--disable-breakpad", "--no-first-run",
+         "--hide-scrollbars", "--force-color-profile=srgb", "--remote-debugging-pipe")
+# The browser reads commands from descriptor 3 and replies on 4. It ends when the other end of its pipe is closed, even
+# if this process is killed, and then the shell removes the profile.
+SHELL = '"$@" 3<&0 4>&1 </dev/null >/dev/null 2>&1; rm -rf "$0"'
+# every request goes to a port where nothing listens, also those of frames and workers
+OFFLINE = ("--proxy-server=http://127.0.0.1:9", "--proxy-bypass-list=<-loopback>")
+KEYS = {"Backspace": 8, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
 
 def program():
@@ -20,103 +29,136 @@ def program():
 
 def missing():
     "Why no browser can be driven here; None if one can."
-    if not program(): return "no Chromium on this machine: install it, or set CHROMIUM to its path"
-    try: import websocket  # noqa: F401
-    except ImportError: return "the package websocket-client is not installed"
-    return None
+    if not program(): return "no Chromium on this machine: `apt install chromium`, or set CHROMIUM to its path"
 
 
 class Browser:
     "One page of a headless Chromium."
     def __init__(self, width=1280, height=900, dark=False, network=True):
         self.size, self.dark, self.network = (width, height), dark, network
-        self.errors, self.last = [], 0
+        self.errors, self.last, self.loads, self.unread, self.session = [], 0, 0, b"", None
 
     def __enter__(self):
-        self.folder = Path(tempfile.mkdtemp(prefix="chromium"))
-        # the browser writes its port into a file, so that two tests never ask for the same one
-        self.process = subprocess.Popen([program(), *FLAGS, f"--user-data-dir={self.folder}", "about:blank"],
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try: self.connect()
+        self.folder = tempfile.mkdtemp(prefix="chromium")
+        flags = [*FLAGS, *(() if self.network else OFFLINE), f"--user-data-dir={self.folder}"]
+        command = ["sh", "-c", SHELL, self.folder, program(), *flags, "about:blank"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                                        start_new_session=True)
+        try:
+            os.set_blocking(self.process.stdin.fileno(), False)
+            self.connect()
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_):
-        self.process.kill()
+        # the shell, the browser and its children are one group
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.process.stdin.close()
+        self.process.stdout.close()
+        # a child that has not quite ended may still write
+        end = time.monotonic() + SECONDS
+        while os.path.exists(self.folder):
+            shutil.rmtree(self.folder, ignore_errors=time.monotonic() < end)
 
-    def connect(self, seconds=300):
-        "Connect to the first page and ask for the events of its console."
-        import websocket
-        port = self.folder / "DevToolsActivePort"
-        end = time.monotonic() + seconds
-        while not (port.exists() and port.read_text().count("\n")):
-            if self.process.poll() is not None or time.monotonic() > end: raise RuntimeError("Chromium did not start")
-            time.sleep(.1)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port.read_text().split()[0]}/json") as answer:
-            page = next(p for p in json.load(answer) if p["type"] == "page")
-        self.socket = websocket.create_connection(page["webSocketDebuggerUrl"], timeout=seconds, max_size=None)
-        for domain in ("Page", "Runtime", "Log", "Network"): self.send(f"{domain}.enable")
-        if not self.network: self.send("Network.setBlockedURLs", urls=["http://*", "https://*"])
+    def connect(self):
+        "Make a page and ask for its events."
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.listen(self.session)
         self.look()
 
-    def send(self, method, **params):
-        "Call a method of the protocol and return its result; events that arrive meanwhile go to `hear`."
+    def listen(self, session):
+        "Ask for the events of a page or frame, and for those of frames in it that get a process of their own."
+        frames = {"autoAttach": True, "waitForDebuggerOnStart": True, "flatten": True}
+        for domain in ("Page", "Runtime", "Log", "Network"): self.post(f"{domain}.enable", {}, session)
+        self.post("Target.setAutoAttach", frames, session)
+        self.post("Runtime.runIfWaitingForDebugger", {}, session)
+
+    def until(self, end, doing, read=(), write=()):
+        "Wait until the pipe can be read or written; `doing` is named if that is too late."
+        if not any(select.select(read, write, [], max(0, end - time.monotonic()))):
+            raise TimeoutError(f"{doing}: not done after {SECONDS} s")
+
+    def receive(self, end, doing):
+        "The next message; messages end with a zero byte."
+        while b"\0" not in self.unread:
+            self.until(end, doing, read=[self.process.stdout])
+            if not (more := os.read(self.process.stdout.fileno(), 1 << 20)):
+                raise RuntimeError(f"{doing}: Chromium has ended")
+            self.unread += more
+        text, _, self.unread = self.unread.partition(b"\0")
+        return json.loads(text)
+
+    def post(self, method, params, session):
+        "Call a method of the protocol; the number of the call, when the result is too late, and how errors name it."
         self.last += 1
-        mine = self.last
-        self.socket.send(json.dumps({"id": mine, "method": method, "params": params}))
-        while True:
-            message = json.loads(self.socket.recv())
-            if message.get("id") == mine: break
-            self.hear(message)
-        if "error" in message: raise RuntimeError(f"{method}: {message['error']['message']}")
+        message = {"id": self.last, "method": method, "params": params}
+        if session: message["sessionId"] = session
+        end, doing, left = time.monotonic() + SECONDS, f"{method} {params}"[:200], json.dumps(message).encode() + b"\0"
+        while left:
+            self.until(end, doing, write=[self.process.stdin])
+            try: left = left[os.write(self.process.stdin.fileno(), left):]
+            except BrokenPipeError: raise RuntimeError(f"{doing}: Chromium has ended") from None
+        return message["id"], end, doing
+
+    def send(self, method, **params):
+        "Call a method of the page and return its result; events that arrive meanwhile go to `hear`."
+        mine, end, doing = self.post(method, params, self.session)
+        while (message := self.receive(end, doing)).get("id") != mine: self.hear(message)
+        if "error" in message: raise RuntimeError(f"{doing}: {message['error']['message']}")
         return message["result"]
 
     def hear(self, message):
-        "Keep exceptions, console errors, and files that did not load."
+        "Count pages that have loaded; keep exceptions, complaints of the console, and requests that are not allowed."
         kind, params = message.get("method"), message.get("params", {})
+        self.loads += kind == "Page.loadEventFired" and message["sessionId"] == self.session
+        if kind == "Target.attachedToTarget" and self.session: self.listen(params["sessionId"])
         if kind == "Runtime.exceptionThrown":
             details = params["exceptionDetails"]
             self.errors.append(details.get("exception", {}).get("description") or details["text"])
-        elif kind == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert"):
+        elif kind == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
             self.errors.append(" ".join(str(a.get("value", a.get("description"))) for a in params["args"]))
-        elif kind == "Log.entryAdded" and params["entry"]["level"] == "error":
+        elif kind == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
             self.errors.append(f"{params['entry']['text']} {params['entry'].get('url', '')}".strip())
+        elif kind == "Network.requestWillBeSent" and not self.network and params["request"]["url"].startswith("http"):
+            self.errors.append(f"asks the network for {params['request']['url']}")
 
     def look(self, width=None, height=None, dark=None):
-        "Change the size of the window, or light and dark."
+        "Change the size of the window, or light and dark; a narrow window is that of a phone."
         self.size = (width or self.size[0], height or self.size[1])
         self.dark = self.dark if dark is None else dark
         self.send("Emulation.setDeviceMetricsOverride", width=self.size[0], height=self.size[1], deviceScaleFactor=1,
-                  mobile=False)
+                  mobile=self.size[0] < 500)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if self.dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
 
-    def open(self, page, seconds=300):
+    def open(self, page, fragment=""):
         "Open a file or an address and wait until it has loaded; forgets earlier errors."
-        self.errors.clear()
-        url = page if "://" in str(page) else Path(page).resolve().as_uri()
-        # a page that only scrolls would not load again
-        self.send("Page.navigate", url="about:blank")
-        done = self.send("Page.navigate", url=url)
-        if done.get("errorText"): raise RuntimeError(f"{url}: {done['errorText']}")
-        self.wait("location.href !== 'about:blank' && document.readyState === 'complete'", seconds)
+        url = page if "://" in str(page) else Path(page).resolve().as_uri() + fragment
+        # an address that differs in its fragment only would not be loaded again
+        for to in ("about:blank", url):
+            self.errors.clear()
+            self.loads, end = 0, time.monotonic() + SECONDS
+            done = self.send("Page.navigate", url=to)
+            if done.get("errorText"): raise RuntimeError(f"{to}: {done['errorText']}")
+            while not self.loads: self.hear(self.receive(end, f"open {to}"))
 
     def js(self, expression):
         "The value of a JavaScript expression (or of the promise that it gives), as Python has it."
-        done = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        done = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True,
+                         timeout=SECONDS * 900)
         if "exceptionDetails" in done:
             raise RuntimeError(done["exceptionDetails"].get("exception", {}).get("description", expression))
         return done["result"].get("value")
 
-    def wait(self, expression, seconds=120):
+    def wait(self, expression):
         "Wait until a JavaScript expression is true and return its value."
-        end = time.monotonic() + seconds
+        end = time.monotonic() + SECONDS
         while not (value := self.js(expression)):
-            if time.monotonic() > end: raise TimeoutError(f"never true in {seconds} s: {expression}")
+            if time.monotonic() > end: raise TimeoutError(f"never true in {SECONDS} s: {expression}")
             time.sleep(.05)
         return value
 
@@ -133,11 +175,12 @@ class Browser:
         "Type into what has the focus."
         self.send("Input.insertText", text=text)
 
-    def key(self, name, code):
-        "Press and release one key, such as `key('Enter', 13)`."
-        text = {"text": "\r"} if name == "Enter" else {}
-        for kind in ("keyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code, **text)
+    def press(self, key):
+        "Press and release a key: a character, or a name of `KEYS`."
+        text = {"text": "\r"} if key == "Enter" else {"text": key} if len(key) == 1 else {}
+        code = {"code": key, "windowsVirtualKeyCode": KEYS[key]} if len(key) > 1 else {}
+        self.send("Input.dispatchKeyEvent", type="keyDown", key=key, **code, **text)
+        self.send("Input.dispatchKeyEvent", type="keyUp", key=key, **code)
 
     def screenshot(self, path, whole=False):
         "Save what the window shows (or the whole page) as PNG."

@@ -375,7 +375,7 @@ def test_the_search_finds_from_a_file(docs):
         b.open(docs / "index.html")
         b.js("document.querySelector('.sidebar-search').focus()")
         b.type("hierarchical rank")
-        b.key("Enter", 13)
+        b.press("Enter")
         b.wait("/search.html/.test(location.href) && document.querySelectorAll('#search-results li a').length > 0")
         b.wait("/Hierarchical retrieval metrics/.test(document.querySelector('#search-results').textContent)")
         b.click("#search-results li a[href^='nbs/15_metrics']")
@@ -390,7 +390,7 @@ def test_slides_show_formulas_and_turn(lesson, tmp_path):
     with browser.Browser(network=False) as b:
         b.open(path)
         b.wait("Reveal.isReady() && document.querySelectorAll('mjx-container svg').length > 0")
-        b.key("ArrowRight", 39)
+        b.press("ArrowRight")
         b.wait("Reveal.getIndices().h === 1")
         assert b.js("document.querySelector('section.present h2').textContent").startswith("Second")
         assert b.js(LOADED) and b.errors == []
