@@ -6,7 +6,7 @@
 __all__ = ['EXERCISES', 'Exercise', 'exercise', 'find_exercise', 'limited', 'Tried', 'try_answer', 'known_mistake',
            'compare_numbers', 'loop_in', 'diagnose', 'Report', 'hint', 'check', 'grade']
 
-# %% ../nbs/70_course.ipynb #69ecff2e
+# %% ../nbs/70_course.ipynb #972fc417
 import ast, contextlib, copy, ctypes, html, importlib, inspect, io, linecache, re, sys, textwrap, threading
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .helpers import UserError, nearest
 
-# %% ../nbs/70_course.ipynb #9520f0b3
+# %% ../nbs/70_course.ipynb #618d6d78
 EXERCISES = {}  # "1.2" -> Exercise
 
 @dataclass
@@ -37,7 +37,7 @@ class Exercise:
         "Register the decorated function as an answer that makes a known mistake."
         return lambda f: self.mistakes.setdefault(message, f)
 
-# %% ../nbs/70_course.ipynb #5f1b82da
+# %% ../nbs/70_course.ipynb #461fa2bc
 def exercise(id: str, # lesson and number, such as "1.2"
              **fields): # of `Exercise`
     "Decorate the reference solution (or, if `solution` is a value, its judge): its name is the name of the answer."
@@ -47,7 +47,7 @@ def exercise(id: str, # lesson and number, such as "1.2"
         return EXERCISES[id]
     return add
 
-# %% ../nbs/70_course.ipynb #cc5dc7c5
+# %% ../nbs/70_course.ipynb #5786e5f7
 def find_exercise(id: str) -> Exercise: # such as "1.2"
     "Find an exercise; `UserError` names the nearest one."
     lesson = re.match(r"(\d+)\.", str(id))
@@ -56,7 +56,7 @@ def find_exercise(id: str) -> Exercise: # such as "1.2"
     if id in EXERCISES: return EXERCISES[id]
     raise UserError(f"there is no exercise {id!r}.{nearest(str(id), EXERCISES)} Known: {', '.join(sorted(EXERCISES))}.")
 
-# %% ../nbs/70_course.ipynb #727d3dba
+# %% ../nbs/70_course.ipynb #803be290
 class _Stop(BaseException): "Ends an answer that takes too long; no `except Exception` in the answer catches it."
 
 def limited(f: callable, # called without arguments
@@ -78,7 +78,7 @@ def limited(f: callable, # called without arguments
             return TimeoutError(), printed.getvalue()
     return out[0], printed.getvalue()
 
-# %% ../nbs/70_course.ipynb #043d8b48
+# %% ../nbs/70_course.ipynb #5722b6a1
 def _array(x):
     "A result as an array of floats; None where it is none."
     if isinstance(x, Tensor): x = x.detach().cpu().numpy()
@@ -94,7 +94,7 @@ def _same(a, b):
     if a is None or b is None or a.shape != b.shape: return False
     return bool(np.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True))
 
-# %% ../nbs/70_course.ipynb #2d12fffa
+# %% ../nbs/70_course.ipynb #9529ed0a
 @dataclass
 class Tried:
     "What an answer did in one case."
@@ -121,7 +121,7 @@ def _seen(seen, result, args):
 
 def _plain(x): return x if isinstance(x, (int, float, list, tuple, Tensor, np.ndarray)) else 0
 
-# %% ../nbs/70_course.ipynb #99453ac3
+# %% ../nbs/70_course.ipynb #e5c8f0b3
 def known_mistake(ex: Exercise, cases: dict, tried: dict) -> str: # its message; "" if there is none
     "Find the known mistake that gives the same results as an answer in every case."
     for message, wrong in ex.mistakes.items():
@@ -129,7 +129,7 @@ def known_mistake(ex: Exercise, cases: dict, tried: dict) -> str: # its message;
         if len(made) == len(tried) and all(_same(t.result, made[case].result) for case, t in tried.items()): return message
     return ""
 
-# %% ../nbs/70_course.ipynb #5546af15
+# %% ../nbs/70_course.ipynb #a30677e9
 def _shape(a): return str(list(a.shape)) if a.ndim else "a single number"
 
 def compare_numbers(got, want, # arrays of floats
@@ -154,7 +154,7 @@ def compare_numbers(got, want, # arrays of floats
 
 def _short(a): return np.array2string(a, precision=3, threshold=8, edgeitems=2, separator=", ").replace("\n", "")
 
-# %% ../nbs/70_course.ipynb #e0f835ff
+# %% ../nbs/70_course.ipynb #cbd3ee9f
 def _say_error(e, answer):
     "An error of an answer, with the line of the answer that raised it."
     if isinstance(e, TimeoutError): return "it did not end in time: is there a loop that never ends?"
@@ -174,7 +174,7 @@ def _say(t, want, ex, answer):
     if got is None: return f"it returns an object of type {type(t.result).__name__}, expected {_shape(_array(want))}."
     return compare_numbers(got, _array(want), ex.axes)
 
-# %% ../nbs/70_course.ipynb #7d8604a4
+# %% ../nbs/70_course.ipynb #741cbe0e
 def loop_in(answer: callable) -> str: # what it loops over; "" if there is no loop, or no source
     "Find the first loop in the source of a function."
     try: tree = ast.parse(textwrap.dedent(inspect.getsource(answer)))
@@ -185,7 +185,7 @@ def loop_in(answer: callable) -> str: # what it loops over; "" if there is no lo
         if isinstance(n, (ast.For, ast.comprehension)): return ast.unparse(n.iter)
     return ""
 
-# %% ../nbs/70_course.ipynb #149a0393
+# %% ../nbs/70_course.ipynb #73b9d01c
 _MISSING = object()
 
 def diagnose(ex: Exercise, answer, seed: int = 0, limit: float = 5.) -> str: # "" if it is right
@@ -218,7 +218,7 @@ def _judged(ex, answer, limit):
     found, _ = limited(lambda: ex.judge(answer), limit)
     return f"your value cannot be used: {type(found).__name__}: {found}" if isinstance(found, BaseException) else found
 
-# %% ../nbs/70_course.ipynb #dd464a5d
+# %% ../nbs/70_course.ipynb #010677bd
 _SIGNS = {"right": ("✓", "#009E73"), "wrong": ("✗", "#D55E00"), "hint": ("→", "#0072B2")}
 
 @dataclass(repr=False)
@@ -234,7 +234,7 @@ class Report:
         text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(self.text)).replace("\n", "<br>")
         return f'<div style="border-left: 4px solid {colour}; padding: 2px 12px">{sign} {text}</div>'
 
-# %% ../nbs/70_course.ipynb #18eb9183
+# %% ../nbs/70_course.ipynb #9233f343
 _given = {}  # exercise -> hints shown so far
 
 def hint(id: str) -> Report: # such as "1.2"
@@ -246,7 +246,7 @@ def hint(id: str) -> Report: # such as "1.2"
     last = " This was the last hint." if n == len(ex.hints) else f' Call hint("{id}") again for the next one.'
     return Report("hint", f"Hint {n} of {len(ex.hints)} for {id}: {ex.hints[n - 1]}{last}")
 
-# %% ../nbs/70_course.ipynb #b61bf557
+# %% ../nbs/70_course.ipynb #ff914efc
 def check(id: str, # such as "1.2"
           answer=_MISSING, # default: what has the exercise's name in the notebook
           hint: bool = False, # also give the next hint?
@@ -255,12 +255,12 @@ def check(id: str, # such as "1.2"
     ex = find_exercise(id)
     if answer is _MISSING: answer = sys._getframe(1).f_globals.get(ex.name, _MISSING)
     if not (wrong := diagnose(ex, answer)):
-        cases = f" in all cases ({', '.join(ex.cases(0))})" if ex.cases else ""
+        cases = f" in all cases ({'; '.join(ex.cases(0))})" if ex.cases else ""
         return Report("right", f"{id}: `{ex.name}` is right{cases}.")
     more = f"\n{globals()['hint'](id).text}" if hint else f' For a hint, call hint("{id}").' if ex.hints else ""
     return Report("wrong", f"{id}: {wrong}{more}")
 
-# %% ../nbs/70_course.ipynb #372c981d
+# %% ../nbs/70_course.ipynb #28cba48e
 def grade(id: str, # such as "1.2"
           answer=_MISSING, # default: what has the exercise's name in the notebook
           seed: int = 1, # of the cases; `check` uses 0
