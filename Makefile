@@ -9,7 +9,7 @@ BIN     := .venv/bin
 READY   := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test gpu-check lab prepare clean
+.PHONY: help install reproduce test gpu-check lab prepare render clean
 
 help:
 	@echo "make reproduce   regenerate tables and figures (STUDY=10_benchmark, PROFILE=smoke|quick|full|network|paper)"
@@ -17,6 +17,7 @@ help:
 	@echo "make gpu-check   on a machine with a GPU: check it in 8 minutes (ARGS='--device cpu' rehearses without one)"
 	@echo "make lab         open the notebooks in JupyterLab"
 	@echo "make prepare     after editing notebooks: export hapnb/, clean, register claims, rewrite README.md"
+	@echo "make render      execute the notebooks that changed and keep their outputs (ARGS=nbs/15_metrics.ipynb: these)"
 	@echo "make clean       remove caches and build leftovers (keeps .venv and runs)"
 
 # The stamp is newer than settings.ini and setup.py as long as nothing needs installing.
@@ -38,14 +39,18 @@ test: $(READY)
 gpu-check: $(READY)
 	@$(BIN)/python tools/gpu_check.py $(ARGS)
 
+# The kernel of tools/lab is ipykernel with a name and version that no machine changes: opening a notebook leaves it as is.
 lab: $(READY)
-	@$(BIN)/jupyter lab nbs $(ARGS)
+	@JUPYTER_PATH=$(CURDIR)/tools/lab $(BIN)/jupyter lab nbs $(ARGS)
 
 prepare: $(READY)
 	@$(BIN)/nbdev_export
 	@$(BIN)/nbdev_clean
 	@$(BIN)/python tools/claims.py
 	@$(BIN)/python tools/readme.py
+
+render: $(READY)
+	@$(BIN)/python tools/render.py --jobs $(JOBS) $(ARGS)
 
 clean:
 	@rm -rf build dist _proc _docs htmlcov .coverage .coverage.* .pytest_cache .hypothesis

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'OBJECTIVES', 'BATCHES', 'METHODS', 'SEARCH_SEED', 'REPEAT_SEEDS', 'trials_of', 'objective_of',
-           'tuned_name', 'Method', 'published', 'changes_of', 'points_of', 'search_grid', 'edges_of', 'candidates',
-           'choose', 'choose_points', 'search_id', 'points_file', 'read_points', 'write_points', 'tuned', 'has_point',
-           'by_metric']
+           'tuned_name', 'Method', 'as_published', 'published', 'changes_of', 'points_of', 'search_grid', 'edges_of',
+           'candidates', 'choose', 'choose_points', 'search_id', 'points_file', 'read_points', 'write_points', 'tuned',
+           'has_point', 'by_metric']
 
 # %% ../nbs/61c_budgets.ipynb #fe7743b1
 import functools, hashlib, json, re
@@ -126,6 +126,10 @@ METHODS["HIST"].space.update({"groups.loss.distributions.lr": (1e-3, 1., "log"),
                               "groups.loss.hgnn.lr": (1e-4, .1, "log")})
 
 # %% ../nbs/61c_budgets.ipynb #d826faa5
+def as_published(epochs: int) -> dict: # path -> value
+    "Write down published constants as a point."
+    return {"constants": "published", "epochs": epochs}
+
 def published(method: str, # of METHODS
               epochs: int) -> dict: # fields of `RunConfig`
     "Give what a method changes in a configuration: its published constants, and a rate found for them."
@@ -134,10 +138,12 @@ def published(method: str, # of METHODS
     return {**m.fields, "lr": m.rates[epochs > 15]}
 
 def changes_of(method: str, # of METHODS
-               point: dict, # path -> value
+               point: dict, # path -> value; or of `as_published`
                ) -> dict: # fields of `RunConfig`
     "Give what a method changes in a configuration at one point of its space."
     check_choice("method", method, METHODS)
+    if point.get("constants") == "published":
+        return {**published(method, point["epochs"]), "epochs": point["epochs"]}
     batches = BATCHES[point["batches"]] if "batches" in point else {}
     params = {path: v for path, v in point.items() if path != "batches"}
     fields = {**METHODS[method].fields, **batches}
@@ -169,7 +175,7 @@ def search_grid(base: RunConfig, # of a setting, with split="val"
 def edges_of(method: str, point: dict) -> list: # of paths
     "Name the settings in which a point lies at an end of its range."
     space = METHODS[method].space
-    return [path for path, v in point.items() if _at_edge(v, _tried(space[path]))]
+    return [path for path, v in point.items() if path in space and _at_edge(v, _tried(space[path]))]
 
 def _tried(spec):
     "The values of an axis, or the two ends of its range."
@@ -202,7 +208,8 @@ def choose_points(setting: str,
                   rows: pd.DataFrame, # runs of `search_grid`: method, trial, key, the objectives
                   repeats: pd.DataFrame, # the same of the candidates, with other seeds
                   known: pd.DataFrame, # runs with published constants, with the seeds of the repeats
-                  ) -> pd.DataFrame: # one row per method and objective
+                  epochs: int, # of these
+                  ) -> pd.DataFrame: # one row per method and objective; `trials` does not count the published constants
     "Choose a point for each method and objective."
     again = {(m, int(i)): part for (m, i), part in repeats.groupby(["method", "trial"])}
     first, out = rows.set_index(["method", "trial"]), []
@@ -212,14 +219,18 @@ def choose_points(setting: str,
             score = first.loc[method][objective].reindex(range(len(tried))).to_numpy()
             pair = candidates(method, tried, score)
             i = choose(pair, {i: again[method, i][objective] for i in pair}, noise)
-            own, old = again[method, i], known.loc[known["method"] == method, objective]
+            own, old = again[method, i], known[known["method"] == method]
+            point, score, tries = tried[i], score[i], {p: _tried(METHODS[method].space[p]) for p in tried[i]}
             keys = [first.loc[method, i]["key"], *own["key"]]
+            if old[objective].mean() > own[objective].mean():
+                # no score of the search, so no optimism either
+                point, own, score, keys = as_published(epochs), old, np.nan, old["key"]
+                tries = {"constants": ["published", "searched"], "epochs": tries["epochs"]}
             out.append(dict(
-                setting=setting, method=method, objective=objective, trials=len(tried), chosen=json.dumps(tried[i]),
-                tried=json.dumps({path: _tried(METHODS[method].space[path]) for path in tried[i]}),
-                validation=score[i], repeated=own[objective].mean(), published=old.mean(), noise=own[objective].std(),
-                pooled_noise=noise, optimism=score[i] - own[objective].mean(),
-                edge=" ".join(edges_of(method, tried[i])), keys=" ".join(keys),
+                setting=setting, method=method, objective=objective, trials=len(tried), chosen=json.dumps(point),
+                tried=json.dumps(tries), validation=score, repeated=own[objective].mean(),
+                published=old[objective].mean(), noise=own[objective].std(), pooled_noise=noise,
+                optimism=score - own[objective].mean(), edge=" ".join(edges_of(method, point)), keys=" ".join(keys),
                 search=search_id(method, setting, len(tried)), commit=commit()))
     return pd.DataFrame(out)
 
@@ -231,8 +242,8 @@ def search_id(method: str, setting: str, trials: int) -> str: # 12 hexadecimal d
     "Identify a search by everything that decides its trials and their scores, except for the code."
     data = find_bundled(SETTINGS[setting]["dataset"])
     m, stat = METHODS[method], data.stat()
-    what = dict(images=_hash_of(data, stat.st_size, stat.st_mtime_ns), fields=m.fields, space=m.space, trials=trials,
-                base=RunConfig(**SETTINGS[setting]).to_dict(), seeds=[SEARCH_SEED, *REPEAT_SEEDS])
+    what = dict(images=_hash_of(data, stat.st_size, stat.st_mtime_ns), fields=m.fields, rates=m.rates, space=m.space,
+                trials=trials, base=RunConfig(**SETTINGS[setting]).to_dict(), seeds=[SEARCH_SEED, *REPEAT_SEEDS])
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../nbs/61c_budgets.ipynb #81ed5a78
@@ -287,7 +298,8 @@ def tuned(method: str, # of METHODS
         raise UserError(f"the tuned point of {method!r} in the setting {setting!r} comes from a search over other "
                         f"images, another space or other seeds: {how}")
     point = json.loads(row["chosen"])
-    return changes_of(method, point), Budget(int(row["trials"]), point, json.loads(row["tried"]))
+    # the published constants were one more trial
+    return changes_of(method, point), Budget(int(row["trials"]) + 1, point, json.loads(row["tried"]))
 
 def has_point(method: str, setting: str, objective: str = "H-AP", path=None) -> bool:
     "Tell whether `tuned` would find a point."

@@ -22,7 +22,7 @@ from .schemas import Schema
 from .statistics import (
     correct_verdicts, crossed_bootstrap, decide, DIRECTIONS, seed_difference, smallest_effect,
     SMALLEST_EFFECTS, VERDICTS)
-from .tables import Claim as FirstClaim, markdown_rows, VERDICTS as FIRST_VERDICTS, _digits
+from .tables import markdown_rows, _digits
 
 # %% ../nbs/61b_claims.ipynb #5aa59f88
 class Claim(Schema):
@@ -134,7 +134,7 @@ def write_preregistration(notebooks, # paths of the study notebooks
     intro = ("Made by `make prepare` from the cells of the studies that are tagged `claims`. A study fails if one of "
              "its claims is not listed here exactly as it is declared. The rule that turns an interval into a verdict "
              "is in `nbs/39_statistics.ipynb`. Where a first edition has judged a claim too, its result was known when "
-             "the claim was registered; the appendix of `claims.md` shows it.")
+             "the claim was registered; `first_edition.csv` holds it.")
     lines = ["# Claims, registered before their results", "", intro, "", *markdown_rows(_HEAD, rows), ""]
     if old: lines += [_DROPPED, "", *markdown_rows(_HEAD, [])[:2], *old, ""]
     return write_atomic(path, "\n".join(lines))
@@ -270,20 +270,17 @@ def judge_claim(claim: Claim,
     return judged(verdict, p, tuple(_contrast(_say(rival, by), f) for rival, f in found.items()), note)
 
 # %% ../nbs/61b_claims.ipynb #a6888df1
-def save_claims(found, # list of `Judged`, or of the first edition's `tables.Claim`
+def save_claims(found, # list of `Judged`
                 out) -> Path: # the study's claims.json
     "Write a study's claims beside its tables."
     text = json.dumps([dataclasses.asdict(c) for c in found], indent=1, ensure_ascii=False)
     return write_atomic(Path(out) / "claims.json", text + "\n")
 
 def _read_claims(figures_dir):
-    "Everything that was judged below a folder: (list of (`Judged`, study), the same of the first edition)."
-    now, first = [], []
-    for path in sorted(Path(figures_dir).glob("*/claims.json")):
-        for c in json.loads(path.read_text(encoding="utf-8")):
-            if "hash" in c: now.append((Judged(**c), path.parent.name))
-            else: first.append((FirstClaim(**c), path.parent.name))
-    return now, first
+    "Everything that was judged below a folder: list of (`Judged`, study); entries without a declaration do not count."
+    found = [(c, path.parent.name) for path in sorted(Path(figures_dir).glob("*/claims.json"))
+             for c in json.loads(path.read_text(encoding="utf-8"))]
+    return [(Judged(**c), study) for c, study in found if "hash" in c]
 
 # %% ../nbs/61b_claims.ipynb #89ec9471
 _COLOURS = dict(zip(VERDICTS, ("#0072B2", "#D55E00", "#666666", "#666666", "#666666")))
@@ -343,29 +340,38 @@ interval over seeds and test classes. Its grey band holds the differences that a
 interest. The picture ends at six times that effect.
 
 **Supported**: the interval excludes zero on the claimed side, and its middle lies outside the band. **Contradicted**:
-the same on the other side. **Negligible**: the interval lies inside the band. **Undecided**: none of these. **Not
-testable here**: a stated precondition failed. Verdicts of primary claims are corrected for their number within a paper
-(Holm). A verdict holds for the experiment that is named, not for every setting.
+the same on the other side. **Negligible**: the intervals against all rivals lie inside the band. **Undecided**: none
+of these. **Not testable here**: a stated precondition failed. Verdicts of primary claims are corrected for their
+number within a paper (Holm). A verdict holds for the experiment that is named, not for every setting.
 
 *Tuned* methods had equal searches on the validation classes of the committed split (`11_tuned`). *5 splits* means that
 each seed deals the classes anew to training and testing, so that the interval covers the split too."""
-_FIRST = ("> First edition: intervals over seeds only, each claim judged by itself and by its own margin. These "
-          "verdicts stand until their studies are run again under the rule above.")
+_CHANGED = """The first edition of these studies judged {count} of these claims by intervals over seeds alone, on
+images with near twins across the split, and mostly with published constants. The verdict is as before for {same},
+where all words but *supported* count as one. The others are listed here."""
 _COLUMNS = ["claim (source)", "interval", "difference", "verdict", "study"]
 
 # %% ../nbs/61b_claims.ipynb #89d2b2ae
-def _first_edition(first):
-    "The table of claims that were judged before there were declarations."
-    body = [[c.paper, c.claim, c.measured, c.value or "-", f"**{c.verdict}**", f"[{s}]({s}/)"] for c, s in first]
-    count = ", ".join(f"{sum(c.verdict == v for c, _ in first)} {v}" for v in FIRST_VERDICTS)
-    return ["## Appendix: first edition", "", _FIRST, "", f"{len(first)} claims: {count}.", "",
-            *markdown_rows(["paper", "claim", "measured here", "value", "verdict", "study"], body), ""]
+def _changed(now, path):
+    "The table of verdicts that the first edition had on the other side; empty where there is no such file."
+    if not path.exists(): return []
+    # claim, verdict, found, changed: what is done differently now
+    first, rows, same = pd.read_csv(path, dtype=str), [], 0
+    entries = {j.claim["id"]: (j, study) for j, study in reversed(now)}
+    for old in first.itertuples():
+        if old.claim not in entries: continue
+        j, study = entries[old.claim]
+        if (old.verdict == "supported") == (j.verdict == "supported"): same += 1
+        else: rows.append([j.claim["paper"], j.claim["text"], f"{old.verdict}: {old.found}",
+                           f"**{j.verdict}**: {j.value()}", old.changed, f"[{study}]({study}/)"])
+    head = ["paper", "claim", "first edition", "now", "what is different now", "study"]
+    said = _CHANGED.format(count=same + len(rows), same=same)
+    return ["## What changed from the first edition", "", said, "", *markdown_rows(head, rows), ""]
 
 def write_claims(figures_dir) -> Path: # claims.md
     "Rebuild `claims.md`, and the pictures it shows, from the `claims.json` of every study below `figures_dir`."
     figures_dir = Path(figures_dir)
-    now, first = _read_claims(figures_dir)
-    now = _corrected(now)
+    now = _corrected(_read_claims(figures_dir))
     effects = ", ".join(f"{m} {100 * e:.1f}" for m, e in SMALLEST_EFFECTS.items())
     text = ["# Claims of the papers, and what was found here", "", _RULE.format(effects=effects + " points"), ""]
     primary = [x for x in now if x[0].claim["primary"]]
@@ -380,7 +386,7 @@ def write_claims(figures_dir) -> Path: # claims.md
     if rest:
         body = _lines(rest, figures_dir)
         text += ["## Appendix: further claims", "", *markdown_rows(["paper", *_COLUMNS], body), ""]
-    if first: text += _first_edition(first)
+    text += _changed(now, figures_dir / "first_edition.csv")
     for picture in (figures_dir / "claims").glob("*.svg"):
         if picture.stem not in {j.claim["id"] for j, _ in now}: picture.unlink()
     return write_atomic(figures_dir / "claims.md", "\n".join(text))

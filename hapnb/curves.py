@@ -230,8 +230,8 @@ def surface(
     if published is not None:
         given = _rows(published, [x, y, value])
         panels.append((*_cells(given, x, y, value, 1.), sns.light_palette("#333333", as_cmap=True)))
-    size = (8.5 if len(panels) > 1 else 5.5, 1.2 + .62 * max(len(p[2]) for p in panels))
-    fig, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    size = (_WIDTH, len(panels) * (1.2 + .5 * max(len(p[2]) for p in panels)))
+    fig, axes = plt.subplots(len(panels), 1, figsize=size, squeeze=False, layout="constrained")
     for ax, (cells, xs, ys, cmap), title in zip(axes.flat, panels, titles):
         _surface_panel(ax, cells, xs, ys, cmap, text, digits)
         ax.set_xlabel(xlabel or x, parse_math=bool(xlabel))
@@ -280,8 +280,8 @@ def loss_shape(
 ):
     "Draw surrogates against the step, one panel per span: by default a close look near zero and a wider one."
     if not surrogates: raise ValueError("surrogates is empty: give at least one function")
-    fig, axes = plt.subplots(1, len(spans), figsize=(8, 3.3), squeeze=False, layout="constrained")
-    entries = {}
+    size, entries = (4.6, .7 + 2.1 * len(spans)), {}
+    fig, axes = plt.subplots(len(spans), 1, figsize=size, squeeze=False, layout="constrained")
     for ax, span in zip(axes.flat, spans):
         lo, hi = span if isinstance(span, tuple) else (-span, span)
         x = torch.linspace(lo, hi, 4001, dtype=torch.float64)
@@ -292,9 +292,9 @@ def loss_shape(
             if y.shape != x.shape: raise ValueError(f"{name!r} returned shape {y.shape} for {len(x)} differences")
             y[1:][np.abs(np.diff(y)) > jump] = np.nan
             entries[name] = ax.plot(x, y, color=look["color"], linestyle=look["linestyle"])[0]
-        ax.set_xlabel("score difference $s_j - s_k$ (cosine)", parse_math=True)
         ax.set_ylabel("counted into the rank")
-    legend(fig, entries, loc="outside upper center", ncol=min(len(surrogates) + 1, 5))
+    ax.set_xlabel("score difference $s_j - s_k$ (cosine)", parse_math=True)
+    legend(fig, entries, loc="outside upper center", ncol=min(len(surrogates) + 1, 3))
     return fig
 
 # %% ../nbs/40b_curves.ipynb #d652074e
@@ -309,18 +309,18 @@ _METRICS = ("R@", "P@", "AP", "H-AP", "mAP", "ASI", "NDCG")
 @drawn
 def training_curves(
     history,      # DataFrame, list of dicts or CSV path with a column epoch; or dict name -> such a history
-    losses=None,  # columns of the left panel; default: those with "loss" in their name
-    metrics=None, # columns of the right panel, as fractions; default: known metric names
+    losses=None,  # columns of the upper panel; default: those with "loss" in their name
+    metrics=None, # columns of the lower panel, as fractions; default: known metric names
 ):
-    "Draw losses (left) and validation metrics in per cent (right) against the epoch."
+    "Draw losses (top) and validation metrics in per cent (bottom) against the epoch."
     runs = {n: _history(h) for n, h in (history if isinstance(history, dict) else {"": history}).items()}
     cols = list(dict.fromkeys(c for h in runs.values() for c in h.columns))
     losses = [c for c in cols if "loss" in c.lower()] if losses is None else list(losses)
     metrics = [c for c in cols if c.split("/")[-1].startswith(_METRICS)] if metrics is None else list(metrics)
     if not losses + metrics: raise ValueError(f"nothing to draw: the history has columns {cols}")
     panels = [p for p in [(losses, 1., "loss"), (metrics, 100., "score (%)")] if p[0]]
-    size = (8 if len(panels) > 1 else 5, 3.2)
-    fig, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    size = (4.6, .3 + 2.2 * len(panels))
+    fig, axes = plt.subplots(len(panels), 1, figsize=size, squeeze=False, sharex=True, layout="constrained")
     for ax, (columns, scale, label) in zip(axes.flat, panels):
         entries = {}
         for (run, col), look in looks([(r, c) for r in runs for c in columns]).items():
@@ -328,6 +328,7 @@ def training_curves(
             if not len(part): continue
             line = ax.plot(part["epoch"], part[col] * scale, markevery=max(1, len(part) // 12), **look)[0]
             entries[" ".join(filter(None, [run, col]))] = line
-        ax.set(xlabel="epoch", ylabel=label)
+        ax.set_ylabel(label)
         legend(ax, entries)
+    ax.set_xlabel("epoch")
     return fig

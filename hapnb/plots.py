@@ -227,7 +227,7 @@ def _map_one(ax, points, groups, names, class_looks, max_labels):
     order = [g for g in np.argsort(-counts, kind="stable") if counts[g]]
     for g in order:
         look = {k: class_looks[g][k] for k in ("color", "marker")}
-        entries[names[g]] = ax.scatter(*points[groups == g].T, s=9, alpha=.65, linewidths=0, rasterized=True, **look)
+        entries[names[g]] = ax.scatter(*points[groups == g].T, s=6, alpha=.65, linewidths=0, rasterized=True, **look)
     for g in order[:max_labels]:
         box = dict(facecolor="white", alpha=.75, edgecolor=class_looks[g]["color"], pad=1.2, linewidth=.8)
         middle = np.median(points[groups == g], axis=0)
@@ -246,7 +246,7 @@ def _checked_maps(embeddings, rows):
 # %% ../nbs/40_plots.ipynb #b72f28e7
 @drawn
 def embedding_map(
-    embeddings,    # [N, D], or a dict name -> [N, D] for maps side by side
+    embeddings,    # [N, D], or a dict name -> [N, D] for one map each
     labels,        # [N] or [N, L]
     method: str = "pca", # "pca" or "tsne"
     level: int = -1, # the level that gives the colour; -1 = coarsest
@@ -263,9 +263,9 @@ def embedding_map(
     keep = np.sort(np.random.default_rng(seed).permutation(len(groups))[:max_points])
     few = list(looks(range(min(len(names), 32))).values())
     class_looks = [few[g % 32] for g in range(len(names))]
-    cols = min(len(maps), 3)
+    cols = min(len(maps), 2)
     rows = math.ceil(len(maps) / cols)
-    size = (8 if cols > 1 else 5.5, 4 * rows if cols < 3 else 3 * rows)
+    size = (5, .6 + (2.5 if cols > 1 else 4) * rows)
     fig, axes = plt.subplots(rows, cols, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat[len(maps):]: ax.axis("off")
     entries = {}
@@ -273,7 +273,7 @@ def embedding_map(
         points, titles = _project(e[keep], method, seed)
         entries |= _map_one(ax, points, groups[keep], names, class_looks, max_labels)
         ax.set(title=n, xlabel=titles[0], ylabel=titles[1], xticks=[], yticks=[])
-    if len(names) <= 12: legend(fig, entries, loc="outside lower center", ncol=5, markerscale=1.6)
+    if len(names) <= 12: legend(fig, entries, loc="outside lower center", ncol=3, markerscale=2)
     return fig
 
 # %% ../nbs/40_plots.ipynb #06543342
@@ -286,13 +286,12 @@ def _score_panel(ax, unit, q, shared, level_names, bins, margins):
         if not len(s): continue
         entries[text] = ax.stairs(np.histogram(s.clip(edges[0], 1), edges, density=True)[0], edges, **look)
     for m in margins: entries["margins"] = ax.axvline(m, color="black", linestyle=":", linewidth=1)
-    ax.set_xlabel("cosine similarity")
     return entries
 
 # %% ../nbs/40_plots.ipynb #aee79fc8
 @drawn
 def score_histogram(
-    embeddings,    # [N, D], or a dict name -> [N, D] for panels side by side
+    embeddings,    # [N, D], or a dict name -> [N, D] for one panel each
     labels,        # [N] or [N, L]
     level_names=None, # names of the levels, finest first
     queries: int = 300, # this many random queries against all items
@@ -309,14 +308,15 @@ def score_histogram(
     q = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(N)[:queries]))
     shared = shared_levels(labels[q], labels)
     shared[torch.arange(len(q)), q] = -1
-    size, entries = (8 if len(maps) > 1 else 6, 3.2), {}
-    fig, axes = plt.subplots(1, len(maps), figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained")
+    size, entries = (4.6, .9 + 1.5 * len(maps)), {}
+    fig, axes = plt.subplots(len(maps), 1, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained")
     for ax, (name, e) in zip(axes.flat, maps.items()):
         unit = unit_floats(check_embeddings(e, f"embeddings {name!r}", unit=True))
         entries = _score_panel(ax, unit, q, shared, level_names, bins, margins)
         ax.set_title(name)
-    axes[0, 0].set_ylabel("density")
-    legend(fig, entries, loc="outside upper center", ncol=min(L + 2, 5))
+    fig.supylabel("density", fontsize=9)
+    ax.set_xlabel("cosine similarity")
+    legend(fig, entries, loc="outside upper center", ncol=min(L + 2, 3))
     return fig
 
 # %% ../nbs/40_plots.ipynb #13633d59

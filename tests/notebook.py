@@ -1,6 +1,7 @@
 """Run notebooks as `nbdev_test` does, and let coverage see exported cells as lines of the module they make.
 
-`python tests/notebook.py nbs/X.ipynb` runs one notebook. `python tests/notebook.py --serve` imports the libraries once
+`python tests/notebook.py nbs/X.ipynb` runs one notebook and compares its outputs with the stored ones; with
+`--outputs FILE` it writes them there. `python tests/notebook.py --serve` imports the libraries once
 and then forks one process for each path that it reads from standard input, so that 80 notebooks do not import PyTorch
 80 times. A fork imports `hapnb` itself: each notebook starts with the state of a new process. Studies start workers,
 which `multiprocessing` forks from a server of its own; such a server is ready too, with the same libraries.
@@ -8,12 +9,16 @@ which `multiprocessing` forks from a server of its own; such a server is ready t
 nbdev_test runs a cell under a made-up file name, so the tests that stand beside the code would count for nothing.
 Here an exported cell keeps the file name and the line numbers that it has in `hapnb/`.
 """
-import ast, ctypes, gc, importlib, json, multiprocessing.util, os, re, select, signal, socket, sys, threading
+import ast, base64, contextlib, ctypes, gc, importlib, io, json, multiprocessing.util, os, re, select, signal, socket
+import sys, threading
 from pathlib import Path
 
 import nbdev.test
 from execnb.shell import CaptureShell
 from IPython.core.compilerop import CachingCompiler
+from IPython.core.displayhook import DisplayHook
+from IPython.core.displaypub import DisplayPublisher
+from IPython.core.interactiveshell import InteractiveShell
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the notebooks import most, by time. None of these starts a thread pool or touches a GPU when it is imported.
@@ -42,22 +47,68 @@ class InPlace(CachingCompiler):
         return ast.increment_lineno(tree, self.place[1]) if self.place else tree
 
 
-class Shell(CaptureShell):
-    "The shell of nbdev_test, with exported cells in their place; it shows each result once and keeps no output."
-    compiler_class = InPlace
-    places = exported_cells()
+class Results(DisplayHook):
+    "Add the value of a cell to what it has shown."
+    def write_output_prompt(self): pass
+    def log_output(self, format_dict): pass
+    def quiet(self): return self.semicolon_at_end_of_expression(self.shell.code)
+    def write_format_data(self, data, metadata=None): self.shell.show("execute_result", data=data, metadata=metadata)
 
-    # "retina" would draw four times the pixels
-    def __init__(self, path): super().__init__(path, mpl_format="png")
+
+class Displays(DisplayPublisher):
+    "Add what is displayed to what the cell has shown."
+    def publish(self, data, metadata=None, *args, **kwargs):
+        self.shell.show("display_data", data=data, metadata=metadata or {})
+
+    def clear_output(self, wait=False): self.shell.shown.clear()
+
+
+class Prints(io.TextIOBase):
+    "Add what is printed to what the cell has shown."
+    def __init__(self, shell): self.shell = shell
+    def writable(self): return True
+
+    def write(self, text):
+        self.shell.show("stream", name="stdout", text=text)
+        return len(text)
+
+
+def draw(figure):
+    "A figure as JupyterLab shows it, at 80 dpi and without the version of matplotlib, and a text in its place."
+    if not figure.axes: return None
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=80, bbox_inches="tight", metadata={"Software": None})
+    titles = [figure.get_suptitle(), *(a.get_title() for a in figure.axes)]
+    axes = [f"{n}: {t}" for a in figure.axes for n, t in (("x", a.get_xlabel()), ("y", a.get_ylabel())) if t]
+    alt = "; ".join(dict.fromkeys(t.replace("\n", " ") for t in (*titles, *axes) if t))
+    return base64.b64encode(file.getvalue()).decode(), {"alt": alt[:300]}
+
+
+class Shell(CaptureShell):
+    "The shell of nbdev_test, with exported cells in their place; it keeps what each cell shows, in order."
+    compiler_class, displayhook_class, display_pub_class = InPlace, Results, Displays
+    places, outputs = exported_cells(), {}
+
+    def __init__(self, path):
+        self.shown, self.code = [], ""
+        # "retina" would draw four times the pixels
+        super().__init__(path, mpl_format="png")
+        from matplotlib.figure import Figure
+        self.display_formatter.formatters["image/png"].for_type(Figure, draw)
+
+    def show(self, kind, **output): self.shown.append(dict(output_type=kind, **output))
 
     def run(self, code, **kwargs):
-        "As the parent's, which then formats the result a second time for the outputs of the notebook."
-        done = self.run_cell(code)
-        self.result, self.exc = done.result.result, done.exception
+        "Run the code of a cell; its outputs are in `shown`."
+        self.shown, self.code = [], code
+        with contextlib.redirect_stdout(Prints(self)), contextlib.redirect_stderr(io.StringIO()):
+            done = InteractiveShell.run_cell(self, code)
+        self.result, self.exc = done.result, done.error_in_exec or done.error_before_exec
 
     def cell(self, cell, **kwargs):
         self.compile.place = self.places.get(cell.get("id"))
-        return super().cell(cell, **kwargs)
+        super().cell(cell, **kwargs)
+        if cell.cell_type == "code": self.outputs[cell.id] = self.shown
 
 
 def run(path):
@@ -65,6 +116,15 @@ def run(path):
     nbdev.test.CaptureShell = Shell
     flags = nbdev.test.get_config().tst_flags.split()
     return nbdev.test.test_nb(Path(path).resolve(), skip_flags=flags, basepath=ROOT)[0]
+
+
+def compare(path):
+    "Print what differs between the outputs of the notebook that ran and the stored ones; True if nothing does."
+    sys.path.append(str(ROOT / "tools"))
+    import render
+    found = list(render.differences(Path(path).resolve(), Shell.outputs))
+    if found: print(*found, f"If it is right: make render ARGS={path}", sep="\n", file=sys.stderr)
+    return not found
 
 
 def wait_for(child):
@@ -148,5 +208,9 @@ def serve(libraries):
 
 
 if __name__ == "__main__":
-    path = serve(sys.argv[2:] or LIBRARIES) if sys.argv[1] == "--serve" else sys.argv[1]
-    sys.exit(0 if path is None else not run(path))
+    path, *asked = sys.argv[1:]
+    if path == "--serve": path, asked = serve(asked or LIBRARIES), []
+    if path is None: sys.exit()
+    passed = run(path)
+    if asked: Path(asked[1]).write_text(json.dumps(Shell.outputs), encoding="utf-8")
+    sys.exit(not (passed and (asked or compare(path))))

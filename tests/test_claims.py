@@ -14,7 +14,6 @@ from hapnb.claims import (
 from hapnb.config import RunConfig
 from hapnb.helpers import UserError
 from hapnb.statistics import paired_test
-from hapnb.tables import Claim as FirstClaim
 from runs_kit import TOY
 
 CLAIM = {"id": "b-beats-a", "paper": "P (2020)", "text": "B beats A", "source": "quoted: Section 3", "primary": True,
@@ -249,14 +248,12 @@ def test_a_study_judges_its_claims_from_the_values_of_its_runs(finished, monkeyp
     saved = pd.read_csv(s.out / "verdicts.csv")
     assert saved["keys"][0].split() == rows.sort_values(["method", "seed"], ascending=[False, True])["key"].tolist()
     assert {"seed_low", "seed_high", "hash", "effect"} <= set(saved) and len(saved) == 1
-    # judged again: one entry, not two; claims of the first edition in another folder are shown beside it
-    (s.out.parent / "20_old").mkdir()
-    save_claims([FirstClaim("P", "old", "m")], s.out.parent / "20_old")
+    # judged again: one entry, not two
     s.judge("b-beats-a", rows, "method", "toy network")
     kept = json.loads((s.out / "claims.json").read_text())
     assert [k["hash"] for k in kept] == [s.claims[0].hash, j.hash]
     page = (s.out.parent / "claims.md").read_text()
-    assert "## P (2020)" in page and "## Appendix: further claims" in page and "First edition: intervals over" in page
+    assert "## P (2020)" in page and "## Appendix: further claims" in page
 
 
 # equal budgets: what the search of tuned settings hands to a claim
@@ -331,7 +328,7 @@ def test_primary_claims_get_a_split_of_the_classes_per_seed(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(trials={"a": 12, "b": 30}), r"claim 'b-beats-a' compares unequal numbers of trials \(b 30, a 12\)"),
+    (dict(trials={"a": 12, "b": 30}), r"claim 'b-beats-a' compares unequal numbers of trials \(b 31, a 13\)"),
     (dict(b={"lr": .999}), r"claim 'b-beats-a': the search for b ended at the edge of its grid \(lr = 0.999"),
     (dict(a={"epochs": 40}), r"claim 'b-beats-a': the search for a ended at the edge of its grid \(epochs = 40"),
     (dict(trials={"b": 30}), "claim 'b-beats-a': no tuned point of 'a' in the setting 'emoji, Lite0' for H-AP: search "
@@ -352,7 +349,7 @@ def test_only_the_profile_full_insists_on_tuned_points(searched):
 def test_points_of_a_changed_search_do_not_count(searched, monkeypatch, tmp_path):
     s, rows, points = searched
     points()
-    assert budgets.has_point("a", FIRST) and budgets.tuned("a", FIRST)[1].trials == 30
+    assert budgets.has_point("a", FIRST) and budgets.tuned("a", FIRST)[1].trials == 31
     space = {**budgets._SHARED, "lr": (1e-5, 1., "log")}
     wider = budgets.Method("ranking", {"loss": "SmoothAPLoss"}, (.01, .01), space)
     monkeypatch.setitem(budgets.METHODS, "b", wider)
@@ -418,8 +415,8 @@ def entry(name, p, verdict="supported", **more):
                   (c,) if p is not None else (), "" if p is not None else "no run")
 
 
-def page(tmp_path, *found, first=()):
-    save_claims([*found, *first], tmp_path / "10_x")
+def page(tmp_path, *found):
+    save_claims(found, tmp_path / "10_x")
     return write_claims(tmp_path).read_text()
 
 
@@ -446,13 +443,18 @@ def test_each_setting_is_a_repetition_with_a_bar_of_its_own(tmp_path):
     assert (tmp_path / "claims" / "one.svg").read_text().count("<circle") == 2
 
 
-def test_the_first_edition_is_shown_with_its_note_and_its_words(tmp_path):
-    old = [FirstClaim("P", "a|b", "m", "+1.0", "not supported"), FirstClaim("Q", "c", "m")]
-    text = page(tmp_path, first=old)
-    assert "No primary claim has been judged by this rule yet." in text and "a\\|b" in text
-    assert "2 claims: 0 supported, 1 not supported, 1 not tested here." in text
-    assert "> First edition: intervals over seeds only" in text
-    assert "First edition" not in page(tmp_path, entry("one", .01))
+def test_verdicts_that_changed_from_the_first_edition_are_listed(tmp_path):
+    rows = ["claim,verdict,found,changed", "one,supported,+2.0 points,more seeds", "two,not supported,-1.0 points,a|b",
+            "three,not supported,0 points,x", "four,supported,0 points,not judged again"]
+    (tmp_path / "first_edition.csv").write_text("\n".join(rows))
+    text = page(tmp_path, entry("one", .01), entry("two", .01, primary=False),
+                entry("three", .5, "undecided", primary=False))
+    changed = text.split("## What changed from the first edition")[1]
+    assert "judged 3 of these claims" in changed and "as before for 2," in changed
+    assert "not supported: -1.0 points | **supported**" in changed and "a\\|b" in changed
+    assert "| supported: " not in changed and "not judged again" not in changed
+    (tmp_path / "first_edition.csv").unlink()
+    assert "first edition" not in page(tmp_path, entry("one", .01))
 
 
 def test_registered_claims_that_wait_and_pictures_of_dropped_ones(tmp_path):

@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hapnb.claims import save_claims, write_claims
 from hapnb.helpers import Damaged
 from hapnb.tables import (
-    Claim, _digits, made_by, make_table, published, save_figure, save_table)
+    _digits, made_by, make_table, published, save_figure, save_table)
 from toy_study import toy_rows
 
 
@@ -98,17 +97,7 @@ def test_provenance_comes_from_finished_runs_and_is_checked(tmp_path):
     with pytest.raises(Damaged, match="environment.json"): made_by("smoke", "toy", 1, "cpu", tmp_path, [key])
 
 
-# claims
-
-def test_claims_of_the_first_edition_are_listed(tmp_path):
-    found = [Claim("P", "b beats a", "m", "+1.0", v) for v in ("supported", "not supported", "not tested here")]
-    save_claims(found[:2], tmp_path / "20_x")
-    save_claims([found[2], Claim("Q", "a|b", "m")], tmp_path / "10_y")
-    text = write_claims(tmp_path).read_text()
-    assert "4 claims: 1 supported, 1 not supported, 2 not tested here" in text
-    assert text.index("10_y") < text.index("20_x") and "a\\|b" in text
-    with pytest.raises(ValueError, match="Did you mean 'supported'"): Claim("P", "c", "m", verdict="suported")
-
+# digits of an interval
 
 @pytest.mark.parametrize("low, high, margin, printed", [
     (.0003, .0021, 0., "+0.03 to +0.21"), (.00004, .0021, 0., "+0.004 to +0.210"), (.0006, .0021, 0., "+0.1 to +0.2"),

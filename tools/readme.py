@@ -2,27 +2,13 @@
 import posixpath, re, sys
 from pathlib import Path
 
-import nbformat
 from nbconvert import MarkdownExporter
 from traitlets.config import Config
 
+from render import execute, read
+
 ROOT = Path(__file__).resolve().parents[1]
 INDEX, README = ROOT / "nbs" / "index.ipynb", ROOT / "README.md"
-
-
-def execute(path):
-    "Run a notebook where it stands and keep its outputs, without execution counts and run metadata."
-    from nbclient import NotebookClient
-    nb = nbformat.read(path, 4)
-    NotebookClient(nb, kernel_name="python3", timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
-    for cell in nb.cells:
-        cell.metadata.pop("execution", None)
-        if cell.cell_type == "code":
-            cell.execution_count = None
-            for out in cell.outputs:
-                if "execution_count" in out: out.execution_count = None
-    nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
-    path.write_text(nbformat.writes(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def readme_cells(nb):
@@ -51,7 +37,7 @@ def rebased(text):
 
 def readme(path=INDEX):
     "Return the README text for the notebook at `path`, as it stands."
-    nb = nbformat.read(path, 4)
+    nb = read(path)
     nb.cells = list(readme_cells(nb))
     nb.metadata["language_info"] = {"name": "python"} # names the code blocks
     tags = {"enabled": True, "remove_input_tags": ("remove_input",)}
@@ -62,7 +48,7 @@ def readme(path=INDEX):
 
 def main(check):
     "Write README.md, or with `check` say whether it is in step."
-    if not check: execute(INDEX)
+    if not check and (failed := execute(INDEX)): sys.exit(failed)
     text = readme()
     if not check: README.write_text(text, encoding="utf-8")
     elif not README.exists() or README.read_text(encoding="utf-8") != text:
