@@ -9,7 +9,7 @@ BIN     := .venv/bin
 READY   := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test gpu-check lab prepare render clean
+.PHONY: help install reproduce test gpu-check lab prepare render course clean
 
 help:
 	@echo "make reproduce   regenerate tables and figures (STUDY=10_benchmark, PROFILE=smoke|quick|full|network|paper)"
@@ -18,6 +18,7 @@ help:
 	@echo "make lab         open the notebooks in JupyterLab"
 	@echo "make prepare     after editing notebooks: export hapnb/, clean, register claims, rewrite README.md"
 	@echo "make render      execute the notebooks that changed and keep their outputs (ARGS=nbs/15_metrics.ipynb: these)"
+	@echo "make course      the students' notebooks from nbs/course/source (ARGS='--nbgrader FOLDER': a folder for nbgrader)"
 	@echo "make clean       remove caches and build leftovers (keeps .venv and runs)"
 
 # The stamp is newer than settings.ini and setup.py as long as nothing needs installing.
@@ -51,6 +52,11 @@ prepare: $(READY)
 
 render: $(READY)
 	@$(BIN)/python tools/render.py --jobs $(JOBS) $(ARGS)
+	@$(BIN)/python tools/course.py
+
+course: $(READY)
+	@$(BIN)/python tools/diagrams.py
+	@$(BIN)/python tools/course.py $(ARGS)
 
 clean:
 	@rm -rf build dist _proc _docs htmlcov .coverage .coverage.* .pytest_cache .hypothesis

@@ -19,6 +19,7 @@ from .helpers import UserError, nearest
 # %% ../nbs/70_course.ipynb #618d6d78
 EXERCISES = {}  # "1.2" -> Exercise
 
+# %% ../nbs/70_course.ipynb #c4ce2c9e
 @dataclass
 class Exercise:
     "One exercise: the reference solution, what an answer is tried on, how answers go wrong, and hints."
@@ -59,6 +60,7 @@ def find_exercise(id: str) -> Exercise: # such as "1.2"
 # %% ../nbs/70_course.ipynb #803be290
 class _Stop(BaseException): "Ends an answer that takes too long; no `except Exception` in the answer catches it."
 
+# %% ../nbs/70_course.ipynb #4ac57133
 def limited(f: callable, # called without arguments
             seconds: float, # how long to wait
             ): # (result or the exception that was raised, what was printed)
@@ -102,6 +104,7 @@ class Tried:
     printed: str = ""
     changed: bool = False # did it change its arguments?
 
+# %% ../nbs/70_course.ipynb #12366b99
 def try_answer(answer: callable, cases: dict, limit: float = 5., seen: callable = None) -> dict: # case -> Tried
     "Try an answer on all cases, within `limit` seconds for each; the first one that takes too long is the last."
     out = {}
@@ -126,7 +129,8 @@ def known_mistake(ex: Exercise, cases: dict, tried: dict) -> str: # its message;
     "Find the known mistake that gives the same results as an answer in every case."
     for message, wrong in ex.mistakes.items():
         made = try_answer(wrong, {case: cases[case] for case in tried}, seen=ex.seen)
-        if len(made) == len(tried) and all(_same(t.result, made[case].result) for case, t in tried.items()): return message
+        agree = [_same(t.result, made[case].result) for case, t in tried.items() if case in made]
+        if len(agree) == len(tried) and all(agree): return message
     return ""
 
 # %% ../nbs/70_course.ipynb #a30677e9
@@ -164,11 +168,12 @@ def _say_error(e, answer):
         tb = tb.tb_next
     return f"it raises {type(e).__name__}: {str(e)[:200]}" + (f" (in the line `{line}`)" if line else "")
 
+# %% ../nbs/70_course.ipynb #58f2106b
 def _say(t, want, ex, answer):
     "What is wrong with an answer in one case."
     if isinstance(t.result, BaseException): return _say_error(t.result, answer)
     if t.result is None and t.printed:
-        return f"it prints its result and returns nothing: write `return` instead of `print` (printed: {t.printed[:60]!r})."
+        return f"it prints its result ({t.printed[:60]!r}) and returns nothing: write `return` instead of `print`."
     if t.result is None: return "it returns None. Is it not written yet, or is the `return` missing?"
     got = _array(t.result)
     if got is None: return f"it returns an object of type {type(t.result).__name__}, expected {_shape(_array(want))}."
@@ -206,12 +211,13 @@ def diagnose(ex: Exercise, answer, seed: int = 0, limit: float = 5.) -> str: # "
     start = f"right for {_and(right)}, but wrong for {wrong[0]}: " if right else f"in the first case ({wrong[0]}), "
     return start + _say(tried[wrong[0]], want[wrong[0]], ex, answer)
 
+# %% ../nbs/70_course.ipynb #775d4b8e
 def _and(words): return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 def _say_loop(ex, answer):
     "What there is to say about a loop in a right answer."
     over = "" if ex.loops else loop_in(answer)
-    return f"the numbers are right, but it uses a loop (`{over}`). Write it with operations on whole tensors." if over else ""
+    return over and f"the numbers are right, but it uses a loop (`{over}`). Write it with operations on whole tensors."
 
 def _judged(ex, answer, limit):
     "What a judge says about a value; its own errors are the value's fault."

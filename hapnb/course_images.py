@@ -64,6 +64,7 @@ def lesson_images(images: str = "emoji", # or the path of a folder of images: gr
         out.append(ds)
     return tuple(out)
 
+# %% ../nbs/70b_course_images.ipynb #88f9d6df
 def _read(split, wanted):
     "The features of one split, as float32."
     with safe_open(FEATURES, "pt") as f:

@@ -24,6 +24,7 @@ def png(fig, # a matplotlib figure; it is closed
     plt.close(fig)
     return out.getvalue()
 
+# %% ../nbs/70a_course_widgets.ipynb #ea250b50
 @dataclass(repr=False)
 class Picture:
     "A figure with its alt text, for any front end."
@@ -75,6 +76,7 @@ def _reorder(name, order, changed):
     down.on_click(lambda _: move(1))
     return w.HBox([at, up, down]), lambda: list(order)
 
+# %% ../nbs/70a_course_widgets.ipynb #de39afe7
 def _control(name, spec, default, changed):
     "A control and the function that reads it."
     import ipywidgets as w
@@ -119,6 +121,7 @@ def _live(picture, controls, start):
     changed()
     return w.VBox([*boxes, shown])
 
+# %% ../nbs/70a_course_widgets.ipynb #93d06072
 @dataclass(repr=False)
 class Note:
     "A line of small text below a figure."

@@ -97,8 +97,9 @@ def _gallery(seed):
     twins[[0, 4]], twins[[1, 2]] = torch.tensor([1., 1, 1, 1]), torch.tensor([1., -1, 1, 1])
     return {"all images differ": (plain, 2), "two pairs of duplicates": (twins, 3), "all others": (many, 8)}
 
+# %% ../nbs/71_lesson01.ipynb #5c4d19dc
 def _found(rows, embeddings, k):
-    "The score of each result, and -9 where a query finds itself."
+    "The score of each result, and -9 wherever an image finds itself."
     x = F.normalize(embeddings, dim=1)
     return (x @ x.T).fill_diagonal_(-9).gather(1, torch.as_tensor(rows))
 
@@ -149,6 +150,7 @@ def _labelled(seed):
     return {"pairs": (near(pairs), pairs), "five classes of three": (near(many), many),
             "classes of one image": (near(rare), rare)}
 
+# %% ../nbs/71_lesson01.ipynb #592fbfbd
 @exercise("1.4", cases=_labelled, hints=(
     "Find the nearest other image of each image first: that is exercise 1.3 with k = 1.",
     "`labels[nearest] == labels` says for each query whether its nearest image has the same label.",
@@ -163,7 +165,8 @@ def recall_at_1(embeddings, labels):
 @recall_at_1.mistake("It is always 1: you forgot to remove the query, and every image finds itself.")
 def _(embeddings, labels): return 1.
 
-@recall_at_1.mistake("You counted the queries that cannot be answered (classes of one image) as misses. Leave them out.")
+@recall_at_1.mistake("You counted the queries that cannot be answered (classes of one image) as misses. "
+                     "Leave them out.")
 def _(embeddings, labels): return (labels[neighbours.solution(embeddings, 1)[:, 0]] == labels).float().mean()
 
 @recall_at_1.mistake("This is the number of hits. R@1 is a fraction: divide by the number of queries.")

@@ -12,16 +12,17 @@ import torch
 
 from .course import exercise
 
-# %% ../nbs/72_lesson02.ipynb #68aaa163
+# %% ../nbs/72_lesson02.ipynb #7763818c
 def _hits(seed):
-    "Matrices of hits; the last one has a query without any hit."
+    "Matrices of hits; the last matrix holds a query without any hit."
     g = torch.Generator().manual_seed(seed)
     one = torch.tensor([[False, True, False, False, False]])
     many, rare = torch.rand(6, 8, generator=g) < .3, torch.rand(5, 7, generator=g) < .4
     many[:, 4], many[0, 0], many[1, :4], rare[2:, 3], rare[1] = True, True, False, True, False
-    return {"one query, k = 1": (one, 1), "one query, k = 4": (one, 4), "six queries, k = 3": (many, 3),
-            "a query without a positive": (rare, 2)}
+    return {"a hit behind rank k": (one, 1), "a hit at rank k": (one, 2), "a hit before rank k": (one, 4),
+            "six queries": (many, 3), "a query without a positive": (rare, 2)}
 
+# %% ../nbs/72_lesson02.ipynb #99c4a73c
 @exercise("2.1", cases=_hits, loops=False, hints=(
     "Look at the first k columns only: `hits[:, :k]`.",
     "`x.any(dim=1)` says for each row whether anything in it is true.",
@@ -68,6 +69,7 @@ def _positives(seed):
             "hits at ranks 1, 3 and 5": (torch.tensor([[True, False, True, False, True]]),),
             "five queries": (many,), "long lists": (long,)}
 
+# %% ../nbs/72_lesson02.ipynb #e9f73128
 @exercise("2.2", cases=_positives, loops=False, axes="queries", hints=(
     "The precision at rank r is the number of hits up to r, divided by r. `hits.cumsum(dim=1)` counts them.",
     "`torch.arange(1, N + 1)` holds the ranks. Dividing a matrix [Q, N] by it divides every row.",
@@ -95,7 +97,8 @@ def _(hits): return _precision(hits).sum(1) / hits.sum(1)
 def _(hits): return (hits.cumsum(1) / torch.arange(hits.shape[1]) * hits).sum(1) / hits.sum(1)
 
 # %% ../nbs/72_lesson02.ipynb #16fa15cf
-@average_precision.mistake("This is mAP@R: it stops at rank R, where R is the number of positives. AP goes on to the end.")
+@average_precision.mistake("This is mAP@R: it stops at rank R, where R is the number of positives. "
+                           "AP goes on to the end.")
 def _(hits):
     inside = torch.arange(1, hits.shape[1] + 1) <= hits.sum(1, keepdim=True)
     return (_precision(hits) * hits * inside).sum(1) / hits.sum(1)
@@ -121,6 +124,7 @@ def _lists(seed):
     return {"the best order": (torch.tensor([2, 2, 1, 0]),), "levels 0 and 1": (torch.tensor([0, 1, 0, 1]),),
             "three levels": (torch.tensor([1, 2, 0, 2, 0, 1]),), "four levels": (draw,)}
 
+# %% ../nbs/72_lesson02.ipynb #b9ade3ee
 def _dcg(levels, gain=lambda l: 2.**l - 1, discount=lambda r: torch.log2(1 + r)):
     return (gain(levels) / discount(torch.arange(1., len(levels) + 1))).sum()
 

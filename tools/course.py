@@ -77,6 +77,7 @@ def one_up(nb):
 def for_students(nb):
     "The notebook without solutions, hidden tests, and the outputs of both."
     nb = one_up(nb)
+    nb["metadata"].pop("made_from", None)
     for cell in nb["cells"]:
         if not kind(cell): continue
         text = without(without(source(cell), "SOLUTION", STUB), "HIDDEN TESTS")

@@ -1,4 +1,4 @@
-"""Draw the diagrams of the course as SVG: `python tools/diagrams.py` writes `nbs/course/img/*.svg`, the same each time."""
+"""Draw the diagrams of the course: `python tools/diagrams.py` writes `nbs/course/img/*.svg`, the same each time."""
 import base64, io, sys
 from html import escape
 from pathlib import Path
@@ -54,13 +54,15 @@ def search(test):
     out += [text(363, 236, "embeddings", 13, BLUE), arrow(572, 130, 606, 130), text(668, 50, "ranking", 13)]
     for i, row in enumerate(rows[1:]):
         out += [text(628, 92 + 72 * i, f"{i + 1}.", 14), picture(test, row, 646, 62 + 72 * i)]
-    return svg("Images go through a network and become vectors; the cosine with the query sorts the gallery.", 720, 246, *out)
+    title = "Images go through a network and become vectors; the cosine with the query sorts the gallery."
+    return svg(title, 720, 246, *out)
 
 
 def split(train, test):
     "Training and test share no class."
-    sides = [("training classes", train, ["pear", "snail", "anchor", "violin"], BLUE, 10),
-             ("test classes: never seen in training", test, ["butterfly", "banana", "airplane", "alarm clock"], ORANGE, 370)]
+    trained, unseen = ["pear", "snail", "anchor", "violin"], ["butterfly", "banana", "airplane", "alarm clock"]
+    sides = [("training classes", train, trained, BLUE, 10),
+             ("test classes: never seen in training", test, unseen, ORANGE, 370)]
     out = []
     for title, ds, names, colour, x in sides:
         out += [box(x, 30, 340, 172, colour), text(x + 170, 20, title, 14, colour, weight="bold")]
