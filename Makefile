@@ -7,15 +7,18 @@ ARGS    ?=
 JOBS    ?= 2
 BIN     := .venv/bin
 READY   := .venv/.installed
+DOCS    := .venv/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test gpu-check lab prepare render course clean
+.PHONY: help install reproduce test gpu-check lab docs slides prepare render course clean
 
 help:
 	@echo "make reproduce   regenerate tables and figures (STUDY=10_benchmark, PROFILE=smoke|quick|full|network|paper)"
 	@echo "make test        run every notebook and every test (ARGS='-k plots' for a part, ARGS=--cov for coverage)"
 	@echo "make gpu-check   on a machine with a GPU: check it in 8 minutes (ARGS='--device cpu' rehearses without one)"
 	@echo "make lab         open the notebooks in JupyterLab"
+	@echo "make docs        build the site: the book, the studies, the reference (_docs/index.html; the first time needs npm)"
+	@echo "make slides      slides of every lesson (_slides/; they need no network)"
 	@echo "make prepare     after editing notebooks: export hapnb/, clean, register claims, rewrite README.md"
 	@echo "make render      execute the notebooks that changed and keep their outputs (ARGS=nbs/15_metrics.ipynb: these)"
 	@echo "make course      the students' notebooks from nbs/course/source (ARGS='--nbgrader FOLDER': a folder for nbgrader)"
@@ -44,6 +47,16 @@ gpu-check: $(READY)
 lab: $(READY)
 	@JUPYTER_PATH=$(CURDIR)/tools/lab $(BIN)/jupyter lab nbs $(ARGS)
 
+$(DOCS): $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
+docs: $(DOCS)
+	@$(BIN)/python site/build.py $(ARGS)
+
+slides: $(DOCS)
+	@$(BIN)/python site/slides.py $(ARGS)
+
 prepare: $(READY)
 	@$(BIN)/nbdev_export
 	@$(BIN)/nbdev_clean
@@ -59,5 +72,5 @@ course: $(READY)
 	@$(BIN)/python tools/course.py $(ARGS)
 
 clean:
-	@rm -rf build dist _proc _docs htmlcov .coverage .coverage.* .pytest_cache .hypothesis
+	@rm -rf build dist _proc _docs _slides htmlcov .coverage .coverage.* .pytest_cache .hypothesis
 	@find . \( -path ./.venv -o -path ./runs -o -path ./data \) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

@@ -22,6 +22,7 @@ COMMANDS = {
     "train": ("commands", "Train and evaluate one run; it is kept in the store."),
     "evaluate": ("commands", "Compute retrieval metrics of a run, or of embeddings in a file."),
     "features": ("discover", "Write the embeddings of a dataset to a file: of a run, or of a pretrained trunk."),
+    "view": ("discover", "Write a page to look at what a run, or a pretrained trunk, retrieves."),
     "cluster": ("discover", "Cluster embeddings of a file; with labels in it, say how good the clusters are."),
     "openworld": ("discover", "Learn from unlabelled images: train, cluster, keep what is sure, train again."),
     "doctor": ("doctor", "Say what this machine can run, what is missing, and how to get it.")}

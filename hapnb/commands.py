@@ -156,6 +156,12 @@ def _reproduce_all(found, a, store, out) -> list: # of bool: which worked
             raise
 
 # %% ../nbs/65_commands.ipynb #5eaccbd8
+def _how_long(found, profile):
+    "Say how long studies take, and what to run for a first look."
+    minutes = sum(s.minutes.get(profile, 0) for s in found)
+    return (f"about {max(1, round(minutes))} min on 2 cores, less where runs are there already; "
+            "a first look in 3 minutes: hapnb reproduce 10_benchmark --seeds 1")
+
 @command(_reproduce_options, """examples:
   hapnb reproduce                             all studies, bundled images, up to an hour on two cores
   hapnb reproduce benchmark --profile smoke   does it work at all?
@@ -170,6 +176,7 @@ def reproduce(a) -> int:
     out = Path(from_root(a.out) if a.out else figures_dir(a.profile, a.dataset, a.store))
     print(f"{len(found)} {'study' if len(found) == 1 else 'studies'}, profile {a.profile}, data {a.dataset}, "
           f"on {hardware(a.device)}\nruns: {near(store)}   tables and figures: {near(out)}")
+    if len(found) > 1: print(_how_long(found, a.profile))
     a.at_once, a.context = _at_once(found, a), None
     worked = _reproduce_all(found, a, store, out)
     if any(out.glob("*/claims.json")): print(f"\nclaims of the papers and verdicts: {near(write_claims(out))}")

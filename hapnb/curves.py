@@ -10,6 +10,7 @@ import math, os
 
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, seaborn as sns, torch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from . import statistics
 from .plots import drawn, legend, looks
@@ -113,6 +114,14 @@ def _failures(ax, x, bad, total, look, row=0):
     ax.annotate("failed" if bad == total else f"{bad} of {total} failed", (x, height), xytext=(6, 0), va="center",
                 fontsize=7, color=look["color"], **where)
 
+def _log_axis(ax):
+    "Make y logarithmic, with plain numbers on it."
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
 def _log2_axis(ax, values):
     "Make x logarithmic with base two and write the values themselves on it."
     ax.set_xscale("log", base=2)
@@ -153,6 +162,7 @@ def curve(
     xlabel: str = None, # may hold a formula, as `ylabel`
     ylabel=None,   # text, or one text per panel; default: the column and (%)
     zero: bool = False, # mark zero with a line (for gaps)
+    logy=(),       # numbers of the panels whose y axis is logarithmic
 ):
     "Draw mean lines with bands of the 95 % interval over runs; a cross at the foot marks failed runs (NaN)."
     ys = [y] if isinstance(y, str) else list(y)
@@ -160,10 +170,11 @@ def curve(
     labels = [ylabel] * len(ys) if ylabel is None or isinstance(ylabel, str) else list(ylabel)
     names, entries = _names(df, by, order), {}
     fig, axes = _panels(len(ys), 2.4)
-    for ax, col, label in zip(axes, ys, labels):
+    for i, (ax, col, label) in enumerate(zip(axes, ys, labels)):
         entries = _curve_panel(ax, df, x, col, by, names, scale)
         if zero: ax.axhline(0, color="black", linewidth=.8)
         if log2: _log2_axis(ax, sorted(df[x].unique()))
+        if i in logy: _log_axis(ax)
         ax.set_xlabel(xlabel or x, parse_math=bool(xlabel))
         ax.set_ylabel(label or (f"{col} (%)" if scale == 100 else col), parse_math=bool(label))
     _legend(fig, entries)

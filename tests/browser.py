@@ -48,7 +48,7 @@ class Browser:
         self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def connect(self, seconds=60):
+    def connect(self, seconds=300):
         "Connect to the first page and ask for the events of its console."
         import websocket
         port = self.folder / "DevToolsActivePort"
@@ -95,7 +95,7 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if self.dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
 
-    def open(self, page, seconds=60):
+    def open(self, page, seconds=300):
         "Open a file or an address and wait until it has loaded; forgets earlier errors."
         self.errors.clear()
         url = page if "://" in str(page) else Path(page).resolve().as_uri()
@@ -112,7 +112,7 @@ class Browser:
             raise RuntimeError(done["exceptionDetails"].get("exception", {}).get("description", expression))
         return done["result"].get("value")
 
-    def wait(self, expression, seconds=30):
+    def wait(self, expression, seconds=120):
         "Wait until a JavaScript expression is true and return its value."
         end = time.monotonic() + seconds
         while not (value := self.js(expression)):

@@ -162,7 +162,7 @@ def test_crowded_lines_are_found():
     assert crowded("a = 1; b = 2\nif a: b = 1; a = 2\nif a: b = 1\n") == [1, 2]
 
 
-PYTHON = sorted((ROOT / "tests").glob("*.py")) + sorted((ROOT / "tools").glob("*.py"))
+PYTHON = [p for folder in ("tests", "tools", "site") for p in sorted((ROOT / folder).glob("*.py"))]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS + PYTHON, ids=short)

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, each in a process of its own."""
+"""Every notebook runs from top to bottom, each in a process of its own, and shows the texts that are stored in it."""
 import json, os, select, signal, subprocess, sys, time
 from pathlib import Path
 

@@ -112,7 +112,7 @@ def made_from(path, nb):
 # clean outputs
 
 RICH = "image/png", "image/jpeg", "image/svg+xml", "text/html", "text/markdown", "text/latex", "text/plain"
-PROGRESS = re.compile(r"^run \d+/\d+: .*\n?", re.M)
+PROGRESS = re.compile(r"^(?:run \d+/\d+|running): .*\n?", re.M)
 
 
 def hide(text, folders=()):
@@ -121,7 +121,7 @@ def hide(text, folders=()):
     text = re.sub(r"[^\n]*\r(?!\n)", "", text)
     for folder in (*folders, ROOT): text = text.replace(f"{folder}/", "").replace(str(folder), ".")
     text = re.sub(rf"{tempfile.gettempdir()}/tmp\w+", "tmp", text)
-    return text.replace(str(Path.home()), "~")
+    return re.sub(rf"(?<![\w.]){re.escape(str(Path.home()))}(?=/\w)", "~", text)
 
 
 def compact(png, colours=256, scale=1.):
@@ -145,7 +145,7 @@ def decoded(out): return base64.b64decode(out["data"]["image/png"])
 def encoded(png): return base64.b64encode(png).decode()
 
 
-def clean(outputs, folders=(), alt="", progress=False):
+def clean(outputs, folders=(), progress=False, alt="", heading=""):
     "Outputs as they are stored: the richest form of each, no errors' stream, each picture once, nothing that varies."
     kept = []
     for out in outputs:
@@ -158,8 +158,7 @@ def clean(outputs, folders=(), alt="", progress=False):
         if form is None: continue
         value, metadata = "".join(out["data"][form]), {}
         if form.startswith("text"): value = hide(value, folders)
-        else: metadata = {form: {"alt": out["metadata"].get(form, {}).get("alt") or alt}}
-        if form == "image/png": value = encoded(compact(base64.b64decode(value)))
+        else: metadata = {form: {"alt": alt or out["metadata"].get(form, {}).get("alt") or f"Figure: {heading}"}}
         one = nbformat.v4.new_output(out["output_type"], {form: value}, metadata=metadata)
         if form.startswith("text") or not any(k.get("data") == one.data for k in kept): kept.append(one)
     return kept
@@ -194,7 +193,9 @@ def keep(nb, outputs, name, **options):
     above, before = headings(nb), {c.id: c.outputs for c in code_cells(nb)}
     for c in code_cells(nb):
         said = re.search(r"^#\| *fig-alt: *(.+)$", c.source, re.M)
-        c.outputs = clean(outputs.get(c.id, []), alt=said[1] if said else f"Figure: {above[c.id]}", **options)
+        c.outputs = clean(outputs.get(c.id, []), alt=said[1] if said else "", heading=above[c.id], **options)
+        for out in c.outputs:
+            if "image/png" in out.get("data", {}): out["data"]["image/png"] = encoded(compact(decoded(out)))
         found = re.search(r"(?<![\w.:/~<])/(?:home|root|Users|tmp|var)/[\w./-]+", json.dumps(c.outputs))
         if found: sys.exit(f"{name}, cell {c.id}: its output has the path of one machine, {found[0]}")
     fit(nb, name)
