@@ -44,7 +44,8 @@ def stamped(nb):
                       solution=role == "answer")
         if role == "answer": waiting.append((cell, common))
         elif role == "check":
-            number = re.search(r'grade\("([\d.]+)"', source(cell))[1]
+            # nbgrader allows no dots
+            number = re.search(r'grade\("([\d.]+)"', source(cell))[1].replace(".", "-")
             cell["metadata"]["nbgrader"] = dict(common, grade_id=f"check-{number}", points=1)
             for i, (answer, own) in enumerate(waiting):
                 answer["metadata"]["nbgrader"] = dict(own, grade_id=f"answer-{number}" + ("-bcdefg"[i] if i else ""))
