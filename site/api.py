@@ -141,6 +141,11 @@ def returned(node, comments):
     return [f":returns: `{shown(node.returns)}` {comments.get(line, '')}".rstrip()]
 
 
+def escaped(text):
+    "A docstring or comment as Markdown: what looks like a tag of HTML is none."
+    return re.sub(r"`[^`]*`|<(?=[A-Za-z/!])", lambda m: "\\<" if m[0] == "<" else m[0], text)
+
+
 class Pages:
     "Writes the pages of all modules."
     def __init__(self, modules, source, prose, notebooks):
@@ -161,15 +166,15 @@ class Pages:
         node, comments = item.node, module.comments
         if item.kind == "data":
             value = shown(node.value)
-            return [], [*[f":value: {value}"] * (len(value) < 60), "", comments.get(node.lineno, "")]
-        doc = ["", self.prose(ast.get_docstring(node) or "", f"api/{module.name}.md"), ""]
+            return [], [*[f":value: {value}"] * (len(value) < 60), "", escaped(comments.get(node.lineno, ""))]
+        doc = ["", self.prose(escaped(ast.get_docstring(node) or ""), f"api/{module.name}.md"), ""]
         if item.kind == "property": return [], doc
         if item.kind == "class": params = constructor(node, self.classes)
         else: params = parameters(node, item.kind == "method" and "staticmethod" not in decorators(node))
         # an inherited constructor may have its comments in another module
         if item.kind == "class" and not all(node.lineno <= p[-1] <= node.end_lineno for p in params): comments = {}
-        listed = [self.prose(line, f"api/{module.name}.md") for line in params_list(params, comments)]
-        return params, [*doc, *listed, *returned(node, comments)]
+        listed = [self.prose(escaped(line), f"api/{module.name}.md") for line in params_list(params, comments)]
+        return params, [*doc, *listed, *map(escaped, returned(node, comments))]
 
     def entry(self, module, item, owner=None):
         "The directive of one item, with its methods inside."
@@ -185,7 +190,7 @@ class Pages:
         "The page of a module, as MyST."
         at, known = f"api/{module.name}.md", module.notebook in self.notebooks
         about = f"The notebook [{Path(module.notebook).stem}](../{module.notebook}) makes it and explains it."
-        text = [f"> {self.prose(module.doc, at)}" if module.doc else "", about if known else "",
+        text = [f"> {self.prose(escaped(module.doc), at)}" if module.doc else "", about if known else "",
                 f"```{{py:module}} hapnb.{module.name}\n```"]
         return "\n\n".join([f"# hapnb.{module.name}", *text, *(self.entry(module, i) for i in module.items), ""])
 

@@ -29,7 +29,8 @@ PARTS = {
                   "45_features 46_clustering 47_knn_graphs 47b_edge_network 48_hilander 49_selection 50_openworld "
                   "51_openworld_report 52_openworld_recipes"),
     "evidence": ("Studies and evidence", "How sure are we of a number? Intervals, tests, claims, tables and pictures.",
-                 "39_statistics 40_plots 40b_curves 41_search_plots 61_tables 61b_claims 61c_budgets 62_study"),
+                 "39_statistics 40_plots 40b_curves 41_search_plots 43_explorer 61_tables 61b_claims 61c_budgets "
+                 "62_study"),
     "engineers": ("For engineers", "What makes it fast, safe and easy to run. You need none of it to follow the rest.",
                   "01b_loglinear 01c_kernels 01d_compiled 16_images 19_files 20b_bundled 24b_weights 27_packed "
                   "34_measure 36_cost 36_plan 37_workers 37b_grids 60_driver 63_options 64_doctor 65_commands "
@@ -91,8 +92,7 @@ class Site:
         found = sorted((self.root / "nbs").rglob("*.ipynb"))
         names = [p.relative_to(self.root).as_posix() for p in found if not p.name.startswith(("_", "."))]
         skip = re.compile(r"\.ipynb_checkpoints|/source/")
-        nbs = {n: nbformat.read(self.root / n, 4) for n in names if not skip.search(n) and self.wanted(n)}
-        return nbs
+        return {n: nbformat.read(self.root / n, 4) for n in names if not skip.search(n) and self.wanted(n)}
 
     def in_folder(self, folder): return [n for n in self.notebooks if posixpath.dirname(n) == folder]
 
@@ -115,7 +115,7 @@ class Site:
     def clean(self):
         "Remove what an earlier build wrote and this one did not."
         for p in self.to.rglob("*"):
-            if p.is_file() and p not in self.written and "jupyter_execute" not in p.parts: p.unlink()
+            if p.is_file() and p not in self.written: p.unlink()
 
     # links
 
@@ -221,11 +221,12 @@ class Site:
 
     def output(self, out):
         "An output as the site shows it: of a widget, the picture that needs no kernel."
-        if "data" in out:
-            out.data = {kind: value for kind, value in out.data.items() if kind not in WIDGET}
-            only_text = set(out.data) == {"text/plain"} and out.data["text/plain"]
-            if not out.data or only_text and only_text.startswith("<Figure size"): return None
-        return out
+        if "data" not in out: return out
+        kept = {kind: value for kind, value in out.data.items() if kind not in WIDGET}
+        # beside a widget or a figure, plain text is only its name
+        named = len(kept) < len(out.data) or str(kept.get("text/plain")).startswith("<Figure size")
+        out.data = kept
+        return None if named and set(kept) <= {"text/plain"} else out
 
     def describe(self, cell, before, following):
         "Give the pictures of a cell a text: the one that they carry, their caption, or the text before them."
@@ -238,7 +239,8 @@ class Site:
         alt = alt or "Figure that this cell draws"
         cell.metadata["mystnb"] = {"image": {"alt": alt}}
         for out in cell.outputs:
-            if "data" in out: out.metadata = {mime: {"alt": alt} for mime in out.data if mime.startswith("image/")}
+            for mime in [m for m in out.get("data", {}) if m.startswith("image/")]:
+                out.metadata[mime] = {"alt": alt} | out.metadata.get(mime, {})
             text = out.get("data", {}).get("text/html")
             if text: out.data["text/html"] = re.sub(r"<img(?![^>]*\balt=)", f'<img alt="{html.escape(alt)}"', text)
 

@@ -96,6 +96,9 @@ def write(site, to):
     (to / "assets").mkdir(parents=True, exist_ok=True)
     shutil.copytree(vendor.fetch("reveal.js"), to / "assets", dirs_exist_ok=True)
     shutil.copy(vendor.fetch("mathjax") / "es5" / "tex-svg.js", to / "assets")
+    # the fonts of the theme are left out: those of the system do
+    theme = to / "assets" / "dist" / "theme" / "white.css"
+    theme.write_text(re.sub(r"^@import .*$", "", theme.read_text(encoding="utf-8"), flags=re.M), encoding="utf-8")
     slides = exporter()
     for page in lessons:
         nb = lesson(site, page)

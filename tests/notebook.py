@@ -96,7 +96,11 @@ class Shell(CaptureShell):
         from matplotlib.figure import Figure
         self.display_formatter.formatters["image/png"].for_type(Figure, draw)
 
-    def show(self, kind, **output): self.shown.append(dict(output_type=kind, **output))
+    def show(self, kind, **output):
+        "Add an output, with pictures as text."
+        for k, v in output.get("data", {}).items():
+            if isinstance(v, bytes): output["data"][k] = base64.b64encode(v).decode()
+        self.shown.append(dict(output_type=kind, **output))
 
     def run(self, code, **kwargs):
         "Run the code of a cell; its outputs are in `shown`."

@@ -35,7 +35,7 @@ class Scale:
 def shared_levels(query, # labels [Q, L]
                   *refs, depth: int = 2, # levels that count
                   ) -> int: # 0..L
-    "Count shared levels; `Scale` is something else."
+    "Count shared levels; `Scale` is something else, and <script> is no tag."
 
 @patch
 def grow(self: Scale, by=2): # factor
@@ -183,7 +183,7 @@ def test_the_reference_has_signatures_comments_and_links(project):
     for part in ("{py:class} Scale(tau=0.01)", ":param tau: (`float`) width, in units of the score",
                  "{py:function} shared_levels(query, *refs, depth=2)", ":param query: labels [Q, L]",
                  ":param depth: (`int`) levels that count", ":returns: `int` 0..L", "{py:method} Scale.grow(by=2)",
-                 "{ref}`notebook <words-aaaa0002>`", "/hapnb/words.py#L13-L15"): assert part in found
+                 "{ref}`notebook <words-aaaa0002>`", "\\<script>", "/hapnb/words.py#L13-L15"): assert part in found
     assert "(words-aaaa0002)=" in sources(project.parent / "pages", "nbs/00_words.ipynb")
 
 
