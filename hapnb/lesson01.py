@@ -99,7 +99,7 @@ def _gallery(seed):
 
 # %% ../nbs/71_lesson01.ipynb #5c4d19dc
 def _found(rows, embeddings, k):
-    "The score of each result, and -9 wherever an image finds itself."
+    "The score of each result; an image that finds itself gets -9."
     x = F.normalize(embeddings, dim=1)
     return (x @ x.T).fill_diagonal_(-9).gather(1, torch.as_tensor(rows))
 
