@@ -10,7 +10,7 @@ READY   := .venv/.installed
 DOCS    := .venv/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test gpu-check lab docs slides prepare render clean
+.PHONY: help install reproduce test gpu-check lab docs slides prepare render course clean
 
 help:
 	@echo "make reproduce   regenerate tables and figures (STUDY=10_benchmark, PROFILE=smoke|quick|full|network|paper)"
@@ -21,6 +21,7 @@ help:
 	@echo "make slides      slides of every lesson (_slides/; they need no network)"
 	@echo "make prepare     after editing notebooks: export hapnb/, clean, register claims, rewrite README.md"
 	@echo "make render      execute the notebooks that changed and keep their outputs (ARGS=nbs/15_metrics.ipynb: these)"
+	@echo "make course      the students' notebooks from nbs/course/source (ARGS='--nbgrader FOLDER': a folder for nbgrader)"
 	@echo "make clean       remove caches and build leftovers (keeps .venv and runs)"
 
 # The stamp is newer than settings.ini and setup.py as long as nothing needs installing.
@@ -64,6 +65,11 @@ prepare: $(READY)
 
 render: $(READY)
 	@$(BIN)/python tools/render.py --jobs $(JOBS) $(ARGS)
+	@$(BIN)/python tools/course.py
+
+course: $(READY)
+	@$(BIN)/python tools/diagrams.py
+	@$(BIN)/python tools/course.py $(ARGS)
 
 clean:
 	@rm -rf build dist _proc _docs _slides htmlcov .coverage .coverage.* .pytest_cache .hypothesis

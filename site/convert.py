@@ -232,7 +232,7 @@ class Site:
         "Give the pictures of a cell a text: the one that they carry, their caption, or the text before them."
         caption = following.source if following is not None and re.match(r"\*{1,2}Figure\b", following.source) else ""
         said = next((p for c in reversed(before) if c.cell_type == "markdown" and not c.metadata.get("made")
-                     for p in reversed(re.split(r"\n\s*\n", c.source)) if not re.match(r"[`|#$<:\-{(]", p)), "")
+                     for p in reversed(re.split(r"\n\s*\n", c.source)) if not re.match(r"[`|#$<!:\-{(]", p)), "")
         stored = [m["alt"] for o in cell.outputs for m in [o.get("metadata", {}), *o.get("metadata", {}).values()]
                   if isinstance(m, dict) and m.get("alt")]
         alt = stored[0] if stored else plain(re.sub(r"\{py:\w+\}`([^`<]*)[^`]*`", r"\1", caption or said))

@@ -47,7 +47,7 @@ def tidy(nb):
     nb.metadata = METADATA | ({"made_from": made_from} if made_from else {})
     nb.nbformat, nb.nbformat_minor = 4, 5
     for c in nb.cells:
-        c.metadata = {k: v for k, v in c.metadata.items() if k == "tags"}
+        c.metadata = {k: v for k, v in c.metadata.items() if k in ("tags", "nbgrader")}
         if c.cell_type == "code": c.execution_count = None
 
 
