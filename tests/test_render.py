@@ -176,21 +176,9 @@ def test_outputs_are_in_step_with_the_code(path):
     else: assert not any(c.outputs for c in render.code_cells(nb)), f"make render ARGS={path}"
 
 
-# notebooks whose outputs are still to come
-WAITING = {
-    "01_ranking", "01b_loglinear", "01c_kernels", "01d_compiled", "04_hypergraph", "12_external",
-    "14_retrieval", "20_data", "20a_twins", "21_emoji", "21b_fonts", "23_benchmarks", "23a_photos",
-    "24_hierarchies", "24a_landmarks", "25_models", "26_large_batches", "27_packed", "28_protocols",
-    "29_trunks", "30_train", "33_build", "33_runs", "34_measure", "35_recipes", "36_cost", "37_workers",
-    "37b_grids", "38_space", "38b_trials", "38c_tune", "43_explorer", "45_features", "46_clustering",
-    "47b_edge_network", "48_hilander", "49_selection", "50_openworld", "51_openworld_report",
-    "52_openworld_recipes", "60_driver", "61b_claims", "61c_budgets", "62_study", "63_options", "64_doctor",
-    "65_commands", "66_discover", "67_cli", "90_helpers", "91_schemas"}
-
-
 def test_notebooks_have_outputs():
     missing = {p.stem for p in NOTEBOOKS if not render.is_study(p) and "made_from" not in render.read(p).metadata}
-    assert missing <= WAITING, "run `make render`"
+    assert not missing, "run `make render`"
 
 
 # studies
