@@ -103,6 +103,8 @@ def begin(name: str, # of the notebook: "10_benchmark"
           **special, # as in `profile_settings`
           ) -> Study:
     "Turn the parameters of a study notebook into everything it needs; `UserError` where one is wrong."
+    # claims are sentences
+    pd.set_option("display.max_colwidth", None)
     settings = profile_settings(profile, **special)
     n = settings.pop("seeds")
     seeds, jobs = check_number("seeds", seeds, least=0, whole=True), check_number("jobs", jobs, least=0, whole=True)
