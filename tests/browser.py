@@ -36,7 +36,8 @@ class Browser:
     "One page of a headless Chromium."
     def __init__(self, width=1280, height=900, dark=False, network=True):
         self.size, self.dark, self.network = (width, height), dark, network
-        self.errors, self.last, self.loads, self.unread, self.session = [], 0, 0, b"", None
+        self.errors, self.frames = [], []
+        self.last, self.loads, self.unread, self.session = 0, 0, b"", None
 
     def __enter__(self):
         self.folder = tempfile.mkdtemp(prefix="chromium")
@@ -104,9 +105,9 @@ class Browser:
             except BrokenPipeError: raise RuntimeError(f"{doing}: Chromium has ended") from None
         return message["id"], end, doing
 
-    def send(self, method, **params):
-        "Call a method of the page and return its result; events that arrive meanwhile go to `hear`."
-        mine, end, doing = self.post(method, params, self.session)
+    def send(self, method, session=None, **params):
+        "Call a method of the page (or of a frame) and return its result; events that arrive meanwhile go to `hear`."
+        mine, end, doing = self.post(method, params, session or self.session)
         while (message := self.receive(end, doing)).get("id") != mine: self.hear(message)
         if "error" in message: raise RuntimeError(f"{doing}: {message['error']['message']}")
         return message["result"]
@@ -115,7 +116,10 @@ class Browser:
         "Count pages that have loaded; keep exceptions, complaints of the console, and requests that are not allowed."
         kind, params = message.get("method"), message.get("params", {})
         self.loads += kind == "Page.loadEventFired" and message["sessionId"] == self.session
-        if kind == "Target.attachedToTarget" and self.session: self.listen(params["sessionId"])
+        if kind == "Target.attachedToTarget" and self.session:
+            self.frames.append(params["sessionId"])
+            self.listen(params["sessionId"])
+        if kind == "Target.detachedFromTarget": self.frames = [f for f in self.frames if f != params["sessionId"]]
         if kind == "Runtime.exceptionThrown":
             details = params["exceptionDetails"]
             self.errors.append(details.get("exception", {}).get("description") or details["text"])
@@ -145,6 +149,8 @@ class Browser:
             done = self.send("Page.navigate", url=to)
             if done.get("errorText"): raise RuntimeError(f"{to}: {done['errorText']}")
             while not self.loads: self.hear(self.receive(end, f"open {to}"))
+        # what a frame has complained about comes before its result
+        for frame in self.frames: self.send("Runtime.evaluate", frame, expression="0")
 
     def js(self, expression):
         "The value of a JavaScript expression (or of the promise that it gives), as Python has it."
@@ -155,9 +161,9 @@ class Browser:
         return done["result"].get("value")
 
     def wait(self, expression):
-        "Wait until a JavaScript expression is true and return its value."
+        "Wait until the page has loaded and a JavaScript expression is true; return its value."
         end = time.monotonic() + SECONDS
-        while not (value := self.js(expression)):
+        while not (value := self.js(f"document.readyState === 'complete' && ({expression})")):
             if time.monotonic() > end: raise TimeoutError(f"never true in {SECONDS} s: {expression}")
             time.sleep(.05)
         return value
