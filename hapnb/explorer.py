@@ -306,7 +306,8 @@ def _repr_png_(self: Explorer):
     if _front_end(): return None
     out, names = io.BytesIO(), " and ".join(self.ranks)
     self.panel().savefig(out, format="png", bbox_inches="tight", metadata={"Software": None})
-    return base64.b64encode(out.getvalue()).decode(), {"alt": f"Three queries of {self.data['title']} with the first results of {names}."}
+    alt = f"Three queries of {self.data['title']} with the first results of {names}."
+    return base64.b64encode(out.getvalue()).decode(), {"alt": alt}
 
 # %% ../nbs/43_explorer.ipynb #ee880286
 def _check_same_data(runs):

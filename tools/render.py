@@ -117,7 +117,7 @@ PROGRESS = re.compile(r"^(?:run \d+/\d+|running): .*\n?", re.M)
 
 def hide(text, folders=()):
     "Remove addresses in memory, what a progress bar overwrote, and paths of this machine."
-    text = re.sub(r"(<[^<>]*?) at 0x[0-9a-fA-F]+", r"\1", text)
+    text = re.sub(r" at 0x[0-9a-fA-F]+\b", "", text)
     text = re.sub(r"[^\n]*\r(?!\n)", "", text)
     for folder in (*folders, ROOT): text = text.replace(f"{folder}/", "").replace(str(folder), ".")
     text = re.sub(rf"{tempfile.gettempdir()}/tmp\w+", "tmp", text)
