@@ -30,7 +30,8 @@ setup(
     package_data={"hapnb": ["assets/*", "assets/recipes/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=listed("requirements"),
-    extras_require={extra: listed(f"{extra}_requirements") for extra in ("dev", "docs", "course", "numba", "pml", "huggingface")},
+    extras_require={extra: listed(f"{extra}_requirements")
+                    for extra in ("dev", "docs", "course", "numba", "pml", "huggingface")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["hapnb=hapnb._modidx:d"]},
     zip_safe=False,
     classifiers=[
